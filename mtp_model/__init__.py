@@ -1,0 +1,16 @@
+"""The DeepSeek-V3 network with its MTP modules, and the directory its weights are kept in."""
+
+from mtp_model.config import ConfigError, ModelConfig
+from mtp_model.layers import BlockScale, RouterBias
+from mtp_model.model import DeepSeekV3, DraftStates, MainStates, Output
+
+__all__ = [
+    "BlockScale",
+    "ConfigError",
+    "DeepSeekV3",
+    "DraftStates",
+    "MainStates",
+    "ModelConfig",
+    "Output",
+    "RouterBias",
+]

@@ -1,0 +1,140 @@
+"""Linear, embedding and norm: the leaves of the module tree, FP8 or not.
+
+Weights keep the checkpoint's orientation [out, in]. O out, I in, D hidden, V vocab.
+"""
+
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from mtp_model.config import ModelConfig
+from mtp_model.sharding import Axes, gather_for_use
+
+INIT_STD = 0.02
+FP8 = jnp.float8_e4m3fn
+V = TypeVar("V", bound=nnx.Variable)
+
+
+class RouterBias(nnx.Variable):
+    """`e_score_correction_bias`: float32, moved by the balancing rule, never by a gradient."""
+
+
+class BlockScale(nnx.Variable):
+    """`weight_scale_inv`: float32 scales of an FP8 weight's blocks, no gradient.
+
+    Beside a weight that is not FP8 it is kept for export only and does not enter the product.
+    """
+
+
+def annotated(kind: type[V], value: jax.Array, axes: Axes) -> V:
+    """A variable with its logical axes; where it lives is decided when it is loaded."""
+    return kind(value, out_sharding=axes, eager_sharding=False)
+
+
+def num_blocks(size: int, edge: int) -> int:
+    """Blocks along a dimension; the last may be partial ([576] in blocks of 128 gives 5)."""
+    return -(-size // edge)
+
+
+def dequantise(
+    weight: Float[Array, "*stack out in"],
+    scale: Float[Array, "*stack out_blocks in_blocks"],
+    block: tuple[int, int],
+    dtype: jnp.dtype,
+) -> Float[Array, "*stack out in"]:
+    """float32(weight) * scale of its block, then the one cast to `dtype`."""
+    *_, rows, cols = weight.shape
+    by_row = jnp.repeat(scale, block[0], axis=-2)[..., :rows, :]
+    by_element = jnp.repeat(by_row, block[1], axis=-1)[..., :cols]
+    return (weight.astype(jnp.float32) * by_element).astype(dtype)
+
+
+def init_normal(rngs: nnx.Rngs, shape: tuple[int, ...]) -> jax.Array:
+    """Fresh float32 weights of standard deviation 0.02 (`initializer_range`)."""
+    return jax.random.normal(rngs.params(), shape, jnp.float32) * INIT_STD
+
+
+class Weight(nnx.Module):
+    """One stored matrix (or a stack of them) with the scales of its FP8 blocks.
+
+    Subclassed for how it is used. shape: [..., out, in]; axes: a logical axis for each dimension.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        axes: Axes,
+        config: ModelConfig,
+        rngs: nnx.Rngs,
+        quantised: bool = True,
+    ):
+        self.axes = axes
+        self.block = config.weight_block_size if quantised else None
+        self.weight = annotated(nnx.Param, init_normal(rngs, shape), axes)
+        if self.block is not None:
+            grid = tuple(map(num_blocks, shape[-2:], self.block))
+            ones = jnp.ones((*shape[:-2], *grid), jnp.float32)
+            self.weight_scale_inv = annotated(BlockScale, ones, (*axes[:-2], None, None))
+
+    def dense(self, dtype: jnp.dtype) -> Float[Array, "*stack out in"]:
+        """The weight ready for a product in `dtype`: dequantised, gathered over storage axes."""
+        weight = self.weight[...]
+        if weight.dtype != FP8:
+            return gather_for_use(weight.astype(dtype), self.axes)
+        if self.block is None:
+            raise ValueError("an FP8 weight without block scales: the config has no block size")
+        weight = gather_for_use(weight, self.axes)
+        return dequantise(weight, self.weight_scale_inv[...], self.block, dtype)
+
+
+class Linear(Weight):
+    """y = x W^T, no bias."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        axes: Axes,
+        config: ModelConfig,
+        rngs: nnx.Rngs,
+        quantised: bool = True,
+    ):
+        super().__init__((out_features, in_features), axes, config, rngs, quantised)
+
+    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        return jnp.einsum("...i,oi->...o", x, self.dense(x.dtype))
+
+
+class Embedding(Weight):
+    """Rows of [V, D]: the input embedding, and the output head."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        shape = (config.vocab_size, config.hidden_size)
+        super().__init__(shape, ("vocab", "hidden"), config, rngs, quantised=False)
+
+    def lookup(self, tokens: Int[Array, "*batch"], dtype: jnp.dtype) -> Float[Array, "*batch D"]:
+        return jnp.take(self.weight[...], tokens, axis=0, mode="clip").astype(dtype)
+
+    def logits(self, h: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """Float32 logits over the vocabulary."""
+        return jnp.einsum(
+            "...d,vd->...v", h, self.dense(h.dtype), preferred_element_type=jnp.float32
+        )
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * weight, the mean square in float32."""
+
+    def __init__(self, size: int, config: ModelConfig):
+        self.epsilon = config.rms_norm_eps
+        self.weight = annotated(nnx.Param, jnp.ones((size,), jnp.float32), ("norm",))
+
+    def __call__(self, x: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
+        x_f32 = x.astype(jnp.float32)
+        mean_square = jnp.mean(x_f32 * x_f32, axis=-1, keepdims=True)
+        normed = (x_f32 * jax.lax.rsqrt(mean_square + self.epsilon)).astype(x.dtype)
+        weight = self.weight[...].astype(x.dtype)
+        return normed * jnp.expand_dims(weight, tuple(range(x.ndim - 1)))

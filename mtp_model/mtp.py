@@ -1,0 +1,85 @@
+"""The Multi-Token Prediction modules: each drafts one token further. Knows nothing of losses.
+
+Source: DeepSeek-V3 report (arXiv 2412.19437) section 2.2. The concatenation is embedding first,
+as the released weights need (equation 21 prints the reverse). B batch, T position, D hidden.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from mtp_model.block import DecoderLayer, stack
+from mtp_model.config import ModelConfig
+from mtp_model.layers import Linear, RMSNorm
+
+
+class SharedHead(nnx.Module):
+    """The norm before the shared output head: a weight of its own, not `model.norm`."""
+
+    def __init__(self, config: ModelConfig):
+        self.norm = RMSNorm(config.hidden_size, config)
+
+
+class Shifted(NamedTuple):
+    """Tokens `k` places further on, within their document."""
+
+    tokens_BT: Int[Array, "B T"]
+    inside_BT: Int[Array, "B T"]
+
+
+def shift_left(x_BT: Int[Array, "B T"], k: int, fill: int) -> Int[Array, "B T"]:
+    """x[i + k], `fill` past the end."""
+    return jnp.pad(x_BT[:, k:], [(0, 0), (0, min(k, x_BT.shape[1]))], constant_values=fill)
+
+
+def shift_within_segments(
+    tokens_BT: Int[Array, "B T"], segment_ids_BT: Int[Array, "B T"], k: int
+) -> Shifted:
+    """t[i + k] where i + k is in the document of i; elsewhere token 0, not `inside`."""
+    inside_BT = shift_left(segment_ids_BT, k, -1) == segment_ids_BT
+    shifted_BT = shift_left(tokens_BT, k, 0)
+    tokens = jnp.where(inside_BT, shifted_BT, jnp.zeros((), shifted_BT.dtype))
+    return Shifted(tokens, inside_BT & (segment_ids_BT != 0))
+
+
+class MultiTokenPredictor(nnx.Module):
+    """One MTP module (or a stack of them): h_k[i] from h_{k-1}[i] and the embedding of t[i+k]."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.hands_on_normed = config.mtp_hidden_state == "post_norm"
+        hidden = config.hidden_size
+        self.enorm = RMSNorm(hidden, config)
+        self.hnorm = RMSNorm(hidden, config)
+        self.eh_proj = Linear(2 * hidden, hidden, ("hidden", None), config, rngs, quantised=False)
+        self.block = DecoderLayer(config, rngs, moe=True)
+        self.shared_head = SharedHead(config)
+
+    def __call__(
+        self,
+        state_BTD: Float[Array, "B T D"],
+        e_BTD: Float[Array, "B T D"],
+        segment_ids_BT: Int[Array, "B T"],
+        positions_BT: Int[Array, "B T"],
+        counted_BT: Int[Array, "B T"],
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], Float[Array, "E"]]:
+        """What the head reads, what the next depth is fed, and the expert load."""
+        pair = [self.enorm(e_BTD), self.hnorm(state_BTD)]
+        x_BTD = self.eh_proj(jnp.concatenate(pair, axis=-1))  # embedding first
+        y_BTD, load_E = self.block(x_BTD, segment_ids_BT, positions_BT, counted_BT)
+        h_BTD = self.shared_head.norm(y_BTD)
+        return h_BTD, h_BTD if self.hands_on_normed else y_BTD, load_E
+
+
+def stack_modules(config: ModelConfig, rngs: nnx.Rngs) -> MultiTokenPredictor:
+    """All MTP modules of the checkpoint, stacked."""
+    count = config.num_nextn_predict_layers
+    return stack(count, lambda rngs: MultiTokenPredictor(config, rngs), rngs)
+
+
+@jax.checkpoint
+def run_module(module: MultiTokenPredictor, *args):
+    """One depth, its activations recomputed in the backward pass."""
+    return module(*args)
