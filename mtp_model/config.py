@@ -4,7 +4,6 @@ Every number of the network comes from the file; nothing here knows of weights o
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,6 +13,8 @@ HiddenState = Literal["post_norm", "pre_norm"]
 MODEL_TYPES = ("deepseek_v3", "kimi_k2")
 # No published model of the family comes near this; a larger size in an untrusted file is a fault.
 LARGEST_SIZE = 1 << 24
+LARGEST_BLOCK = 1 << 16
+LARGEST_NUMBER = 1e15  # of thetas, factors and scales
 # What the network computes is fixed for these; a config that says otherwise is not this network.
 REQUIRED = {
     "hidden_act": "silu",
@@ -196,8 +197,8 @@ class _Reader:
     def _number(self, values: Mapping[str, Any], key: str, default: float | None) -> float:
         found = values.get(key, default)
         good = isinstance(found, int | float) and not isinstance(found, bool)
-        if not good or not math.isfinite(found) or found < 0:
-            self._fault(key, found, "a finite number, not negative")
+        if not good or not 0 <= found <= LARGEST_NUMBER:
+            self._fault(key, found, f"a number from 0 to {LARGEST_NUMBER:.0e}")
             return 1.0
         return float(found)
 
@@ -226,7 +227,7 @@ class _Reader:
         }
         for name in (*required, "beta_fast", "beta_slow"):
             if numbers[name] <= 0:
-                self._fault(f"rope_scaling.{name}", numbers[name], "more than 0")
+                self._fault(f"rope_scaling.{name}", scaling.get(name), "more than 0")
         original = int(numbers.pop("original_max_position_embeddings"))
         return Yarn(original_max_position_embeddings=original, **numbers)
 
@@ -237,11 +238,11 @@ class _Reader:
             if quantization.get(key, needed) != needed:
                 self._fault(f"quantization_config.{key}", quantization[key], needed)
         block = quantization.get("weight_block_size")
-        good = isinstance(block, list) and len(block) == 2
-        if not good or not all(type(edge) is int and 1 <= edge <= 65536 for edge in block):
-            self._fault("quantization_config.weight_block_size", block, "two sizes, as [128, 128]")
-            return None
-        return block[0], block[1]
+        match block:
+            case [int(rows), int(cols)] if 1 <= rows <= LARGEST_BLOCK >= cols >= 1:
+                return rows, cols
+        self._fault("quantization_config.weight_block_size", block, "two sizes, as [128, 128]")
+        return None
 
     def _check_relations(self, fields: dict[str, Any]) -> None:
         experts, groups = fields["n_routed_experts"], fields["n_group"]

@@ -87,9 +87,7 @@ def _block_layout(expert_M, num_local: int, block: int, num_blocks: int):
     slot_M = jnp.where(local, first_slot_L[expert] + rank_M, num_blocks * block)
     empty = jnp.full((num_blocks * block,), num_rows)
     row_of_slot = empty.at[slot_M].set(jnp.arange(num_rows), mode="drop", unique_indices=True)
-    expert_of_block = jnp.repeat(
-        jnp.arange(num_local), blocks_L, total_repeat_length=num_blocks
-    )
+    expert_of_block = jnp.repeat(jnp.arange(num_local), blocks_L, total_repeat_length=num_blocks)
     return slot_M, row_of_slot, expert_of_block
 
 

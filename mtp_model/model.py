@@ -161,3 +161,9 @@ def positions_in_segments(segment_ids_BT: Int[Array, "B T"]) -> Int[Array, "B T"
     )
     start_BT = jnp.where(starts_BT, index_T[None], 0)
     return index_T[None] - jax.lax.cummax(start_BT, axis=1)
+
+
+def abstract_leaves(config: ModelConfig, scope: Scope = "all") -> dict[str, nnx.Variable]:
+    """Every leaf by its path (`moe_layers.mlp.gate.weight`): shape and logical axes, no memory."""
+    model = nnx.eval_shape(lambda: DeepSeekV3(config, nnx.Rngs(0), scope))
+    return {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(model))}

@@ -1,0 +1,209 @@
+"""The one table: a checkpoint's tensor names, and where each lives in the module tree.
+
+Import, export, checking and planning are driven by it; shapes and sharding come from the module
+that uses the weight. Names are exact strings with placeholders; weights keep their orientation
+[out, in], so there is nothing to transpose and no second, inverse mapping.
+
+Source of the names: the released DeepSeek-V3 checkpoint and its README_WEIGHTS.md.
+"""
+
+import enum
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mtp_model.config import ModelConfig
+from mtp_model.model import Scope, abstract_leaves
+
+TABLE_VERSION = 1
+SCALE_SUFFIX = "_scale_inv"
+
+
+class Stack(enum.Enum):
+    """Which stacked module of the tree a layer's weights belong to; its path prefix."""
+
+    SINGLE = ""  # not in a layer
+    DENSE = "dense_layers."
+    MOE = "moe_layers."
+    MTP = "mtp."  # of an MTP module, outside its decoder block
+    MTP_BLOCK = "mtp.block."
+
+    def layers(self, config: ModelConfig) -> range:
+        """Checkpoint layer numbers; MTP modules follow the main model's layers."""
+        first_moe, end = config.num_dense_layers, config.num_hidden_layers
+        mtp = range(end, end + config.num_nextn_predict_layers)
+        return {
+            Stack.SINGLE: range(0),
+            Stack.DENSE: range(first_moe),
+            Stack.MOE: range(first_moe, end),
+            Stack.MTP: mtp,
+            Stack.MTP_BLOCK: mtp,
+        }[self]
+
+    def in_scope(self, scope: Scope) -> bool:
+        if scope == "main":
+            return self not in (Stack.MTP, Stack.MTP_BLOCK)
+        return scope == "all" or self not in (Stack.DENSE, Stack.MOE)
+
+
+class Kind(enum.Enum):
+    """How the released format stores a weight."""
+
+    PLAIN = enum.auto()  # in the checkpoint's own dtype: BF16 (F32 in a float32 checkpoint)
+    QUANTISED = enum.auto()  # F8_E4M3 with block scales where the config has quantization_config
+    FLOAT32 = enum.auto()  # always F32
+
+
+@dataclass(frozen=True)
+class Row:
+    """One weight: its checkpoint name, its path below the stack, which stacks have it.
+
+    A row whose path the module tree lacks does not apply to that network (`q_proj` where queries
+    are low-rank); a leaf of the tree without a row is an error.
+    """
+
+    name: str
+    path: str
+    stacks: tuple[Stack, ...]
+    kind: Kind
+    copy_of: str | None = None
+
+
+SINGLE, MTP = (Stack.SINGLE,), (Stack.MTP,)
+DENSE, EVERY, WITH_EXPERTS = (
+    (Stack.DENSE,),
+    (Stack.DENSE, Stack.MOE, Stack.MTP_BLOCK),
+    (Stack.MOE, Stack.MTP_BLOCK),
+)
+PLAIN, QUANTISED, FLOAT32 = Kind.PLAIN, Kind.QUANTISED, Kind.FLOAT32
+
+_LAYER = "model.layers.{layer}."
+
+
+def _same(path: str, stacks: tuple[Stack, ...], kind: Kind) -> Row:
+    """A decoder-layer weight: same name below the layer in the checkpoint and in the tree."""
+    return Row(_LAYER + path, path, stacks, kind)
+
+
+def _mtp(path: str) -> Row:
+    return Row(_LAYER + path, path, MTP, PLAIN)
+
+
+def _expert(path: str) -> Row:
+    name = _LAYER + "mlp.experts.{expert}." + path
+    return Row(name, "mlp.experts." + path, WITH_EXPERTS, QUANTISED)
+
+
+def _copy(name: str, original: str, path: str) -> Row:
+    """A tensor that repeats one of the main model's; a checkpoint may leave it out."""
+    return Row(_LAYER + name, path, MTP, PLAIN, copy_of=original)
+
+
+# fmt: off
+TABLE = (
+    Row("model.embed_tokens.weight", "embed_tokens.weight", SINGLE, PLAIN),
+    Row("model.norm.weight", "norm.weight", SINGLE, PLAIN),
+    Row("lm_head.weight", "lm_head.weight", SINGLE, PLAIN),
+
+    _same("input_layernorm.weight", EVERY, PLAIN),
+    _same("post_attention_layernorm.weight", EVERY, PLAIN),
+    _same("self_attn.q_proj.weight", EVERY, QUANTISED),  # where q_lora_rank is null, else:
+    _same("self_attn.q_a_proj.weight", EVERY, QUANTISED),
+    _same("self_attn.q_a_layernorm.weight", EVERY, PLAIN),
+    _same("self_attn.q_b_proj.weight", EVERY, QUANTISED),
+    _same("self_attn.kv_a_proj_with_mqa.weight", EVERY, QUANTISED),
+    _same("self_attn.kv_a_layernorm.weight", EVERY, PLAIN),
+    _same("self_attn.kv_b_proj.weight", EVERY, QUANTISED),
+    _same("self_attn.o_proj.weight", EVERY, QUANTISED),
+
+    _same("mlp.gate_proj.weight", DENSE, QUANTISED),
+    _same("mlp.up_proj.weight", DENSE, QUANTISED),
+    _same("mlp.down_proj.weight", DENSE, QUANTISED),
+
+    _same("mlp.gate.weight", WITH_EXPERTS, PLAIN),
+    _same("mlp.gate.e_score_correction_bias", WITH_EXPERTS, FLOAT32),
+    _expert("gate_proj.weight"),
+    _expert("up_proj.weight"),
+    _expert("down_proj.weight"),
+    _same("mlp.shared_experts.gate_proj.weight", WITH_EXPERTS, QUANTISED),
+    _same("mlp.shared_experts.up_proj.weight", WITH_EXPERTS, QUANTISED),
+    _same("mlp.shared_experts.down_proj.weight", WITH_EXPERTS, QUANTISED),
+
+    _mtp("enorm.weight"),
+    _mtp("hnorm.weight"),
+    _mtp("eh_proj.weight"),
+    _mtp("shared_head.norm.weight"),
+    _copy("embed_tokens.weight", "model.embed_tokens.weight", "embed_tokens.weight"),
+    _copy("shared_head.head.weight", "lm_head.weight", "lm_head.weight"),
+)
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor of a checkpoint and its place in the tree.
+
+    path: leaf path; index: leading indices in the stacked leaf, () | (layer,) | (layer, expert);
+    shape, dtype: of the tensor, dtype as safetensors names it; scale: name of an FP8 weight's
+    scales; copy_of: name of the tensor that this one repeats (it has no leaf of its own).
+    """
+
+    name: str
+    path: str
+    index: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    scale: str | None = None
+    copy_of: str | None = None
+
+
+def _indices(row: Row, stack: Stack, config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Checkpoint name and leading indices of every tensor of a row in a stack."""
+    if stack is Stack.SINGLE:
+        yield row.name, ()
+        return
+    experts = range(config.n_routed_experts) if "{expert}" in row.name else (None,)
+    for (position, layer), expert in itertools.product(enumerate(stack.layers(config)), experts):
+        name = row.name.format(layer=layer, expert=expert)
+        yield name, (position,) if expert is None else (position, expert)
+
+
+def _plain_dtype(config: ModelConfig) -> str:
+    return {"bfloat16": "BF16", "float32": "F32"}[config.dtype]
+
+
+def _row_slots(row: Row, stack: Stack, config: ModelConfig, shapes: dict) -> Iterator[Slot]:
+    path = row.path if row.copy_of else stack.value + row.path
+    if path not in shapes:
+        return  # the network has another kind of queries
+    quantised = row.kind is QUANTISED and config.weight_block_size is not None
+    plain = "F32" if row.kind is FLOAT32 else _plain_dtype(config)
+    for name, index in _indices(row, stack, config):
+        place = () if row.copy_of else index
+        shape = shapes[path][len(place) :]
+        if not quantised:
+            yield Slot(name, path, place, shape, plain, copy_of=row.copy_of)
+            continue
+        scale = name + SCALE_SUFFIX
+        yield Slot(name, path, place, shape, "F8_E4M3", scale=scale)
+        scale_path = path + SCALE_SUFFIX
+        yield Slot(scale, scale_path, place, shapes[scale_path][len(place) :], "F32")
+
+
+def leaf_shapes(config: ModelConfig, scope: Scope = "all") -> dict[str, tuple[int, ...]]:
+    """Shape of every leaf of the module tree, by path."""
+    return {path: tuple(leaf.shape) for path, leaf in abstract_leaves(config, scope).items()}
+
+
+def slots(config: ModelConfig, scope: Scope = "all") -> dict[str, Slot]:
+    """Every tensor the checkpoint of this network has, by name: scales and copies included."""
+    shapes = leaf_shapes(config, scope)
+    found: dict[str, Slot] = {}
+    for row in TABLE:
+        for stack in row.stacks:
+            if stack.in_scope(scope):
+                found |= {slot.name: slot for slot in _row_slots(row, stack, config, shapes)}
+    uncovered = shapes.keys() - {slot.path for slot in found.values()}
+    if uncovered:
+        raise AssertionError(f"no row of the table for {sorted(uncovered)}")
+    return found
