@@ -1,0 +1,117 @@
+"""From a checkpoint directory to a module that holds its weights, on one device or on a mesh."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+
+from mtp_model.config import ModelConfig
+from mtp_model.layers import FP8, dequantise
+from mtp_model.model import DeepSeekV3, Scope
+from mtp_model.sharding import stored_spec
+from mtp_model.store import Checkpoint, open_checkpoint
+
+CONCURRENT_READ_GB = 4  # host memory that a restore may have in flight
+
+
+def load(
+    path: str | Path,
+    mesh: Mesh | None = None,
+    dtype: Any = None,
+    scope: Scope = "all",
+    compute_dtype: Any = None,
+) -> DeepSeekV3:
+    """The network of a checkpoint directory, weights included.
+
+    mesh: place every weight by its logical axes (None: all on the first device).
+    dtype: of the weights; FP8 is dequantised. None keeps what is stored, FP8 included. Router
+        biases and block scales stay float32.
+    scope: `main` leaves the MTP modules out; `mtp` loads only them, embedding, norm and head.
+    compute_dtype: of activations; by default `dtype`, or the config's where that is None.
+
+    Raises ValueError where the directory is unfinished, no checkpoint, or lacks what is asked.
+    """
+    checkpoint = open_checkpoint(path)
+    config = checkpoint_config(checkpoint)
+    computed_in = compute_dtype or dtype or config.dtype
+    model = nnx.eval_shape(lambda: DeepSeekV3(config, nnx.Rngs(0), scope, computed_in))
+    graph, state = nnx.split(model)
+    model = nnx.merge(graph, _restore(checkpoint, state, mesh))
+    if dtype is not None:
+        cast_weights(model, dtype)
+    return model
+
+
+def checkpoint_config(checkpoint: Checkpoint) -> ModelConfig:
+    """The network's config, with what provenance.json adds to the source's config.json."""
+    hidden_state = checkpoint.provenance["mtp_hidden_state"]
+    return ModelConfig.from_dict({**checkpoint.config_dict, "mtp_hidden_state": hidden_state})
+
+
+def cast_weights(model: nnx.Module, dtype: Any, only: nnx.filterlib.Filter = nnx.Param) -> None:
+    """Change the dtype of the weights that `only` selects, in place, leaf by leaf.
+
+    FP8 weights are dequantised by the scales beside them. Other kinds of variables stay.
+    """
+    dtype = jnp.dtype(dtype)
+    leaves = dict(nnx.to_flat_state(nnx.state(model)))
+    selected = nnx.to_flat_state(nnx.state(model, nnx.All(nnx.Param, only)))
+    for path, leaf in selected:
+        if leaf.dtype == dtype:
+            continue
+        owner, name = _owner(model, path)
+        scale = leaves.get((*path[:-1], "weight_scale_inv")) if leaf.dtype == FP8 else None
+        if scale is None:
+            value = jax.jit(lambda w: w.astype(dtype), donate_argnums=0)(leaf[...])
+        else:
+            to_dense = jax.jit(dequantise, static_argnums=(2, 3))
+            value = to_dense(leaf[...], scale[...], owner.block, dtype)
+        getattr(owner, name)[...] = value
+
+
+def _owner(model: nnx.Module, path: tuple) -> tuple[Any, str]:
+    """The module that holds the leaf at a path, and the leaf's attribute name."""
+    owner = model
+    for name in path[:-1]:
+        owner = getattr(owner, name)
+    return owner, path[-1]
+
+
+def _restore(checkpoint: Checkpoint, state: nnx.State, mesh: Mesh | None) -> nnx.State:
+    """The state with the stored arrays in place of its abstract leaves."""
+    flat = nnx.to_flat_state(state)
+    targets = {}
+    for path, variable in flat:
+        stored = checkpoint.leaves.get(".".join(path))
+        if stored is None or stored.shape != variable.shape:
+            found = "nothing" if stored is None else f"shape {stored.shape}"
+            raise ValueError(
+                f"{checkpoint.path}: leaf {'.'.join(path)} of shape {variable.shape} is needed, "
+                f"{found} is stored (scope {checkpoint.provenance['scope']!r})"
+            )
+        placed = _placement(variable, mesh)
+        targets[path] = jax.ShapeDtypeStruct(stored.shape, stored.dtype, sharding=placed)
+    arrays = _read(checkpoint.params, targets)
+    return nnx.from_flat_state([(path, leaf.replace(arrays[path])) for path, leaf in flat])
+
+
+def _placement(variable: nnx.Variable, mesh: Mesh | None) -> jax.sharding.Sharding:
+    if mesh is None:
+        return SingleDeviceSharding(jax.devices()[0])
+    axes = variable.get_metadata("out_sharding")
+    return NamedSharding(mesh, stored_spec(axes))
+
+
+def _read(params: Path, targets: dict[tuple, jax.ShapeDtypeStruct]) -> dict[tuple, jax.Array]:
+    """Restore the targets by Orbax; other leaves of the directory are not read."""
+    tree = nnx.traversals.unflatten_mapping(targets)
+    restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
+    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=CONCURRENT_READ_GB)
+    with ocp.Checkpointer(handler) as checkpointer:
+        args = ocp.args.PyTreeRestore(tree, restore_args=restore_args, partial_restore=True)
+        restored = checkpointer.restore(params.resolve(), args=args)
+    return nnx.traversals.flatten_mapping(restored)
