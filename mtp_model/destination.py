@@ -1,0 +1,74 @@
+"""The folder a checkpoint is being written into: claim, lock, clear; knows not what is written.
+
+An unfinished folder is visible as such throughout: `.unfinished/` is made before anything else,
+and stays until COMPLETE is written.
+"""
+
+import contextlib
+import fcntl
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from mtp_model.store import COMPLETE, UNFINISHED, CheckpointError
+
+LOCK = "lock"
+
+
+@contextlib.contextmanager
+def claim(dst: Path, *, shared: bool = False) -> Iterator[None]:
+    """Hold a destination against other processes; CheckpointError when another one holds it.
+
+    Several processes that split one import hold it `shared`.
+    """
+    raise_if_foreign(dst)
+    (dst / UNFINISHED).mkdir(parents=True, exist_ok=True)
+    with locked(dst / UNFINISHED / LOCK, shared=shared) as got:
+        if not got:
+            raise CheckpointError(
+                f"another process is writing {dst}; wait for it, or end it and run this again"
+            )
+        try:
+            yield
+        finally:
+            if (dst / COMPLETE).is_file():
+                shutil.rmtree(dst / UNFINISHED, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(file: Path, *, shared: bool = False, wait: bool = False) -> Iterator[bool]:
+    """Hold the lock of a file, released when the process ends, however it ends; False: not got."""
+    with file.open("a") as held:
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        try:
+            fcntl.flock(held, kind if wait else kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def clear(dst: Path, *, overwrite: bool) -> None:
+    """Empty a claimed destination; a complete checkpoint in it only with `overwrite`."""
+    if (dst / COMPLETE).is_file():
+        if not overwrite:
+            raise CheckpointError(f"{dst} is a complete checkpoint; name another or --overwrite it")
+        (dst / COMPLETE).unlink()
+    for entry in dst.iterdir():
+        if entry.name == UNFINISHED:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def raise_if_foreign(dst: Path) -> None:
+    """Raise CheckpointError for a destination that holds anything but a checkpoint directory."""
+    if dst.is_dir() and any((dst / name).exists() for name in (COMPLETE, UNFINISHED)):
+        return
+    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+        raise CheckpointError(
+            f"{dst} is not empty and no checkpoint directory of this toolkit; nothing in it was "
+            "touched; name another place, or empty it"
+        )
