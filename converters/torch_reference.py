@@ -45,10 +45,9 @@ class Places(NamedTuple):
 
 
 class TorchReference:
-    """DeepSeek-V3 with its MTP modules, computed in one dtype from weights fetched by name.
+    """DeepSeek-V3 with its MTP modules, from config.json's content and weights fetched by name.
 
-    `config` is the content of config.json. `get` returns a weight, already dequantised, under its
-    checkpoint name. `dtype` float64 tells rounding from error.
+    `get(name)` returns a weight already dequantised. `dtype` float64 tells rounding from error.
     """
 
     def __init__(self, config: Config, get: Get, dtype: torch.dtype = torch.float32):
@@ -66,8 +65,8 @@ class TorchReference:
         x = self.get("model.embed_tokens.weight")[tokens]
         for layer in range(self.config["num_hidden_layers"]):
             is_moe = layer >= self.config["first_k_dense_replace"]
-            weights = under(self.get, f"model.layers.{layer}")
-            x = decoder_layer(x, weights, self.config, places, is_moe=is_moe)
+            get = under(self.get, f"model.layers.{layer}")
+            x = decoder_layer(x, get, self.config, places, is_moe=is_moe)
         norm = self.get("model.norm.weight")
         return MainStates(rms_norm(x, norm, self.config["rms_norm_eps"]), x)
 
@@ -98,8 +97,8 @@ class TorchReference:
         for k in range(1, 1 + (num_modules if depths is None else depths)):
             layer = self.config["num_hidden_layers"] + (k - 1) % num_modules
             e = self.get("model.embed_tokens.weight")[tokens_ahead(tokens, segment_ids, k)]
-            module = under(self.get, f"model.layers.{layer}")
-            states.append(mtp_module(states[-1], e, module, self.config, places))
+            get = under(self.get, f"model.layers.{layer}")
+            states.append(mtp_module(states[-1], e, get, self.config, places))
         return states[1:]
 
     @torch.no_grad()
@@ -108,10 +107,9 @@ class TorchReference:
         return functional.linear(hidden, self.get("lm_head.weight"))
 
     def places(self, segment_ids: Tensor) -> Places:
-        length = segment_ids.shape[1]
-        cos, sin = rope_table(self.config, length, self.dtype)
         same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-        return Places(cos, sin, visible=same & torch.ones(length, length).tril().bool())
+        cos, sin = rope_table(self.config, segment_ids.shape[1], self.dtype)
+        return Places(cos, sin, visible=same.tril())
 
 
 def under(get: Get, prefix: str) -> Get:
@@ -123,7 +121,7 @@ def tokens_ahead(tokens: Tensor, segment_ids: Tensor, k: int) -> Tensor:
     """Return t[i+k] at i, and 0 where i+k is past the end or in another document. [B, T]"""
     ahead = torch.zeros_like(tokens)
     same = segment_ids[:, k:] == segment_ids[:, :-k]
-    ahead[:, :-k] = torch.where(same, tokens[:, k:], 0)
+    ahead[:, :-k] = tokens[:, k:] * same
     return ahead
 
 
@@ -153,8 +151,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def rope_frequencies(config: Config) -> Tensor:
     """Return the angle per position of each pair, float64 [R/2], with YaRN's ramp if configured.
 
-    Pairs that turn more than beta_fast times within the original length keep their frequency,
-    those that turn less than beta_slow times are slowed by `factor`, between lies a linear ramp.
+    Pairs that turn over beta_fast times within the original length keep their frequency, those
+    below beta_slow times have it divided by `factor`; between lies a linear ramp.
     """
     dim, theta = config["qk_rope_head_dim"], config["rope_theta"]
     pair = torch.arange(dim // 2, dtype=torch.float64)
@@ -215,9 +213,9 @@ def queries(x: Tensor, get: Get, config: Config) -> Tensor:
     """Return [B, T, N*H], through the low-rank pair unless q_lora_rank is null."""
     if config.get("q_lora_rank") is None:
         return functional.linear(x, get("q_proj.weight"))
-    low = functional.linear(x, get("q_a_proj.weight"))
-    low = rms_norm(low, get("q_a_layernorm.weight"), config["rms_norm_eps"])
-    return functional.linear(low, get("q_b_proj.weight"))
+    q_a = functional.linear(x, get("q_a_proj.weight"))
+    q_a = rms_norm(q_a, get("q_a_layernorm.weight"), config["rms_norm_eps"])
+    return functional.linear(q_a, get("q_b_proj.weight"))
 
 
 def heads(x: Tensor, config: Config) -> Tensor:
@@ -235,8 +233,8 @@ def mlp(x: Tensor, get: Get) -> Tensor:
 def route(x: Tensor, gate: Tensor, bias: Tensor, config: Config) -> tuple[Tensor, Tensor]:
     """Return each token's experts int [S, K] and their weights [S, K] for x [S, D].
 
-    The bias chooses and does not weigh. Experts outside the topk_group groups with the highest
-    sum of two best scores are out of the choice.
+    The bias chooses and does not weigh. Only experts of the topk_group groups are eligible whose
+    two best have the highest sums.
     """
     scores = functional.linear(x, gate).sigmoid()
     biased = (scores + bias).unflatten(-1, (config["n_group"], -1))
@@ -272,9 +270,9 @@ def open_reference(folder: str | Path, dtype: torch.dtype = torch.float32) -> To
 
 
 def weights_of(folder: Path, config: Config) -> Get:
-    """Return `get(name)`: the float32 tensor, multiplied by its block scales when it is FP8.
+    """Return `get(name)`: float32, an FP8 tensor times its block scales, which may be in any file.
 
-    A scale may be in any file. Raises ValueError for a name that no file has.
+    `get` raises ValueError for a name that no file has.
     """
     files = {}
     for path in sorted(folder.glob("*.safetensors")):

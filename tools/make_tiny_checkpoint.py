@@ -28,7 +28,6 @@ NUMPY_DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F32": np.dtype(np.float32),
 }
-NEVER_QUANTISED = ("eh_proj", "gate", "head", "embed_tokens", "lm_head")  # and norms
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"  # noqa: RUF001
 
 # Scalars differ from the released ones where the arithmetic would not notice a hard-coded value:
@@ -224,14 +223,16 @@ def stored_tensors(
     """Return what the files hold for one weight: itself in its dtype, and its block scales."""
     if config["torch_dtype"] == "float32" or name.endswith("e_score_correction_bias"):
         return {name: value}
-    if (
-        "quantization_config" not in config
-        or value.ndim == 1
-        or name.split(".")[-2] in NEVER_QUANTISED
-    ):
-        return {name: value.astype(NUMPY_DTYPES["BF16"])}
-    quantised, scales = quantise(value, config["quantization_config"]["weight_block_size"])
-    return {name: quantised, f"{name}_scale_inv": scales}
+    if "quantization_config" in config and is_quantised(name, value.shape):
+        quantised, scales = quantise(value, config["quantization_config"]["weight_block_size"])
+        return {name: quantised, f"{name}_scale_inv": scales}
+    return {name: value.astype(NUMPY_DTYPES["BF16"])}
+
+
+def is_quantised(name: str, shape: Shape) -> bool:
+    """Return whether the release has a weight in FP8: the Linear ones of attention and MLPs."""
+    never = ("eh_proj", "gate", "head", "embed_tokens", "lm_head")
+    return len(shape) == 2 and name.split(".")[-2] not in never
 
 
 def quantise(value: np.ndarray, block: Shape) -> tuple[np.ndarray, np.ndarray]:
@@ -289,7 +290,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     end = 0
     for name, tensor in sorted(tensors.items()):
         if end % tensor.itemsize:
-            raise ValueError(f"{name} would start at byte {end}: use even sizes, readers align")
+            raise ValueError(f"{name} would start at byte {end}, unaligned: use even sizes")
         begin, end = end, end + tensor.nbytes
         entry = {"dtype": names[tensor.dtype], "shape": list(tensor.shape)}
         header[name] = entry | {"data_offsets": [begin, end]}
