@@ -203,7 +203,7 @@ def slots(config: ModelConfig, scope: Scope = "all") -> dict[str, Slot]:
         for stack in row.stacks:
             if stack.in_scope(scope):
                 found |= {slot.name: slot for slot in _row_slots(row, stack, config, shapes)}
-    uncovered = shapes.keys() - {slot.path for slot in found.values()}
+    uncovered = shapes.keys() - {slot.path for slot in found.values() if not slot.copy_of}
     if uncovered:
         raise AssertionError(f"no row of the table for {sorted(uncovered)}")
     return found
