@@ -1,0 +1,122 @@
+"""`finetune-deepseek`: the command line. Results go to stdout, progress and errors to stderr.
+
+Exit status: 0 when all that was asked is done, 1 when it failed, 2 for wrong usage.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from finetune.config import RunSettings, SettingsError, blank, read_yaml
+from finetune.corpus import DataError
+from finetune.evaluate import EvaluateSettings, evaluate
+from finetune.report import comparison_table, evaluation_table
+from finetune.rundir import RunError
+from finetune.train import Result, StoppedError, train
+from mtp_model import ConfigError
+from mtp_model.store import CheckpointError
+
+FAILURES = (DataError, RunError, StoppedError, CheckpointError, ConfigError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCommand:
+    """Fine-tune a checkpoint's MTP modules, or all of it, on text.
+
+    The same command continues a run that was interrupted. The result is OUT/final, a checkpoint
+    directory that `convert-deepseek export` takes.
+    """
+
+    settings: Annotated[RunSettings, tyro.conf.arg(name="")]
+    config: Path | None = None
+    """YAML file with any of these settings; those given on the command line win over it."""
+    overwrite: bool = False
+    """Delete the run that is in --out, and start anew."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command and exit with its status."""
+    sys.exit(run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run one command; returns its exit status."""
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        command = parse(argv)
+        if isinstance(command, TrainCommand):
+            _train(command, errors)
+        else:
+            _evaluate(command, errors)
+    except SettingsError as error:
+        errors.print(f"error: {error}", markup=False)
+        return 2
+    except FAILURES as error:
+        errors.print(f"error: {error}", markup=False)
+        return 1
+    except KeyboardInterrupt:
+        errors.print("interrupted; a training run goes on with the same command")
+        return 130
+    return 0
+
+
+def parse(argv: Sequence[str]) -> TrainCommand | EvaluateSettings:
+    """The command line over its YAML file over the defaults; exits with 2 for wrong usage."""
+    file = _config_file(argv)
+    default = TrainCommand(settings=read_yaml(file) if file else blank())
+    return tyro.cli(
+        Annotated[TrainCommand, tyro.conf.subcommand("train", default=default)]
+        | Annotated[EvaluateSettings, tyro.conf.subcommand("evaluate")],
+        prog="finetune-deepseek",
+        description="Fine-tune DeepSeek-V3 checkpoints with their Multi-Token Prediction modules.",
+        args=list(argv),
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+
+
+def _config_file(argv: Sequence[str]) -> Path | None:
+    """The value of --config, which is needed before the other options can have defaults."""
+    if argv[:1] != ["train"] or "--help" in argv or "-h" in argv:
+        return None
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config", type=Path)
+    try:
+        return parser.parse_known_args(argv)[0].config
+    except argparse.ArgumentError:  # tyro says it better
+        return None
+
+
+def _train(command: TrainCommand, errors: Console) -> None:
+    result = train(command.settings, errors, overwrite=command.overwrite)
+    _print_result(result, Console(highlight=False, soft_wrap=True))
+
+
+def _print_result(result: Result, out: Console) -> None:
+    if result.before and result.after:
+        out.print(comparison_table(result.before, result.after))
+    final = _shown(result.run.final)
+    out.print(f"curves: {_shown(result.run.curves)}", markup=False)
+    out.print(f"checkpoint: {final}", markup=False)
+    out.print(f"next: convert-deepseek export {final} DST", markup=False)
+
+
+def _evaluate(settings: EvaluateSettings, errors: Console) -> None:
+    summary = evaluate(settings, errors)
+    if settings.json:
+        print(json.dumps({"checkpoint": str(settings.checkpoint), **summary.to_json()}))
+    else:
+        title = f"{settings.checkpoint}, teacher-forced greedy drafts"
+        Console(highlight=False).print(evaluation_table(summary, title))
+
+
+def _shown(path: Path) -> Path:
+    """A path as a person would type it from here."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path

@@ -1,0 +1,281 @@
+"""Settings of a run: frozen dataclasses, the checks on them, and YAML; knows nothing of training.
+
+The command line (tyro) fills the same dataclasses: defaults < YAML file < command line.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+import yaml
+
+TrainMode = Literal["mtp", "all"]
+ComputeDtype = Literal["auto", "float32", "bfloat16"]
+
+
+class SettingsError(ValueError):
+    """Settings that cannot be used, with every reason."""
+
+    def __init__(self, where: str, faults: list[str]):
+        self.faults = faults
+        super().__init__("\n  ".join([f"{where}:", *faults]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSettings:
+    """How documents become batches."""
+
+    rows: int = 8
+    """Rows in a batch."""
+    row_tokens: int = 1024
+    """Tokens in a row; short documents share one, longer documents continue in another."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """AdamW with linear warm-up, cosine decay and gradient clipping."""
+
+    learning_rate: float = 5e-5
+    """Highest learning rate, reached after warm-up."""
+    warmup_fraction: float = 0.05
+    """Part of the steps in which the learning rate rises from 0."""
+    final_fraction: float = 0.1
+    """Learning rate of the last step, as a part of the highest."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of matrices; norms have none."""
+    beta1: float = 0.9
+    """Decay of the mean of the gradient, a step."""
+    beta2: float = 0.95
+    """Decay of the mean of the squared gradient, a step."""
+    epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_norm: float = 1.0
+    """Gradients longer than this (global norm) are scaled down to it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """Measurements on held-out text: at the start, every N steps, and at the end."""
+
+    every: int = 100
+    """Steps between evaluations."""
+    rows: int = 64
+    """Rows of held-out text in one evaluation, at most (always the same rows)."""
+    holdout_every: int = 20
+    """Without --eval-data, one document in this many is held out; 0 trains without evaluation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSettings:
+    """What a killed run continues from."""
+
+    every: int = 100
+    """Steps between checkpoints."""
+    keep: int = 2
+    """Newest checkpoints that are kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """Everything that decides what a run computes; saved as RUN/config.yaml."""
+
+    checkpoint: Path
+    """Checkpoint directory, as `convert-deepseek import` writes it."""
+    data: tuple[Path, ...]
+    """Text files, .jsonl files, or folders of them. A line of .jsonl is {"text"}, or
+    {"prompt", "completion"} (loss on the completion only), or {"input_ids", optional
+    "loss_mask"}."""
+    out: Path
+    """Run directory; an unfinished run in it is continued."""
+    train: TrainMode = "mtp"
+    """What is trained: the MTP modules with the main model frozen, or everything."""
+    steps: int = 1000
+    """Optimizer steps."""
+    eval_data: tuple[Path, ...] = ()
+    """Held-out text, in the same forms as --data."""
+    mtp_lambda: float = 0.1
+    """With --train all, the loss is main + lambda / depths * sum of the depths' MTP losses."""
+    router_bias_rate: float = 1e-3
+    """Router biases of trained layers move by this much a step towards balanced experts."""
+    seed: int = 0
+    """Decides the order of the documents."""
+    compute_dtype: ComputeDtype = "auto"
+    """Precision of activations; auto is float32 on CPU and bfloat16 elsewhere."""
+    batch: BatchSettings = field(default_factory=BatchSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    checkpoints: CheckpointSettings = field(default_factory=CheckpointSettings)
+
+
+POSITIVE = (
+    "steps",
+    "batch.rows",
+    "optimizer.learning_rate",
+    "optimizer.epsilon",
+    "optimizer.clip_norm",
+    "evaluation.every",
+    "evaluation.rows",
+    "checkpoints.every",
+    "checkpoints.keep",
+)
+NOT_NEGATIVE = (
+    "mtp_lambda",
+    "router_bias_rate",
+    "seed",
+    "optimizer.weight_decay",
+    "evaluation.holdout_every",
+)
+FRACTIONS = ("optimizer.warmup_fraction", "optimizer.final_fraction")
+BELOW_ONE = ("optimizer.beta1", "optimizer.beta2")
+
+
+def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Settings by dotted name, in the order of declaration."""
+    found: dict[str, Any] = {}
+    for entry in dataclasses.fields(settings):
+        value = getattr(settings, entry.name)
+        if dataclasses.is_dataclass(value):
+            found |= flat(value, f"{prefix}{entry.name}.")
+        else:
+            found[prefix + entry.name] = value
+    return found
+
+
+def option(name: str) -> str:
+    """The command line option of a setting: optimizer.clip_norm -> --optimizer.clip-norm."""
+    return "--" + name.replace("_", "-")
+
+
+def check(settings: RunSettings) -> None:
+    """Raise SettingsError with everything that is wrong with the values."""
+    values = flat(settings)
+    rules = (
+        (POSITIVE, lambda value: value > 0, "more than 0"),
+        (NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
+        (FRACTIONS, lambda value: 0 <= value <= 1, "from 0 to 1"),
+        (BELOW_ONE, lambda value: 0 <= value < 1, "from 0 to less than 1"),
+        (("batch.row_tokens",), lambda value: value >= 2, "2 or more"),
+        (("evaluation.holdout_every",), lambda value: value != 1, "0, or 2 and more"),
+        (("data",), lambda value: bool(value), "at least one path"),
+    )
+    faults = [
+        f"{option(name)} is {values[name]}, needed {needed}"
+        for names, good, needed in rules
+        for name in names
+        if not good(values[name])
+    ]
+    if faults:
+        raise SettingsError("settings that cannot be used", faults)
+
+
+def blank() -> RunSettings:
+    """Defaults, with what only the user can say marked as missing (for tyro)."""
+    missing: Any = tyro.MISSING
+    return RunSettings(checkpoint=missing, data=missing, out=missing)
+
+
+def read_yaml(path: Path) -> RunSettings:
+    """Defaults with the file's values over them. Raises SettingsError naming all its faults."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(str(path), [f"cannot be read: {error.strerror}"]) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(str(path), [f"is not YAML: {error}"]) from error
+    faults: list[str] = []
+    settings = _filled(blank(), {} if values is None else values, "", faults)
+    if faults:
+        raise SettingsError(str(path), faults)
+    return settings
+
+
+def as_plain(settings: RunSettings) -> dict[str, Any]:
+    """Settings as what YAML and JSON can hold."""
+    return dataclasses.asdict(settings, dict_factory=_plain)
+
+
+def write_yaml(settings: RunSettings, path: Path) -> None:
+    """Save settings so that `read_yaml` gives them back."""
+    text = yaml.safe_dump(as_plain(settings), sort_keys=False, allow_unicode=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def differences(before: RunSettings, now: RunSettings) -> list[str]:
+    """One line for each setting that differs."""
+    old, new = flat(before), flat(now)
+    return [f"{option(n)} was {old[n]}, is now {new[n]}" for n in old if old[n] != new[n]]
+
+
+def _plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    def plain(value: Any) -> Any:
+        if isinstance(value, Path):
+            return str(value)
+        return [plain(each) for each in value] if isinstance(value, tuple) else value
+
+    return {key: plain(value) for key, value in items}
+
+
+def _filled(default: Any, values: Any, prefix: str, faults: list[str]) -> Any:
+    """`default` with the mapping `values` over it; what does not fit goes to `faults`."""
+    if not isinstance(values, Mapping):
+        faults.append(f"{prefix.rstrip('.') or 'the file'} is {values!r}, needed names with values")
+        return default
+    hints = typing.get_type_hints(type(default))
+    changes: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in hints:
+            faults.append(f"unknown setting {prefix}{key}; the nearest is {_nearest(prefix, key)}")
+        elif dataclasses.is_dataclass(hints[key]):
+            changes[key] = _filled(getattr(default, key), value, f"{prefix}{key}.", faults)
+        else:
+            try:
+                changes[key] = _converted(value, hints[key])
+            except (TypeError, ValueError):
+                faults.append(f"{prefix}{key} is {value!r}, needed {_described(hints[key])}")
+    return dataclasses.replace(default, **changes)
+
+
+def _nearest(prefix: str, key: Any) -> str:
+    """The known setting that an unknown one is most like, by its full or its last name."""
+
+    def likeness(name: str) -> float:
+        last = name.rpartition(".")[2]
+        pairs = ((f"{prefix}{key}", name), (str(key), last))
+        return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+
+    return max(flat(blank()), key=likeness)
+
+
+def _converted(value: Any, hint: Any) -> Any:
+    """A YAML value as the type of its setting; TypeError or ValueError where it is not one."""
+    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        return float(value)  # a string too: YAML reads 1e-4 as one
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if typing.get_origin(hint) is tuple:
+        inner = typing.get_args(hint)[0]
+        return tuple(_converted(each, inner) for each in _sequence(value))
+    if typing.get_origin(hint) is Literal:
+        if value in typing.get_args(hint):
+            return value
+    elif hint is int and type(value) is int:
+        return value
+    raise TypeError
+
+
+def _sequence(value: Any) -> Iterator[Any]:
+    yield from value if isinstance(value, list) else [value]
+
+
+def _described(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return " or ".join(typing.get_args(hint))
+    if isinstance(hint, types.GenericAlias):
+        return "a path or a list of paths"
+    return {int: "a whole number", float: "a number", Path: "a path"}[hint]

@@ -1,0 +1,72 @@
+"""Acceptance and losses of a checkpoint on text: `finetune-deepseek evaluate`."""
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TimeElapsedColumn
+
+from finetune.config import ComputeDtype, SettingsError
+from finetune.data import open_documents
+from finetune.metrics import Summary, add_up, summarise
+from finetune.packing import Packer
+from finetune.state import Split, make_measure_step
+from finetune.weights import compute_dtype, open_trainable
+from mtp_model.load import load
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSettings:
+    """Measure losses and the acceptance of drafts on text, without generating.
+
+    The text is read once; a draft counts where the text goes on as the main model's own greedy
+    choice would, which makes the rates exact for greedy decoding on such text.
+    """
+
+    checkpoint: Path
+    """Checkpoint directory, as `convert-deepseek import` or training writes it."""
+    data: tuple[Path, ...]
+    """Text files, .jsonl files, or folders of them, as for training."""
+    draft_tokens: int | None = None
+    """Tokens drafted a step; more than there are MTP modules reuses them (default: one each)."""
+    rows: int = 8
+    """Rows in a batch."""
+    row_tokens: int = 1024
+    """Tokens in a row."""
+    max_rows: int | None = None
+    """Stop after this many rows (default: all of the text)."""
+    compute_dtype: ComputeDtype = "auto"
+    """Precision of activations; auto is float32 on CPU and bfloat16 elsewhere."""
+    json: bool = False
+    """Print one JSON object instead of a table."""
+
+
+def check(settings: EvaluateSettings) -> None:
+    """Raise SettingsError with everything that is wrong with the values."""
+    minimum = {"draft_tokens": 1, "rows": 1, "row_tokens": 2, "max_rows": 1}
+    faults = [
+        f"--{name.replace('_', '-')} is {value}, needed {least} or more"
+        for name, least in minimum.items()
+        if (value := getattr(settings, name)) is not None and value < least
+    ]
+    faults += [] if settings.data else ["--data is empty, needed at least one path"]
+    if faults:
+        raise SettingsError("settings that cannot be used", faults)
+
+
+def evaluate(settings: EvaluateSettings, console: Console) -> Summary:
+    """Measure on all of the text (or `max_rows` of it); progress goes to `console`."""
+    check(settings)
+    _, config = open_trainable(settings.checkpoint)
+    documents = open_documents(settings.checkpoint, settings.data, config)
+    dtype = compute_dtype(settings.compute_dtype)
+    split = Split.of(load(settings.checkpoint, compute_dtype=dtype), "mtp")
+    step = make_measure_step(split.graphdef, settings.draft_tokens)
+    packer = Packer(documents, rows=settings.rows, row_tokens=settings.row_tokens, seed=0, epochs=1)
+    most = settings.max_rows and max(1, settings.max_rows // settings.rows)
+    columns = (SpinnerColumn(), "batches", MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        batches = progress.track(itertools.islice(packer, most), total=most)
+        weights = (split.trainable, split.biases, split.frozen)
+        return summarise(add_up(step(*weights, batch) for batch, _ in batches))

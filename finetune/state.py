@@ -1,0 +1,149 @@
+"""What training moves and what it leaves alone, and one step of it.
+
+A mode is a filter: the gradient is taken with respect to the selected parameters only, so that of
+a frozen main model JAX keeps no residuals and runs no backward pass. Knows nothing of files.
+L layers, E experts.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from finetune.config import OptimizerSettings, RunSettings, TrainMode
+from finetune.losses import ExpertLoad, Measured, measure, objective
+from finetune.packing import Batch
+from mtp_model import DeepSeekV3, RouterBias
+
+_IN_MTP = nnx.PathContains("mtp")
+TRAINABLE = {"mtp": nnx.All(nnx.Param, _IN_MTP), "all": nnx.Param}
+BALANCED = {"mtp": nnx.All(RouterBias, _IN_MTP), "all": RouterBias}
+
+
+class TrainState(NamedTuple):
+    """What changes from step to step; a checkpoint holds exactly this and the data position."""
+
+    trainable: nnx.State  # float32 parameters
+    biases: nnx.State  # router biases of the trained layers
+    opt_state: optax.OptState
+
+
+class Split(NamedTuple):
+    """A model taken apart: its structure, what training moves, what it doesn't."""
+
+    graphdef: Any
+    trainable: nnx.State
+    biases: nnx.State
+    frozen: nnx.State
+
+    @classmethod
+    def of(cls, model: DeepSeekV3, mode: TrainMode) -> "Split":
+        return cls(*nnx.split(model, TRAINABLE[mode], BALANCED[mode], ...))
+
+
+class StepResult(NamedTuple):
+    """What a step measured, before its update."""
+
+    loss: jax.Array  # float32 scalar
+    grad_norm: jax.Array  # float32 scalar, before clipping
+    measured: Measured
+
+
+def learning_rates(settings: OptimizerSettings, steps: int) -> Callable[[Any], Any]:
+    """Learning rate of a step (counted from 1): linear up to the highest, then a cosine down.
+
+    The last step has `final_fraction` of the highest.
+    """
+    warmup = math.ceil(settings.warmup_fraction * steps)
+    falling = max(steps - warmup, 1)
+    low = settings.final_fraction
+
+    def rate(step):
+        rising = step / max(warmup, 1)
+        progress = jnp.clip((step - warmup) / falling, 0.0, 1.0)
+        fallen = low + (1.0 - low) * 0.5 * (1.0 + jnp.cos(math.pi * progress))
+        return settings.learning_rate * jnp.where(step < warmup, rising, fallen)
+
+    return rate
+
+
+def make_optimizer(
+    settings: OptimizerSettings, steps: int, is_matrix: Callable[[str], bool]
+) -> optax.GradientTransformation:
+    """AdamW after clipping; weight decay on the leaves whose path `is_matrix` accepts."""
+    rate = learning_rates(settings, steps)
+
+    def decayed(trainable: nnx.State) -> nnx.State:
+        return nnx.map_state(lambda path, _: is_matrix(".".join(path)), trainable)
+
+    return optax.chain(
+        optax.clip_by_global_norm(settings.clip_norm),
+        optax.adamw(
+            lambda count: rate(count + 1),
+            b1=settings.beta1,
+            b2=settings.beta2,
+            eps=settings.epsilon,
+            weight_decay=settings.weight_decay,
+            mask=decayed,
+        ),
+    )
+
+
+def start(split: Split, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    return TrainState(split.trainable, split.biases, optimizer.init(split.trainable))
+
+
+def balance(biases: nnx.State, load: ExpertLoad, rate: float) -> nnx.State:
+    """Router biases after one step of `bias += rate * sign(mean load - load)`, layer by layer.
+
+    Source: DeepSeek-V3 report (arXiv 2412.19437) section 2.1.2. No gradient; float32.
+    """
+    loads = {"moe_layers": load.moe_layers_LE, "mtp": load.mtp_KE}
+
+    def moved(path: tuple, bias: nnx.Variable) -> nnx.Variable:
+        load_LE = loads[path[0]]
+        mean_LE = jnp.mean(load_LE, axis=-1, keepdims=True)
+        return bias.replace(bias[...] + rate * jnp.sign(mean_LE - load_LE))
+
+    return nnx.map_state(moved, biases)
+
+
+def make_train_step(
+    graphdef: Any, optimizer: optax.GradientTransformation, settings: RunSettings
+) -> Callable[[TrainState, nnx.State, Batch], tuple[TrainState, StepResult]]:
+    """The jitted step: (state, frozen, batch) -> (state, what was measured); donates the state."""
+    mode = settings.train
+
+    def step(state: TrainState, frozen: nnx.State, batch: Batch):
+        def loss_of(trainable: nnx.State):
+            model = nnx.merge(graphdef, trainable, state.biases, frozen)
+            measured, load = measure(model, batch, train_main=mode == "all")
+            return objective(measured, mode, settings.mtp_lambda), (measured, load)
+
+        grad_of = jax.value_and_grad(loss_of, has_aux=True)
+        (loss, (measured, load)), grads = grad_of(state.trainable)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes its int32 count with floats
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        trainable = cast(nnx.State, optax.apply_updates(state.trainable, updates))
+        biases = balance(state.biases, load, settings.router_bias_rate)
+        result = StepResult(loss, optax.tree.norm(grads), measured)
+        return TrainState(trainable, biases, opt_state), result
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_measure_step(
+    graphdef: Any, num_draft_tokens: int | None = None
+) -> Callable[[nnx.State, nnx.State, nnx.State, Batch], Measured]:
+    """The jitted measurement without gradients: (trainable, biases, frozen, batch) -> Measured."""
+
+    def step(trainable: nnx.State, biases: nnx.State, frozen: nnx.State, batch: Batch) -> Measured:
+        model = nnx.merge(graphdef, trainable, biases, frozen)
+        return measure(model, batch, num_draft_tokens)[0]
+
+    return jax.jit(step)
