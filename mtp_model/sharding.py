@@ -3,8 +3,10 @@
 Knows nothing of layers. Without a mesh every function here leaves its argument as it is.
 """
 
+from collections.abc import Sequence
+
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")  # the batch is spread over all of these
@@ -27,6 +29,22 @@ STORED = {
 GATHERED = STORED | {"hidden": None, "expert_hidden": None}
 
 Axes = tuple[str | None, ...]
+
+
+def make_mesh(
+    data: int = 1,
+    fsdp: int = 1,
+    expert: int = 1,
+    tensor: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """The mesh that `load` takes: devices along each axis, as many in all as are given.
+
+    data: batch only; fsdp: batch, and weights stored in parts; expert: batch, and whole experts;
+    tensor: heads, vocabulary and feed-forward width.
+    """
+    shape = (data, fsdp, expert, tensor)
+    return jax.make_mesh(shape, MESH_AXES, (AxisType.Auto,) * len(shape), devices=devices)
 
 
 def stored_spec(axes: Axes) -> PartitionSpec:

@@ -1,0 +1,140 @@
+"""Experts reached through sorting, rounds and peers equal experts applied one by one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from mtp_model import grouped
+from mtp_model.dispatch import through_experts
+from mtp_model.grouped import block_rows, expert_ffn
+from mtp_model.rows import move_rows
+from mtp_model.sharding import make_mesh
+
+T, K, E, D, F = 24, 3, 8, 10, 6  # tokens, choices, experts, hidden, expert hidden
+LOADS = ["even", "one expert takes all it can", "random"]
+
+
+def weights():
+    rng = np.random.default_rng(0)
+    shapes = ((E, F, D), (E, F, D), (E, D, F))
+    return tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+
+
+def inputs(load: str):
+    rng = np.random.default_rng(1)
+    if load == "even":
+        choices = (np.arange(T * K) % E).reshape(T, K)
+    elif load == "random":
+        choices = np.stack([rng.permutation(E)[:K] for _ in range(T)])
+    else:
+        choices = np.tile(np.arange(K), (T, 1))
+    x, share = rng.normal(size=(T, D)), rng.uniform(size=(T, K))
+    as_f32 = functools.partial(jnp.asarray, dtype=jnp.float32)
+    return as_f32(x), jnp.asarray(choices, jnp.int32), as_f32(share)
+
+
+def one_by_one(x_TD, choices_TK, weights_TK, gate, up, down):
+    """Every chosen expert of every token, without any sorting."""
+    inner = jax.nn.silu(jnp.einsum("td,efd->tef", x_TD, gate)) * jnp.einsum("td,efd->tef", x_TD, up)
+    out_TED = jnp.einsum("tef,edf->ted", inner, down)
+    chosen_TKD = jnp.take_along_axis(out_TED, choices_TK[..., None], axis=1)
+    return jnp.einsum("tkd,tk->td", chosen_TKD, weights_TK)
+
+
+def sorted_experts(x_TD, choices_TK, weights_TK, gate, up, down, peers=1, axis=None):
+    def serve(rows, expert):
+        return expert_ffn(rows, expert, gate, up, down)
+
+    return through_experts(x_TD, choices_TK, weights_TK, serve, E, peers, axis)
+
+
+def over_peers(peers: int):
+    """The same on a mesh whose expert axis has `peers` devices."""
+    mesh = make_mesh(expert=peers, devices=jax.devices()[:peers])
+    tokens = experts = PartitionSpec("expert")
+    local = functools.partial(sorted_experts, peers=peers, axis="expert")
+    specs = (tokens, tokens, tokens, experts, experts, experts)
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=tokens, check_vma=False)
+
+
+def result_and_gradients(function, load):
+    x, choices, share = inputs(load)
+    target = jnp.asarray(np.random.default_rng(2).normal(size=(T, D)), jnp.float32)
+
+    def loss(x, share, gate, up, down):
+        out = function(x, choices, share, gate, up, down)
+        return jnp.sum(out * target), out
+
+    gradient = jax.jit(jax.grad(loss, argnums=tuple(range(5)), has_aux=True))
+    gradients, out = gradient(x, share, *weights())
+    return [out, *gradients]
+
+
+def assert_same(got, want):
+    for index, (a, b) in enumerate(zip(got, want, strict=True)):
+        error = np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(np.asarray(b)).max()
+        assert error <= 1e-5, f"output {index}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("load", LOADS)
+def test_one_device(load):
+    assert_same(result_and_gradients(sorted_experts, load), result_and_gradients(one_by_one, load))
+
+
+@pytest.mark.parametrize("load", LOADS)
+@pytest.mark.parametrize("peers", [2, 4])
+def test_peers_serve_every_row_whatever_the_load(peers, load):
+    got = result_and_gradients(over_peers(peers), load)
+    assert_same(got, result_and_gradients(one_by_one, load))
+
+
+def test_without_further_rounds_an_uneven_load_would_lose_rows(monkeypatch):
+    """Negative control: one round alone does not serve the fullest peer."""
+    monkeypatch.setattr("mtp_model.dispatch.lax.scan", lambda _step, total, _rounds: (total, None))
+    got = result_and_gradients(over_peers(4), LOADS[1])
+    with pytest.raises(AssertionError, match="relative error"):
+        assert_same(got, result_and_gradients(one_by_one, LOADS[1]))
+
+
+def test_rows_of_no_expert_give_zeros():
+    rows = jnp.ones((5, D), jnp.float32)
+    out = expert_ffn(rows, jnp.array([E, 0, E, 3, E]), *weights())
+    assert not np.any(np.asarray(out)[[0, 2, 4]])
+    assert np.all(np.asarray(out)[[1, 3]] != 0)
+
+
+def test_ragged_and_blocked_products_agree():
+    """TPU takes `ragged_dot`, everything else blocks: same values, same gradients."""
+    expert = jnp.asarray([3, 0, 0, 8, 7, 3, 3, 1, 8, 5], jnp.int32)
+    rows = jnp.asarray(np.random.default_rng(3).normal(size=(10, D)), jnp.float32)
+
+    def run(ffn):
+        def loss(rows, *w):
+            out = ffn(rows, expert, *w)
+            return jnp.sum(out * out), out
+
+        gradients, out = jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(rows, *weights())
+        return [out, *gradients]
+
+    assert_same(run(grouped._ragged_ffn), run(grouped._blocked_ffn))
+
+
+@pytest.mark.parametrize(("rows", "experts", "block"), [(8192, 8, 128), (72, 8, 8), (512, 8, 32)])
+def test_block_size_follows_the_load(rows, experts, block):
+    assert block_rows(rows, experts) == block
+
+
+def test_moving_rows_back_is_their_gradient():
+    x = jnp.asarray(np.random.default_rng(4).normal(size=(4, 3)), jnp.float32)
+    source = jnp.array([2, 4, 0, 2, 3])  # row 4 is past the end: zeros
+    targets = jnp.array([[2, 5], [5, 5], [0, 3], [4, 5]])  # 5 is past the end: none
+    moved, backward = jax.vjp(lambda x: move_rows(x, source, targets), x)
+    np.testing.assert_array_equal(moved[1], np.zeros(3))
+    np.testing.assert_array_equal(moved[0], x[2])
+    given = jnp.asarray(np.random.default_rng(5).normal(size=(5, 3)), jnp.float32)
+    expected = np.stack([given[2], np.zeros(3), given[0] + given[3], given[4]])
+    np.testing.assert_allclose(backward(given)[0], expected, rtol=1e-6)
