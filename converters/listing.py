@@ -35,8 +35,9 @@ def list_checkpoint(source: Source) -> Listing:
     index, weight_map = _read_index(source, sizes)
     stored = [file for file in sizes if file.endswith(SUFFIX)]
     named = sorted(set(weight_map.values())) if index is not None else [SINGLE_FILE]
-    problems += _file_problems(stored, named)
-    headers = _read_headers(source, [file for file in named if file in sizes], problems)
+    listed_in = "named by the index" if index is not None else f"part of it, {SINGLE_FILE} is all"
+    problems += _file_problems(stored, named, listed_in)
+    headers = _read_headers(source, [file for file in named if file in stored], problems)
     tensors = _merge(headers.values(), problems)
     if index is not None:
         problems += _index_problems(weight_map, tensors, headers)
@@ -72,14 +73,15 @@ def _read_index(source: Source, sizes: dict[str, int]) -> tuple[bytes | None, di
     raise ProblemsError(source.name, [Problem("index", INDEX_FILE, fault)])
 
 
-def _file_problems(stored: list[str], named: list[str]) -> Iterator[Problem]:
+def _file_problems(stored: list[str], named: list[str], listed_in: str) -> Iterator[Problem]:
     for file in named:
         if file not in stored:
-            fault = name_fault(file) or "is named by the index and absent from the folder"
-            yield Problem("index", shown(file), fault)
+            absent = f"is named by the index, and there is no such {SUFFIX} file"
+            yield Problem("index", shown(file), name_fault(file) or absent)
     for file in stored:
         if file not in named:
-            yield Problem("index", shown(file), "is in the folder and not named by the index")
+            move = "move it out of the folder if it is no part of the checkpoint"
+            yield Problem("index", shown(file), f"is in the folder and not {listed_in}; {move}")
 
 
 def _read_headers(source: Source, files: list[str], problems: list[Problem]) -> dict[str, Header]:
@@ -106,7 +108,7 @@ def _merge(headers: Iterable[Header], problems: list[Problem]) -> dict[str, Tens
             first = tensors.setdefault(tensor.name, tensor)
             if first is not tensor:
                 files = f"is in {shown(first.file)} and in {shown(tensor.file)}"
-                problems.append(Problem("copy", shown(tensor.name), f"{files}; needed once"))
+                problems.append(Problem("index", shown(tensor.name), f"{files}; needed once"))
     return tensors
 
 
@@ -119,5 +121,6 @@ def _index_problems(
         elif name in tensors and tensors[name].file != file:
             places = f"is in {shown(tensors[name].file)}, the index says {shown(file)}"
             yield Problem("index", shown(name), places)
-    for name in tensors.keys() - weight_map.keys():
-        yield Problem("index", shown(name), f"of {shown(tensors[name].file)} is not in the index")
+    for name, tensor in tensors.items():
+        if name not in weight_map:
+            yield Problem("index", shown(name), f"of {shown(tensor.file)} is not in the index")

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import mmap
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -102,7 +103,6 @@ class _AppendedFile:
         self._staging = np.frombuffer(mmap.mmap(-1, _STAGING_BYTES), np.uint8)  # page-aligned
         self._filled = 0
         self._written = 0
-        self._open = True
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
         try:
             self._fd = os.open(path, flags | _O_DIRECT, 0o666)
@@ -126,28 +126,44 @@ class _AppendedFile:
         if self._filled % _ALIGNMENT:
             self._go_buffered()
         self._flush()
-        os.fsync(self._fd)
+        with self._or_discarded():
+            os.fsync(self._fd)
         self._close()
         self._path.replace(path)
         _sync_folder(path.parent)
 
     def discard(self) -> None:
-        if self._open:
+        if self._fd >= 0:
             self._close()
             self._path.unlink(missing_ok=True)
 
     def _flush(self) -> None:
         done = 0
-        while done < self._filled:
-            piece = self._staging[done : self._filled].data
-            try:
-                done += os.pwrite(self._fd, piece, self._written + done)
-            except OSError as err:
-                if not (self._direct and err.errno == errno.EINVAL):
-                    raise OSError(err.errno, err.strerror, str(self._path)) from err
-                self._go_buffered()  # opened, but this filesystem wants another alignment
+        with self._or_discarded():
+            while done < self._filled:
+                done += self._write(self._staging[done : self._filled].data, self._written + done)
         self._written += done
         self._filled = 0
+
+    def _write(self, piece: memoryview, begin: int) -> int:
+        try:
+            return os.pwrite(self._fd, piece, begin)
+        except OSError as err:
+            if not (self._direct and err.errno == errno.EINVAL):
+                raise
+        self._go_buffered()  # opened, but this filesystem wants another alignment
+        return os.pwrite(self._fd, piece, begin)
+
+    @contextlib.contextmanager
+    def _or_discarded(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as err:
+            self.discard()
+            raise OSError(err.errno, err.strerror, str(self._path)) from err
+        except BaseException:
+            self.discard()
+            raise
 
     def _go_buffered(self) -> None:
         if self._direct:
@@ -156,8 +172,8 @@ class _AppendedFile:
             self._direct = False
 
     def _close(self) -> None:
-        self._open = False
         os.close(self._fd)
+        self._fd = -1  # the number may be another file's from here on
 
 
 def _sync_folder(path: Path) -> None:

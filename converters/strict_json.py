@@ -1,6 +1,7 @@
 """JSON from files that nobody vouches for; knows nothing of what the JSON means."""
 
 import json
+import math
 import reprlib
 from collections import Counter
 from typing import NoReturn, TypeGuard
@@ -19,7 +20,12 @@ def parse(raw: bytes) -> object:
     numbers of thousands of digits, nesting deeper than Python's recursion limit.
     """
     try:
-        return json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=_not_a_number)
+        return json.loads(
+            raw.decode(),
+            object_pairs_hook=_unique,
+            parse_constant=_not_a_number,
+            parse_float=_finite,
+        )
     except JsonError:
         raise
     except UnicodeDecodeError as err:
@@ -63,6 +69,13 @@ def _require_utf8(text: str) -> None:
         text.encode()
     except UnicodeEncodeError:
         raise JsonError(f"has a lone surrogate in {shown(text)}") from None
+
+
+def _finite(literal: str) -> float:
+    value = float(literal)
+    if math.isinf(value):
+        raise JsonError(f"holds {shown(literal)}, which is beyond a double")
+    return value
 
 
 def _not_a_number(literal: str) -> NoReturn:
