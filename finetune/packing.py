@@ -75,7 +75,7 @@ class Packer:
     """Iterates over (batch, position after it); the same seed and position give the same batches.
 
     A document that fits in a row is never cut. It goes to the first row of the batch with room,
-    else waits for the next batch. A longer document is cut into full rows and a rest; each part
+    else waits for a later batch. A longer document is cut into full rows and a rest; each part
     is a segment of its own. Documents are shuffled anew in each epoch.
     epochs: stop after this many; None goes on for ever.
     """
@@ -103,7 +103,11 @@ class Packer:
 
     def __next__(self) -> tuple[Batch, Position]:
         rows = _Rows(self.rows, self.row_tokens)
-        self.waiting = [piece for piece in self.waiting if not rows.take(piece)]
+        # The longest first, so that short ones fill the gaps; but the oldest before all, so that
+        # none waits for more than LOOKAHEAD batches.
+        by_length = sorted(self.waiting[1:], key=lambda piece: -piece.tokens.ids.size)
+        taken = {piece.place for piece in (*self.waiting[:1], *by_length) if rows.take(piece)}
+        self.waiting = [piece for piece in self.waiting if piece.place not in taken]
         while rows.have_room() and len(self.waiting) < LOOKAHEAD:
             piece = self._read()
             if piece is None:
