@@ -141,6 +141,11 @@ class Leaf:
         """Number of chunks along a tensor's rows."""
         return -(-self.tensor_shape[0] // self.chunk_rows)
 
+    @property
+    def num_chunks(self) -> int:
+        """Number of chunk files."""
+        return math.prod(self.stack_grid) * self.num_row_chunks
+
     def stack_coords(self) -> Iterator[Index]:
         """Chunk coordinates along the stack dims, in C order."""
         return itertools.product(*map(range, self.stack_grid))

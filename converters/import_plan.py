@@ -1,0 +1,108 @@
+"""What an import is going to do: leaves, units, and what it all depends on; writes nothing."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import ml_dtypes
+import numpy as np
+
+from converters.check_headers import compare
+from converters.journal import Fingerprint
+from converters.listing import INDEX_FILE, Listing
+from converters.mapping import TABLE_VERSION, Slot, leaf_shapes, slots
+from converters.problems import raise_if_any
+from converters.safetensors_io import DTYPES
+from converters.units import Conversion, Unit, make_units
+from mtp_model.chunks import ChunkPolicy, Leaf
+from mtp_model.config import HiddenState, ModelConfig
+from mtp_model.model import Scope
+from mtp_model.rawio import digest
+
+Dtype = Literal["keep", "bf16", "f32"]
+Copies = Literal["check", "main"]
+
+_STORED = {"bf16": np.dtype(ml_dtypes.bfloat16), "f32": np.dtype(np.float32)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the user decides about an import, as import_checkpoint explains it."""
+
+    scope: Scope
+    dtype: Dtype
+    copies: Copies
+    mtp_hidden_state: HiddenState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """An import: how tensors become leaves, cut into units, and what must not change meanwhile."""
+
+    options: Options
+    conversion: Conversion
+    units: list[Unit]
+    fingerprint: Fingerprint
+
+
+def make_plan(listing: Listing, config: ModelConfig, options: Options, policy: ChunkPolicy) -> Plan:
+    """The plan; ProblemsError for a source whose headers do not fit the config."""
+    found = compare(listing, config.to_dict(), scope=options.scope)
+    raise_if_any(listing.source.name, found.problems)
+    if config.weight_block_size:
+        policy = policy.with_block_rows(config.weight_block_size[0])
+    conversion = Conversion(
+        listing=listing,
+        slots=found.slots,
+        leaves=_leaves(found.slots, config, options, policy),
+        block=config.weight_block_size,
+    )
+    # A whole import records the digests of whole files, so it reads copies in any case.
+    with_copies = options.scope == "all" or options.copies == "check"
+    return Plan(
+        options=options,
+        conversion=conversion,
+        units=make_units(conversion, with_copies=with_copies),
+        fingerprint=_fingerprint(listing, options, policy),
+    )
+
+
+def side_files(listing: Listing) -> tuple[str, ...]:
+    """Every file that export writes again as it was, the index among them."""
+    return (*listing.side_files, *([INDEX_FILE] if listing.index is not None else []))
+
+
+def source_files(listing: Listing) -> dict[str, dict[str, int | str]]:
+    """What tells, for every file of the source, that it is still the same."""
+    names = (*listing.headers, *side_files(listing))
+    return {file: dict(listing.source.fingerprint(file)) for file in names}
+
+
+def _leaves(
+    found: Mapping[str, Slot], config: ModelConfig, options: Options, policy: ChunkPolicy
+) -> dict[str, Leaf]:
+    # What a bfloat16 checkpoint stores as F32 is float32 in every policy: scales, router biases.
+    bf16 = slots(dataclasses.replace(config, dtype="bfloat16"), options.scope)
+    shapes = leaf_shapes(config, options.scope)
+    leaves: dict[str, Leaf] = {}
+    for slot in found.values():
+        if slot.copy_of or slot.path in leaves:
+            continue
+        dtype = DTYPES[slot.dtype]
+        if bf16[slot.name].dtype != "F32":
+            dtype = _STORED.get(options.dtype, dtype)
+        leaves[slot.path] = Leaf.make(shapes[slot.path], dtype, len(slot.index), policy)
+    return leaves
+
+
+def _fingerprint(listing: Listing, options: Options, policy: ChunkPolicy) -> Fingerprint:
+    """Everything that the chunks depend on."""
+    decided = dataclasses.asdict(options)
+    del decided["copies"]  # no chunk depends on it
+    headers = {file: {"header": digest(header.raw)} for file, header in listing.headers.items()}
+    files = source_files(listing)
+    return {
+        "options": {**decided, **dataclasses.asdict(policy), "table version": TABLE_VERSION},
+        "files": {file: headers.get(file, {}) | state for file, state in files.items()},
+    }
