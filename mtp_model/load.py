@@ -70,7 +70,7 @@ def cast_weights(model: nnx.Module, dtype: Any, only: nnx.filterlib.Filter = nnx
         else:
             to_dense = jax.jit(dequantise, static_argnums=(2, 3))
             value = to_dense(leaf[...], scale[...], owner.block, dtype)
-        getattr(owner, name)[...] = value
+        getattr(owner, name).set_value(value)  # `[...] = value` would keep the old dtype
 
 
 def _owner(model: nnx.Module, path: tuple) -> tuple[Any, str]:
