@@ -15,6 +15,7 @@ import xxhash
 
 ALIGNMENT = 4096
 DIRECT_FROM_BYTES = 1 << 20  # below this the page cache is as good
+_READ_BYTES = 8 << 20
 TMP_SUFFIX = ".partial"
 
 
@@ -85,10 +86,16 @@ def file_pieces(path: Path, piece_bytes: int = 4 << 20) -> Iterator[bytes]:
 
 
 def file_digest(path: Path) -> str:
-    """xxh3_128 of a file's bytes, in hex, holding one piece of it at a time."""
-    state = xxhash.xxh3_128()
-    for piece in file_pieces(path):
-        state.update(piece)
+    """xxh3_128 of a file's bytes on the disk, in hex, holding one piece of it at a time."""
+    state, buffer = xxhash.xxh3_128(), AlignedBuffer(_READ_BYTES)
+    with open_fd(path, os.O_RDONLY) as fd:
+        # What the page cache still has of it need not be what the disk got.
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        offset = 0
+        while got := os.preadv(fd, [buffer.bytes.data], offset):
+            state.update(buffer.bytes[:got].data)
+            offset += got
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     return state.hexdigest()
 
 

@@ -62,7 +62,11 @@ class Checkpoint:
 
     def side_files(self) -> tuple[str, ...]:
         """The source's files that hold no tensors, config.json and the index among them."""
-        return tuple(sorted(_read_json(self.path / COMPLETE)["side_files"]))
+        return tuple(sorted(self.side_file_digests()))
+
+    def side_file_digests(self) -> dict[str, str]:
+        """Digest of every side file."""
+        return _read_json(self.path / COMPLETE)["side_files"]
 
     def read_rows(self, path: str, index: Index, start: int, stop: int) -> np.ndarray:
         """Rows start..stop of the tensor at a stack index of a leaf, in the leaf's dtype."""
