@@ -1,0 +1,59 @@
+"""Whether a checkpoint directory still holds the bytes that were written; knows no tensor."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from converters.problems import Problem, raise_if_any
+from mtp_model.rawio import file_digest
+from mtp_model.store import Checkpoint, Piece
+
+DEFAULT_WORKERS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class DigestCheck:
+    """Chunk files that were read, all of them with the digest of provenance.json."""
+
+    files: int
+    bytes: int
+
+
+def check_digests(
+    checkpoint: Checkpoint,
+    *,
+    workers: int = DEFAULT_WORKERS,
+    progress: Callable[[int, int], None] | None = None,
+) -> DigestCheck:
+    """Read every file and compare its digest; ProblemsError names all that are damaged or gone."""
+    problems = [
+        Problem("digest", name, "is gone or has other bytes than were written")
+        for name in checkpoint.damaged_files()
+    ]
+    pieces = list(checkpoint.pieces())
+    total = sum(checkpoint.leaves[piece.path].chunk_bytes for piece in pieces)
+    done = 0
+    for piece, fault in _faults(pieces, workers):
+        if fault:
+            subject = piece.file.relative_to(checkpoint.path).as_posix()
+            problems.append(Problem("digest", subject, fault))
+        done += checkpoint.leaves[piece.path].chunk_bytes
+        if progress:
+            progress(done, total)
+    raise_if_any(str(checkpoint.path), problems)
+    return DigestCheck(files=len(pieces), bytes=total)
+
+
+def _faults(pieces: list[Piece], workers: int) -> Iterator[tuple[Piece, str | None]]:
+    with ThreadPoolExecutor(workers) as pool:
+        yield from zip(pieces, pool.map(_fault, pieces), strict=True)
+
+
+def _fault(piece: Piece) -> str | None:
+    try:
+        found = file_digest(piece.file)
+    except OSError as err:
+        return f"cannot be read: {err.strerror}"
+    if found != piece.digest:
+        return f"has other bytes than were written (xxh3-128 {found}, recorded {piece.digest})"
+    return None

@@ -1,0 +1,128 @@
+"""Whether a checkpoint directory would export to a source's bytes; must not write nor print.
+
+Every tensor of the source is compared with what export writes for it, so this holds for any import
+(FP8 kept, bfloat16, float32) and for exports of trained weights that were quantised again.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Any
+
+from converters.check_headers import Comparison, compare
+from converters.compare_tensors import Difference, TensorComparer
+from converters.digests import DEFAULT_WORKERS
+from converters.groups import GROUPS, group_of
+from converters.listing import Listing
+from converters.problems import Problem, raise_if_any
+from mtp_model.config import ModelConfig
+from mtp_model.model import Scope
+from mtp_model.store import Checkpoint
+
+# What the same network may be stored with in one place and without in the other.
+_STORAGE_FIELDS = ("dtype", "weight_block_size", "mtp_hidden_state", "num_nextn_predict_layers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A group of tensors. `differing` leaves out copies that are replaced on purpose."""
+
+    tensors: int
+    bytes: int
+    differing: int
+    differing_bytes: int
+    worst: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorageCheck:
+    """The source's tensors against the checkpoint directory's, group by group."""
+
+    scope: Scope
+    parts: dict[str, Part]
+    differences: tuple[Difference, ...]
+    """In the source's order."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether export would write every byte of the source's tensors."""
+        return all(difference.replaced for difference in self.differences)
+
+
+def check_storage(
+    listing: Listing,
+    config: Mapping[str, Any],
+    checkpoint: Checkpoint,
+    *,
+    scope: Scope = "all",
+    workers: int = DEFAULT_WORKERS,
+    progress: Callable[[int, int], None] | None = None,
+) -> StorageCheck:
+    """Compare tensor by tensor, `workers` at once, a few pieces of rows in memory.
+
+    config: the source's parsed config.json. scope: what is compared, of what the checkpoint holds.
+    Raises ProblemsError for a source that is unfit or another network than the checkpoint.
+    """
+    found = _comparable(listing, config, checkpoint, scope)
+    assert found.config is not None
+    comparer = TensorComparer(listing, checkpoint, found.config, found.slots)
+    slots = [slot for slot in found.slots.values() if slot.name not in comparer.scales]
+    slots.sort(key=lambda slot: comparer.place(slot.name))
+    total, done = sum(map(comparer.nbytes, slots)), 0
+    differences: list[Difference] = []
+    with ThreadPoolExecutor(workers) as pool:
+        futures = {pool.submit(comparer.differences, slot): slot for slot in slots}
+        for future in as_completed(futures):
+            differences += future.result()
+            done += comparer.nbytes(futures[future])
+            if progress:
+                progress(done, total)
+    differences.sort(key=lambda difference: comparer.place(difference.name))
+    return StorageCheck(
+        scope=scope, parts=_parts(listing, found, differences), differences=tuple(differences)
+    )
+
+
+def _comparable(
+    listing: Listing, config: Mapping[str, Any], checkpoint: Checkpoint, scope: Scope
+) -> Comparison:
+    """The source's side of what both have; ProblemsError where there is nothing to compare."""
+    held: Scope = checkpoint.provenance["scope"]
+    found = compare(listing, config, scope=held if scope == "all" else scope)
+    raise_if_any(listing.source.name, found.problems)
+    assert found.config is not None
+    ours = ModelConfig.from_dict(checkpoint.config_dict)
+    raise_if_any(f"{listing.source.name} for {checkpoint.path}", _other_network(found.config, ours))
+    if scope not in ("all", held) and held != "all":
+        detail = f"was imported with --scope {held}; it cannot be verified with --scope {scope}"
+        raise_if_any(str(checkpoint.path), [Problem("scope", "the checkpoint", detail)])
+    return found
+
+
+def _other_network(source: ModelConfig, checkpoint: ModelConfig) -> Iterator[Problem]:
+    theirs, ours = dataclasses.asdict(source), dataclasses.asdict(checkpoint)
+    for key in theirs.keys() - _STORAGE_FIELDS:
+        if theirs[key] != ours[key]:
+            yield Problem("config", key, f"is {theirs[key]}, the checkpoint's is {ours[key]}")
+    blocks = source.weight_block_size, checkpoint.weight_block_size
+    if None not in blocks and blocks[0] != blocks[1]:
+        detail = f"is {blocks[0]}, the checkpoint's is {blocks[1]}"
+        yield Problem("config", "weight_block_size", detail)
+
+
+def _parts(listing: Listing, found: Comparison, differences: list[Difference]) -> dict[str, Part]:
+    members: dict[str, list[int]] = {}
+    for slot in found.slots.values():
+        members.setdefault(group_of(slot), []).append(listing.tensors[slot.name].nbytes)
+    parts = {}
+    for group in (group for group in GROUPS if group in members):
+        wrong = [d for d in differences if d.group == group and not d.replaced]
+        parts[group] = Part(
+            tensors=len(members[group]),
+            bytes=sum(members[group]),
+            differing=len(wrong),
+            differing_bytes=sum(difference.bytes for difference in wrong),
+            worst=max((difference.worst for difference in wrong), default=0.0),
+        )
+    return parts
