@@ -20,8 +20,8 @@ from finetune.losses import Measured
 class Summary:
     """What was measured on some text; lists have one entry a depth. None: nothing to measure.
 
-    Losses are nats a target. `acceptance[k-1]` is accepted / eligible positions of depth k
-    (finetune/acceptance.py defines them), `conditional` accepted / reached.
+    Losses are nats a target. `acceptance[k-1]` is the probability that the first k drafts are all
+    accepted: the product of `conditional`, which is accepted / reached (see acceptance.py).
     """
 
     tokens: int
@@ -30,7 +30,7 @@ class Summary:
     acceptance: list[float | None]
     conditional: list[float | None]
     agreement: list[float | None]
-    eligible: list[int]
+    reached: list[int]
     accepted: list[int]
 
     @property
@@ -67,14 +67,15 @@ def summarise(measured: Measured) -> Summary:
     """Sums of one batch or several, on the host, as rates and means."""
     main_loss, *mtp_loss = _rates(measured.nll_sum_K1, measured.num_targets_K1)
     counts = measured.acceptance
+    conditional = _rates(counts.accepted_K, counts.reached_K)
     return Summary(
         tokens=int(measured.num_tokens),
         main_loss=main_loss,
         mtp_loss=mtp_loss,
-        acceptance=_rates(counts.accepted_K, counts.eligible_K),
-        conditional=_rates(counts.accepted_K, counts.reached_K),
+        acceptance=_products(conditional),
+        conditional=conditional,
         agreement=_rates(counts.agreed_K, counts.compared_K),
-        eligible=[int(n) for n in np.asarray(counts.eligible_K)],
+        reached=[int(n) for n in np.asarray(counts.reached_K)],
         accepted=[int(n) for n in np.asarray(counts.accepted_K)],
     )
 
@@ -82,6 +83,16 @@ def summarise(measured: Measured) -> Summary:
 def _rates(parts: Any, wholes: Any) -> list[float | None]:
     pairs = zip(np.asarray(parts), np.asarray(wholes), strict=True)
     return [float(part / whole) if whole else None for part, whole in pairs]
+
+
+def _products(rates: list[float | None]) -> list[float | None]:
+    """Running products; None from the first unknown rate on."""
+    found: list[float | None] = []
+    product: float | None = 1.0
+    for rate in rates:
+        product = None if product is None or rate is None else product * rate
+        found.append(product)
+    return found
 
 
 class RunLog:

@@ -4,7 +4,7 @@ Knows documents as an indexed sequence of tokens, and nothing of files. B rows, 
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -37,9 +37,6 @@ class Place(NamedTuple):
     token: int
 
 
-BEGINNING = Place(0, 0, 0)
-
-
 class Documents(Protocol):
     """Documents of tokens by number."""
 
@@ -50,18 +47,22 @@ class Documents(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Position:
-    """Where packing goes on: the next unread token, and the pieces that wait for a row."""
+    """Where packing goes on, in a few numbers."""
 
-    next: Place = BEGINNING
-    waiting: tuple[Place, ...] = ()
+    next: tuple[int, int] = (0, 0)  # epoch and document that are begun next
+    reading: tuple[Place, ...] = ()  # documents that are begun, and their next token
+    waiting: tuple[Place, ...] = ()  # pieces that have no row yet
 
     def to_json(self) -> dict[str, Any]:
-        return {"next": list(self.next), "waiting": [list(place) for place in self.waiting]}
+        return asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Position":
-        waiting = tuple(Place(*place) for place in values["waiting"])
-        return cls(next=Place(*values["next"]), waiting=waiting)
+        reading, waiting = (
+            tuple(Place(*place) for place in values[name]) for name in ("reading", "waiting")
+        )
+        epoch, document = values["next"]
+        return cls(next=(epoch, document), reading=reading, waiting=waiting)
 
 
 class Piece(NamedTuple):
@@ -74,6 +75,7 @@ class Piece(NamedTuple):
 class Packer:
     """Iterates over (batch, position after it); the same seed and position give the same batches.
 
+    As many documents as there are rows are read in turn, so that a batch is no single document.
     A document that fits in a row is never cut. It goes to the first row of the batch with room,
     else waits for a later batch. A longer document is cut into full rows and a rest; each part
     is a segment of its own. Documents are shuffled anew in each epoch.
@@ -94,9 +96,9 @@ class Packer:
         self.documents, self.seed, self.epochs = documents, seed, epochs
         self.rows, self.row_tokens = rows, row_tokens
         self._order = functools.lru_cache(maxsize=2)(self._shuffled)
-        self._open: tuple[tuple[int, int], Tokens] | None = None
         self.next = position.next
-        self.waiting = [self._piece(place) for place in position.waiting]
+        self.reading = [(place, self._tokens(place)) for place in position.reading]
+        self.waiting = [self._cut(place, self._tokens(place)) for place in position.waiting]
 
     def __iter__(self) -> "Packer":
         return self
@@ -108,10 +110,7 @@ class Packer:
         by_length = sorted(self.waiting[1:], key=lambda piece: -piece.tokens.ids.size)
         taken = {piece.place for piece in (*self.waiting[:1], *by_length) if rows.take(piece)}
         self.waiting = [piece for piece in self.waiting if piece.place not in taken]
-        while rows.have_room() and len(self.waiting) < LOOKAHEAD:
-            piece = self._read()
-            if piece is None:
-                break
+        while rows.have_room() and len(self.waiting) < LOOKAHEAD and (piece := self._read()):
             if not rows.take(piece):
                 self.waiting.append(piece)
         if rows.are_empty():
@@ -120,42 +119,48 @@ class Packer:
 
     @property
     def position(self) -> Position:
-        return Position(next=self.next, waiting=tuple(piece.place for piece in self.waiting))
+        return Position(
+            next=self.next,
+            reading=tuple(place for place, _ in self.reading),
+            waiting=tuple(piece.place for piece in self.waiting),
+        )
+
+    def _read(self) -> Piece | None:
+        """The next piece of the documents that are read in turn, or None after the last epoch."""
+        while len(self.reading) < self.rows and (begun := self._begin()):
+            self.reading.append(begun)
+        if not self.reading:
+            return None
+        place, tokens = self.reading.pop(0)
+        piece = self._cut(place, tokens)
+        rest = place._replace(token=place.token + piece.tokens.ids.size)
+        if rest.token < tokens.ids.size:
+            self.reading.append((rest, tokens))
+        return piece
+
+    def _begin(self) -> tuple[Place, Tokens] | None:
+        """The next document, or None after the last epoch. Those without tokens are passed."""
+        for _ in range(len(self.documents) + 1):
+            epoch, document = self.next
+            if self.epochs is not None and epoch >= self.epochs:
+                return None
+            last = document + 1 == len(self.documents)
+            self.next = (epoch + 1, 0) if last else (epoch, document + 1)
+            place = Place(epoch, document, 0)
+            tokens = self._tokens(place)
+            if tokens.ids.size:
+                return place, tokens
+        raise DataError(["no document has a token"])
 
     def _shuffled(self, epoch: int) -> np.ndarray:
         return np.random.default_rng((self.seed, epoch)).permutation(len(self.documents))
 
-    def _document(self, place: Place) -> Tokens:
-        """Tokens of a document; the last one is kept, a long one is read row by row."""
-        key = (place.epoch, place.document)
-        if self._open is None or self._open[0] != key:
-            number = int(self._order(place.epoch)[place.document])
-            self._open = (key, self.documents[number])
-        return self._open[1]
+    def _tokens(self, place: Place) -> Tokens:
+        return self.documents[int(self._order(place.epoch)[place.document])]
 
-    def _piece(self, place: Place) -> Piece:
-        tokens = self._document(place)
+    def _cut(self, place: Place, tokens: Tokens) -> Piece:
         part = slice(place.token, place.token + self.row_tokens)
         return Piece(place, Tokens(tokens.ids[part], tokens.loss_mask[part]))
-
-    def _read(self) -> Piece | None:
-        """The next piece, or None after the last epoch. Documents without tokens are passed."""
-        for _ in range(len(self.documents) + 1):
-            if self.epochs is not None and self.next.epoch >= self.epochs:
-                return None
-            piece = self._piece(self.next)
-            self.next = self._after(piece)
-            if piece.tokens.ids.size:
-                return piece
-        raise DataError(["no document has a token"])
-
-    def _after(self, piece: Piece) -> Place:
-        place, end = piece.place, piece.place.token + piece.tokens.ids.size
-        if end < self._document(place).ids.size:
-            return place._replace(token=end)
-        if place.document + 1 < len(self.documents):
-            return Place(place.epoch, place.document + 1, 0)
-        return Place(place.epoch + 1, 0, 0)
 
 
 class _Rows:

@@ -8,18 +8,18 @@ from finetune.metrics import Summary
 def evaluation_table(summary: Summary, title: str) -> Table:
     """Losses and acceptance, one row a depth."""
     table = Table(title=title, title_justify="left")
-    for name in ("", "loss", "accepted", "of reached", "agreement", "positions"):
+    for name in ("", "loss", "accepted", "if reached", "positions", "agreement"):
         table.add_column(name, justify="left" if not name else "right")
     table.add_row("main model", number(summary.main_loss), "", "", "", "")
     for k, loss in enumerate(summary.mtp_loss):
-        rates = (summary.acceptance[k], summary.conditional[k], summary.agreement[k])
-        counted = f"{summary.accepted[k]} / {summary.eligible[k]}"
-        table.add_row(f"draft {k + 1}", number(loss), *map(percent, rates), counted)
+        rates = (summary.acceptance[k], summary.conditional[k])
+        counted = f"{summary.accepted[k]} / {summary.reached[k]}"
+        agreement = percent(summary.agreement[k])
+        table.add_row(f"draft {k + 1}", number(loss), *map(percent, rates), counted, agreement)
     table.caption = (
-        f"mean accepted length {number(summary.mean_accepted_length)}, {summary.tokens} tokens.\n"
-        "accepted: this draft and all before it equal the main model's greedy choices, of the\n"
-        "positions where the text does so too; of reached: given that those before are accepted;\n"
-        "agreement: with the greedy choice, on all of the text."
+        f"mean accepted length {number(summary.mean_accepted_length)}, on {summary.tokens} tokens\n"
+        "accepted: with all drafts before it; agreement: with the main\n"
+        "model's greedy choice, on all of the text"
     )
     table.caption_justify = "left"
     return table
@@ -46,9 +46,9 @@ def comparison_table(before: Summary, after: Summary) -> Table:
 def evaluation_sentence(step: int, summary: Summary) -> str:
     """One line of progress."""
     depths = ", ".join(
-        f"depth {k} loss {number(loss)} accepted {percent(rate)} of {eligible}"
-        for k, (loss, rate, eligible) in enumerate(
-            zip(summary.mtp_loss, summary.acceptance, summary.eligible, strict=True), start=1
+        f"depth {k} loss {number(loss)} accepted {percent(rate)} of {reached}"
+        for k, (loss, rate, reached) in enumerate(
+            zip(summary.mtp_loss, summary.acceptance, summary.reached, strict=True), start=1
         )
     )
     return f"step {step}, held-out: main loss {number(summary.main_loss)}; {depths}"

@@ -235,7 +235,7 @@ def _row(progress: Progress, result: StepResult, lr: float, step_s: float) -> di
         "mtp_loss": summary.mtp_loss,
         "acceptance": summary.acceptance,
         "agreement": summary.agreement,
-        "eligible": summary.eligible,
+        "reached": summary.reached,
         "grad_norm": float(result.grad_norm),
         "lr": lr,
         "tokens": progress.tokens,

@@ -330,3 +330,9 @@ def test_short_documents_fill_rows_well():
 def test_documents_without_tokens_are_an_error_not_a_hang():
     with pytest.raises(DataError, match="no document has a token"):
         next(pack(numbered_documents([0, 0]), epochs=None))
+
+
+def test_a_batch_of_long_documents_is_of_several():
+    documents = numbered_documents([200] * 6)
+    batch, _ = next(pack(documents, rows=3, row_tokens=8))
+    assert len({int(row[0]) // 200 for row in batch.tokens_BT}) == 3
