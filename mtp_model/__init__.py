@@ -2,7 +2,9 @@
 
 from mtp_model.config import ConfigError, ModelConfig
 from mtp_model.layers import BlockScale, RouterBias
+from mtp_model.load import cast_weights, load
 from mtp_model.model import DeepSeekV3, DraftStates, MainStates, Output
+from mtp_model.sharding import make_mesh
 
 __all__ = [
     "BlockScale",
@@ -13,4 +15,7 @@ __all__ = [
     "ModelConfig",
     "Output",
     "RouterBias",
+    "cast_weights",
+    "load",
+    "make_mesh",
 ]

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mtp_model.config import ModelConfig
-from mtp_model.sharding import Axes, gather_for_use
+from mtp_model.sharding import RULES, Axes, gather_for_use
 
 INIT_STD = 0.02
 FP8 = jnp.float8_e4m3fn
@@ -31,7 +31,7 @@ class BlockScale(nnx.Variable):
 
 def annotated(kind: type[V], value: jax.Array, axes: Axes) -> V:
     """A variable with its logical axes; where it lives is decided when it is loaded."""
-    return kind(value, out_sharding=axes, eager_sharding=False)
+    return kind(value, out_sharding=axes, sharding_rules=RULES, eager_sharding=False)
 
 
 def num_blocks(size: int, edge: int) -> int:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from mtp_model.config import ModelConfig
 from mtp_model.layers import FP8, dequantise
 from mtp_model.model import DeepSeekV3, Scope
-from mtp_model.sharding import stored_spec
+from mtp_model.sharding import require_axes, stored_spec
 from mtp_model.store import Checkpoint, open_checkpoint
 
 CONCURRENT_READ_GB = 4  # host memory that a restore may have in flight
@@ -35,9 +35,11 @@ def load(
 
     Raises ValueError where the directory is unfinished, no checkpoint, or lacks what is asked.
     """
+    if mesh is not None:
+        require_axes(mesh)
     checkpoint = open_checkpoint(path)
     config = checkpoint_config(checkpoint)
-    computed_in = compute_dtype or dtype or config.dtype
+    computed_in = jnp.dtype(compute_dtype or dtype or config.dtype)
     model = nnx.eval_shape(lambda: DeepSeekV3(config, nnx.Rngs(0), scope, computed_in))
     graph, state = nnx.split(model)
     model = nnx.merge(graph, _restore(checkpoint, state, mesh))
@@ -86,11 +88,12 @@ def _restore(checkpoint: Checkpoint, state: nnx.State, mesh: Mesh | None) -> nnx
     flat = nnx.to_flat_state(state)
     targets = {}
     for path, variable in flat:
-        stored = checkpoint.leaves.get(".".join(path))
+        name = ".".join(map(str, path))
+        stored = checkpoint.leaves.get(name)
         if stored is None or stored.shape != variable.shape:
             found = "nothing" if stored is None else f"shape {stored.shape}"
             raise ValueError(
-                f"{checkpoint.path}: leaf {'.'.join(path)} of shape {variable.shape} is needed, "
+                f"{checkpoint.path}: leaf {name} of shape {variable.shape} is needed, "
                 f"{found} is stored (scope {checkpoint.provenance['scope']!r})"
             )
         placed = _placement(variable, mesh)

@@ -112,10 +112,10 @@ class DeepSeekV3(nnx.Module):
                 e_BTD = jnp.where((positions_BT == 0)[..., None], jnp.zeros((), e_BTD.dtype), e_BTD)
             module = take_layer(self.mtp, (k - 1) % self.config.num_nextn_predict_layers)
             counted_BT = shifted.inside_BT.astype(jnp.int32)
-            h_BTD, state_BTD, load_E = run_module(
+            state_BTD, load_E = run_module(
                 module, state_BTD, e_BTD, segment_ids_BT, positions_BT, counted_BT
             )
-            hidden.append(h_BTD)
+            hidden.append(state_BTD)
             loads.append(load_E)
         load_LE = jnp.stack(loads) if loads else jnp.zeros((0, self.config.n_routed_experts))
         return DraftStates(tuple(hidden), load_LE)

@@ -49,7 +49,6 @@ class MultiTokenPredictor(nnx.Module):
     """One MTP module (or a stack of them): h_k[i] from h_{k-1}[i] and the embedding of t[i+k]."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.hands_on_normed = config.mtp_hidden_state == "post_norm"
         hidden = config.hidden_size
         self.enorm = RMSNorm(hidden, config)
         self.hnorm = RMSNorm(hidden, config)
@@ -64,13 +63,12 @@ class MultiTokenPredictor(nnx.Module):
         segment_ids_BT: Int[Array, "B T"],
         positions_BT: Int[Array, "B T"],
         counted_BT: Int[Array, "B T"],
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], Float[Array, "E"]]:
-        """What the head reads, what the next depth is fed, and the expert load."""
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "E"]]:
+        """h_k, which the head reads and the next depth is fed, and the expert load."""
         pair = [self.enorm(e_BTD), self.hnorm(state_BTD)]
         x_BTD = self.eh_proj(jnp.concatenate(pair, axis=-1))  # embedding first
         y_BTD, load_E = self.block(x_BTD, segment_ids_BT, positions_BT, counted_BT)
-        h_BTD = self.shared_head.norm(y_BTD)
-        return h_BTD, h_BTD if self.hands_on_normed else y_BTD, load_E
+        return self.shared_head.norm(y_BTD), load_E
 
 
 def stack_modules(config: ModelConfig, rngs: nnx.Rngs) -> MultiTokenPredictor:

@@ -25,6 +25,7 @@ STORED = {
     "norm": None,
     "router": None,
 }
+RULES = tuple(STORED.items())  # as Flax takes them
 # The same axes while a weight is used: gathered over everything but `tensor` and `expert`.
 GATHERED = STORED | {"hidden": None, "expert_hidden": None}
 
@@ -36,7 +37,7 @@ def make_mesh(
     fsdp: int = 1,
     expert: int = 1,
     tensor: int = 1,
-    devices: Sequence[jax.Device] | None = None,
+    devices: "Sequence[jax.Device] | None" = None,  # pyright: ignore[reportInvalidTypeForm]
 ) -> Mesh:
     """The mesh that `load` takes: devices along each axis, as many in all as are given.
 
@@ -45,6 +46,16 @@ def make_mesh(
     """
     shape = (data, fsdp, expert, tensor)
     return jax.make_mesh(shape, MESH_AXES, (AxisType.Auto,) * len(shape), devices=devices)
+
+
+def require_axes(mesh: Mesh) -> None:
+    """Raise ValueError for a mesh that the model cannot be placed on."""
+    automatic = all(kind == AxisType.Auto for kind in mesh.axis_types)
+    if mesh.axis_names != MESH_AXES or not automatic:
+        raise ValueError(
+            f"the mesh has axes {mesh.axis_names} of types {mesh.axis_types}; needed are automatic "
+            f"axes {MESH_AXES}: make it with mtp_model.make_mesh"
+        )
 
 
 def stored_spec(axes: Axes) -> PartitionSpec:
