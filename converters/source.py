@@ -1,6 +1,7 @@
 """Where a checkpoint's bytes come from; knows nothing of what is in the files."""
 
 import os
+import re
 import stat
 import threading
 from collections import OrderedDict
@@ -18,6 +19,11 @@ Buffer = bytes | bytearray | memoryview | np.ndarray
 Fingerprint = dict[str, int | str]
 """What tells that a file changed: `size` in bytes, `mtime_ns`, ...; survives JSON unchanged."""
 
+HUB_ID = re.compile(
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^@\s]+))?", re.A
+)
+"""`org/name` or `org/name@revision`, a branch, a tag or a commit."""
+
 _OPEN_FILES = 32
 _BOOKKEEPING = (".git", ".cache")  # of git and of huggingface_hub: copies of the files around them
 
@@ -29,7 +35,7 @@ class Source(Protocol):
     """
 
     name: str
-    """What the user typed."""
+    """What the user typed; for a model on the Hub with the commit that it stood for."""
 
     def files(self) -> dict[str, int]:
         """Every file: relative posix path -> size in bytes, sorted by path."""
@@ -48,8 +54,15 @@ class Source(Protocol):
         ...
 
 
-def open_source(src: str) -> Source:
-    """The source that the user's words stand for: a local folder."""
+def open_source(src: str, *, keep_downloads: bool = False) -> Source:
+    """The source that the user's words stand for: a local folder, or else a model on the Hub.
+
+    keep_downloads: files that are fetched whole from the Hub stay in its cache on this machine.
+    """
+    if HUB_ID.fullmatch(src) and not os.path.lexists(src):
+        from converters.hub import HubSource  # loads huggingface_hub, which folders don't need
+
+        return HubSource(src, keep_downloads=keep_downloads)
     return LocalSource(src)
 
 

@@ -1,0 +1,44 @@
+"""Bytes fetched ahead of those who read them, from sources that are far away.
+
+Knows only that a source may want to hear the plan: what is read, step by step. A local folder
+doesn't.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from converters.source import Source
+
+Read = tuple[str, int, int]
+"""File, offset of the first byte, number of bytes."""
+
+Finish = Callable[[str], None]
+"""Told each step that has read all it needs."""
+
+
+@runtime_checkable
+class FarSource(Protocol):
+    """A source that fetches what will be read."""
+
+    def staged(
+        self, reads: Mapping[str, Sequence[Read]], folder: Path
+    ) -> AbstractContextManager[Finish]:
+        """As `staged` below."""
+        ...
+
+
+@contextlib.contextmanager
+def staged(source: Source, reads: Mapping[str, Sequence[Read]], folder: Path) -> Iterator[Finish]:
+    """While inside, the source fetches `reads`, by step and in the order of the steps.
+
+    Steps may run in any order and at the same time. `folder` is the source's to use, for what it
+    fetched; what is left there after an interruption is not fetched again.
+    """
+    if isinstance(source, FarSource):
+        with source.staged(reads, folder) as finish:
+            yield finish
+    else:
+        yield lambda _step: None
