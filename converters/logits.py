@@ -1,0 +1,193 @@
+"""Logits of a checkpoint directory against the plain-torch reference on the source's own files.
+
+Both run in float32 on the same seeded tokens. Must not know how either of them computes.
+"""
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from converters.mapping import slots
+from converters.report import human_bytes
+from converters.safetensors_io import DTYPES
+from mtp_model.config import ModelConfig
+from mtp_model.load import checkpoint_config, load
+from mtp_model.model import DeepSeekV3, positions_in_segments
+from mtp_model.store import Checkpoint, CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from converters.torch_reference import Get, TorchReference
+
+TOLERANCE = 1e-5  # max |a - b| / max |b|, float32
+SEED = 20_241_226
+LENGTH = 48
+# Rows of the batch, as lengths of documents: one document; three packed ones and padding.
+DOCUMENTS = ((LENGTH,), (19, 7, 16))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthCheck:
+    """Logits of the main model (depth 0) or of an MTP depth, where both have a defined input.
+
+    relative_difference: max |ours - reference| / max |reference|. by_position: the same numerator
+    at each position of a row, the larger of the batch's rows; None where no row has one.
+    argmax_agreement: share of rows of logits whose largest entry is the same.
+    """
+
+    depth: int
+    rows: int
+    relative_difference: float
+    argmax_agreement: float
+    by_position: tuple[float | None, ...]
+
+    @property
+    def holds(self) -> bool:
+        return self.relative_difference <= TOLERANCE
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitsCheck:
+    """All depths that the checkpoint directory holds."""
+
+    tolerance: float
+    depths: tuple[DepthCheck, ...]
+
+    @property
+    def holds(self) -> bool:
+        return all(depth.holds for depth in self.depths)
+
+
+def check_logits(
+    source: str | Path, config_dict: Mapping[str, Any], checkpoint: Checkpoint
+) -> LogitsCheck:
+    """Compare main model and every MTP depth, as far as the checkpoint directory holds them.
+
+    source: local folder; config_dict: its parsed config.json. The checkpoint is held in memory
+    whole, in float32, the reference one matrix at a time. Raises CheckpointError where the machine
+    has too little memory, ImportError without torch.
+    """
+    _raise_unless_it_fits(checkpoint)
+    from converters import torch_reference  # here: it needs the extra `verify`
+
+    config = checkpoint_config(checkpoint)
+    tokens, segments = seeded_batch(config.vocab_size)
+    stored = torch_reference.weights_of(Path(source), dict(config_dict))
+    get = _rounded_like(checkpoint, config, stored)
+    reference = torch_reference.TorchReference(_reference_config(config, config_dict), get)
+    h0, theirs = _reference_logits(reference, tokens, segments)
+    ours = _our_logits(checkpoint, tokens, segments, h0)
+    depths = tuple(_compare(k, got, theirs[k], segments) for k, got in ours.items())
+    return LogitsCheck(tolerance=TOLERANCE, depths=depths)
+
+
+def seeded_batch(vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random tokens and their segment ids, int32 [B, T]; segment 0 is padding."""
+    rng = np.random.default_rng(SEED)
+    tokens = rng.integers(vocab_size, size=(len(DOCUMENTS), LENGTH), dtype=np.int32)
+    segments = np.zeros_like(tokens)
+    for row, lengths in enumerate(DOCUMENTS):
+        ids = np.repeat(np.arange(1, 1 + len(lengths), dtype=np.int32), lengths)
+        segments[row, : len(ids)] = ids
+    return tokens, segments
+
+
+def _raise_unless_it_fits(checkpoint: Checkpoint) -> None:
+    needed = 4 * sum(math.prod(leaf.shape) for leaf in checkpoint.leaves.values())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise CheckpointError(
+            f"{checkpoint.path}: its logits need {human_bytes(needed)} of memory for float32 "
+            f"weights, this machine has {human_bytes(memory)}; verify without --logits, which "
+            "needs little memory, or on a larger machine"
+        )
+
+
+def _reference_config(config: ModelConfig, config_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The source's own config.json; our reading of it only where the file leaves something out."""
+    values = {**config.to_dict(), **config_dict, "mtp_hidden_state": config.mtp_hidden_state}
+    if values["rope_scaling"] and config.yarn:
+        values["rope_scaling"] = {"type": "yarn", **asdict(config.yarn), **values["rope_scaling"]}
+    return values
+
+
+def _rounded_like(checkpoint: Checkpoint, config: ModelConfig, get: "Get") -> "Get":
+    """The source's weights, rounded to bfloat16 where import has stored them so."""
+    import torch
+
+    paths = {name: slot.path for name, slot in slots(config).items()}
+
+    def rounded(name: str) -> "Tensor":
+        weight = get(name)
+        leaf = checkpoint.leaves.get(paths[name])
+        is_bf16 = leaf is not None and leaf.dtype == DTYPES["BF16"]
+        return weight.to(torch.bfloat16).float() if is_bf16 else weight
+
+    return rounded
+
+
+def _reference_logits(
+    reference: "TorchReference", tokens: np.ndarray, segments: np.ndarray
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """What depth 1 is fed, [B, T, D], and the logits of the main model and of every depth."""
+    import torch
+
+    tokens_BT, segments_BT = torch.from_numpy(tokens).long(), torch.from_numpy(segments)
+    main = reference.main(tokens_BT, segments_BT)
+    h0 = reference.first_state(main)
+    hidden = [main.hidden]
+    if reference.config["num_nextn_predict_layers"]:
+        hidden += reference.mtp(h0, tokens_BT, segments_BT)
+    return h0.numpy(), [reference.logits(h).numpy() for h in hidden]
+
+
+def _our_logits(
+    checkpoint: Checkpoint, tokens: np.ndarray, segments: np.ndarray, h0: np.ndarray
+) -> dict[int, np.ndarray]:
+    """Logits by depth, 0 for the main model; without one, depth 1 is fed the reference's state."""
+    scope = checkpoint.provenance["scope"]
+    model = load(checkpoint.path, dtype=jnp.float32, scope=scope)
+    tokens_BT, segments_BT = jnp.asarray(tokens), jnp.asarray(segments)
+    with jax.default_matmul_precision("highest"):
+        if scope == "mtp":
+            logits = jax.jit(_draft_logits)(model, jnp.asarray(h0), tokens_BT, segments_BT)
+            return {k: np.asarray(depth) for k, depth in enumerate(logits, start=1)}
+        out = jax.jit(lambda model, *batch: model(*batch))(model, tokens_BT, segments_BT)
+    return dict(enumerate(map(np.asarray, (out.logits_BTV, *out.mtp_logits))))
+
+
+def _draft_logits(
+    model: DeepSeekV3, h0_BTD: jax.Array, tokens_BT: jax.Array, segments_BT: jax.Array
+) -> list[jax.Array]:
+    positions_BT = positions_in_segments(segments_BT)
+    drafts = model.draft(h0_BTD, tokens_BT, segments_BT, positions_BT)
+    return [model.lm_head.logits(h_BTD) for h_BTD in drafts.hidden]
+
+
+def _compare(depth: int, ours: np.ndarray, theirs: np.ndarray, segments: np.ndarray) -> DepthCheck:
+    """Logits [B, T, V] of one depth, at the positions whose input token is in their document."""
+    valid = segments != 0
+    valid[:, LENGTH - depth :] = False
+    valid[:, : LENGTH - depth] &= segments[:, depth:] == segments[:, : LENGTH - depth]
+    peak = np.abs(theirs[valid]).max()
+    # Padding comes out as 0: only positions with a defined input count.
+    difference_BT = np.where(valid, np.abs(ours - theirs).max(axis=-1), 0) / peak
+    same = ours[valid].argmax(-1) == theirs[valid].argmax(-1)
+    return DepthCheck(
+        depth=depth,
+        rows=int(valid.sum()),
+        relative_difference=float(difference_BT.max()),
+        argmax_agreement=float(same.mean()),
+        by_position=tuple(
+            float(worst) if any_valid else None
+            for worst, any_valid in zip(difference_BT.max(0), valid.any(0), strict=True)
+        ),
+    )
