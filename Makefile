@@ -7,7 +7,7 @@ INSTALLED := .venv/installed
 .PHONY: demo test lint clean
 
 demo: $(INSTALLED)
-	$(BIN)/python tools/demo.py
+	$(BIN)/python -m tools.demo
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile

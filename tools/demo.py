@@ -1,0 +1,255 @@
+"""The whole way on a small model, with the product's own commands: `make demo`.
+
+A small DeepSeek-V3-architecture model with an MTP module is trained from random on the standard
+library's code and written as an FP8 checkpoint in the released format. Then what a user does:
+inspect, import, verify, fine-tune the MTP module on other text, export, verify again.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from tools.demo_text import Domain, train_tokenizer, write_domains
+from tools.make_tiny_checkpoint import stored_tensors, tiny_config, weight_shapes, write_weights
+
+MINUTES = 10  # what the whole demo may take on two cores
+SIZES = {
+    "hidden_size": 192,
+    "vocab_size": 2048,
+    "num_hidden_layers": 4,
+    "first_k_dense_replace": 1,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 96,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+    "q_lora_rank": 112,
+    "kv_lora_rank": 80,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 24,
+    "routed_scaling_factor": 1.5,
+    "weight_block_size": [128, 128],
+}
+NUM_FILES = 5
+PRETRAIN_STEPS, FINETUNE_STEPS = 600, 200
+BATCH = ["--batch.rows", "16", "--batch.row-tokens", "128"]
+NO_EVALUATION = ["--evaluation.holdout-every", "0"]
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("demo-run"), help="folder for all files")
+    parser.add_argument("--pretrain-steps", type=int, default=PRETRAIN_STEPS)
+    parser.add_argument("--finetune-steps", type=int, default=FINETUNE_STEPS)
+    arguments = parser.parse_args()
+    began = time.monotonic()
+    console.print(
+        f"This takes at most {MINUTES} minutes on two cores; files go to {arguments.out}/."
+    )
+    shutil.rmtree(arguments.out, ignore_errors=True)
+    code, prose = prepare(arguments.out)
+    pretrain(arguments.out, code, arguments.pretrain_steps)
+    results = use_the_product(arguments.out, code, prose, arguments.finetune_steps)
+    report(arguments.out, results, time.monotonic() - began)
+
+
+def prepare(out: Path) -> tuple[Domain, Domain]:
+    """Text, tokenizer, and a checkpoint of random weights in the released format."""
+    headline("Text of two domains, a tokenizer, and random weights")
+    code, prose = write_domains(out / "text")
+    folder = out / "random"
+    write_random_checkpoint(folder)
+    train_tokenizer([code.train, prose.train], SIZES["vocab_size"]).save(
+        str(folder / "tokenizer.json")
+    )
+    return code, prose
+
+
+def write_random_checkpoint(folder: Path) -> None:
+    """Weights as a fresh model has them: normal with deviation 0.02, norms 1, router biases 0."""
+    folder.mkdir(parents=True)
+    config = tiny_config("fp8", num_mtp=1, q_lora=True, sizes=SIZES)
+    rng = np.random.default_rng(0)
+    weights = {}
+    for name, shape in weight_shapes(config, copies=True):
+        if name.endswith("norm.weight"):
+            weights[name] = np.ones(shape, np.float32)
+        elif name.endswith("e_score_correction_bias"):
+            weights[name] = np.zeros(shape, np.float32)
+        else:
+            weights[name] = rng.normal(0, 0.02, shape).astype(np.float32)
+    mtp = f"model.layers.{config['num_hidden_layers']}."
+    weights[mtp + "embed_tokens.weight"] = weights["model.embed_tokens.weight"]
+    weights[mtp + "shared_head.head.weight"] = weights["lm_head.weight"]
+    tensors = {}
+    for name, value in weights.items():
+        tensors |= stored_tensors(name, value, config)
+    write_weights(folder, tensors, NUM_FILES)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def pretrain(out: Path, code: Domain, steps: int) -> None:
+    """Train the random model, main and MTP, and write it as a released checkpoint is."""
+    headline("A small model trained from random on code, so that there is something to fine-tune")
+    convert("import", out / "random", out / "random-checkpoint")
+    finetune(
+        *("train", "--checkpoint", out / "random-checkpoint", "--data", code.train),
+        *("--out", out / "pretraining", "--train", "all", "--steps", steps, *BATCH),
+        *("--optimizer.learning-rate", "3e-3", "--mtp-lambda", "0.3", *NO_EVALUATION),
+        *("--checkpoints.every", steps),
+    )
+    convert("export", out / "pretraining" / "final", out / "released")
+
+
+def use_the_product(out: Path, code: Domain, prose: Domain, steps: int) -> dict[str, Any]:
+    """What a user does with a released checkpoint; returns what was measured."""
+    released, checkpoint, run = out / "released", out / "checkpoint", out / "finetuning"
+    headline("1. What is in the checkpoint?")
+    convert("inspect", released)
+    headline("2. Import it")
+    convert("import", released, checkpoint)
+    headline("3. Is every tensor and every logit the same?")
+    logits = convert_json("verify", released, checkpoint, "--logits")
+    headline("4. Fine-tune the MTP module on prose; the main model is frozen")
+    on_code = acceptance(checkpoint, code)
+    before = acceptance(checkpoint, prose)
+    finetune(
+        *("train", "--checkpoint", checkpoint, "--data", prose.train),
+        *("--eval-data", prose.held_out, "--out", run, "--steps", steps, *BATCH),
+        *("--optimizer.learning-rate", "1e-3", "--evaluation.rows", "32"),
+    )
+    after = acceptance(run / "final", prose)
+    headline("5. Export it in the format it came in, and verify again")
+    convert("export", run / "final", out / "exported")
+    logits_after = convert_json("verify", out / "exported", run / "final", "--logits")
+    return {
+        "on_code": on_code,
+        "before": before,
+        "after": after,
+        "verify": logits,
+        "verify_after": logits_after,
+        "bytes": compare_bytes(released, out / "exported"),
+    }
+
+
+def acceptance(checkpoint: Path, domain: Domain) -> dict[str, Any]:
+    command = ("evaluate", "--checkpoint", checkpoint, "--data", domain.held_out, "--json")
+    shape = ("--draft-tokens", 3, "--rows", 16, "--row-tokens", 128, "--max-rows", 512)
+    return json.loads(run_command("finetune-deepseek", *command, *shape, capture=True))
+
+
+def compare_bytes(before: Path, after: Path) -> dict[str, dict[str, int]]:
+    """Bytes of tensors that are the same and that differ, of the main model and the MTP module."""
+    config = json.loads((before / "config.json").read_text())
+    mtp = f"model.layers.{config['num_hidden_layers']}."
+    counts = {part: {"unchanged": 0, "changed": 0} for part in ("main model", "MTP module")}
+    for file in sorted(before.glob("*.safetensors")):
+        old, new = tensor_bytes(file), tensor_bytes(after / file.name)
+        assert old.keys() == new.keys(), file
+        for name, data in old.items():
+            part = "MTP module" if name.startswith(mtp) else "main model"
+            counts[part]["unchanged" if data == new[name] else "changed"] += len(data)
+    if counts["main model"]["changed"]:
+        raise SystemExit(f"the frozen main model changed: {counts}")
+    return counts
+
+
+def tensor_bytes(file: Path) -> dict[str, bytes]:
+    content = file.read_bytes()
+    data = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:data])
+    header.pop("__metadata__", None)
+    spans = {name: entry["data_offsets"] for name, entry in header.items()}
+    return {name: content[data + begin : data + end] for name, (begin, end) in spans.items()}
+
+
+def report(out: Path, results: dict[str, Any], seconds: float) -> None:
+    """The closing table."""
+    headline("The result")
+    before, after = results["before"], results["after"]
+    table = Table(title="MTP on prose it was not trained for, and after fine-tuning on it")
+    for column in ("", "before", "after"):
+        table.add_column(column, justify="right" if column else "left")
+    for k, (old, new) in enumerate(zip(before["acceptance"], after["acceptance"], strict=True)):
+        table.add_row(f"draft {k + 1} accepted", f"{old:.1%}", f"{new:.1%}")
+    key = "mean_accepted_length"
+    table.add_row("mean accepted length", f"{before[key]:.3f}", f"{after[key]:.3f}")
+    for name in ("main_loss", "mtp_loss"):
+        table.add_row(name.replace("_", " "), *(loss(result[name]) for result in (before, after)))
+    for part, counts in results["bytes"].items():
+        total = sum(counts.values())
+        table.add_row(f"{part}: bytes unchanged", "", f"{counts['unchanged']:,} of {total:,}")
+    errors = (results["verify"], results["verify_after"])
+    table.add_row("logits, worst relative error", *(worst_error(found) for found in errors))
+    console.print(table)
+    chance = 1 / SIZES["vocab_size"]
+    first = results["on_code"]["acceptance"][0]
+    console.print(
+        f"On code, which it was trained on, draft 1 was accepted {first:.1%} of the time "
+        f"(chance is {chance:.2%}).\n"
+        f"curves: {out / 'finetuning' / 'curves.png'}\n"
+        f"exported checkpoint: {out / 'exported'}\n"
+        f"took {seconds / 60:.1f} minutes"
+    )
+
+
+def loss(value: float | list[float]) -> str:
+    return f"{value if isinstance(value, float) else value[0]:.3f}"
+
+
+def worst_error(verified: dict[str, Any]) -> str:
+    return f"{max(row['relative_error'] for row in verified['logits']['rows']):.1e}"
+
+
+def headline(text: str) -> None:
+    console.print(f"\n[bold]{text}[/bold]")
+
+
+def convert(*arguments: object) -> None:
+    run_command("convert-deepseek", *arguments)
+
+
+def convert_json(*arguments: object) -> dict[str, Any]:
+    """Run it for its table, then read the same as JSON."""
+    convert(*arguments)
+    return json.loads(run_command("convert-deepseek", *arguments, "--json", capture=True))
+
+
+def finetune(*arguments: object) -> None:
+    run_command("finetune-deepseek", *arguments)
+
+
+def run_command(program: str, *arguments: object, capture: bool = False) -> str:
+    """Run one of the installed commands; stops the demo where it fails."""
+    words = [program, *map(str, arguments)]
+    if not capture:
+        console.print(f"[dim]$ {' '.join(words)}[/dim]")
+    installed = Path(sys.executable).parent / program
+    output = subprocess.PIPE if capture else None
+    environment = os.environ | {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu")}
+    done = subprocess.run(
+        [str(installed), *words[1:]], stdout=output, text=True, check=False, env=environment
+    )
+    if done.returncode:
+        raise SystemExit(f"`{' '.join(words)}` failed with exit status {done.returncode}")
+    return done.stdout or ""
+
+
+if __name__ == "__main__":
+    main()
