@@ -15,7 +15,7 @@ import numpy as np
 
 from converters import fp8
 from converters.mapping import Slot, slots
-from converters.problems import Problem, ProblemsError
+from converters.problems import Problem, ProblemsError, raise_if_any
 from converters.safetensors_io import DTYPES
 from mtp_model.config import ModelConfig
 from mtp_model.store import Checkpoint
@@ -44,9 +44,14 @@ class Encoder:
     """
 
     def __init__(self, checkpoint: Checkpoint, dtypes: Mapping[str, str]):
-        """dtypes: of what is written, as safetensors names them, by tensor name."""
+        """dtypes: of what is written, as safetensors names them, by tensor name.
+
+        Raises ProblemsError for a tensor that the checkpoint's network does not have.
+        """
         config = ModelConfig.from_dict(checkpoint.config_dict)
         self.slots = slots(config, checkpoint.provenance["scope"])
+        unknown = (Problem("unknown", name) for name in dtypes if name not in self.slots)
+        raise_if_any(str(checkpoint.path), unknown)
         self._checkpoint = checkpoint
         self._dtypes = dtypes
         self._block: fp8.Block = config.weight_block_size or (1, 1)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from converters.listing import INDEX_FILE
 from converters.mapping import slots
-from converters.problems import Problem, ProblemsError, raise_if_any
+from converters.problems import Problem, ProblemsError
 from converters.safetensors_io import TensorInfo, make_header, parse_header
 from mtp_model.config import ModelConfig
 from mtp_model.store import CONFIG, Checkpoint
@@ -54,7 +54,6 @@ def make_plan(checkpoint: Checkpoint, dtype: Dtype) -> Plan:
         detail = f"was imported with --scope {scope}, which left out most of its source's tensors"
         raise ProblemsError(str(checkpoint.path), [Problem("scope", "the checkpoint", detail)])
     config = ModelConfig.from_dict(checkpoint.config_dict)
-    raise_if_any(where, _unknown(files, slots(config)))
     if dtype == "keep":
         return Plan(files=files, replaced={}, notes=())
     return _as_bf16(checkpoint, config, files)
@@ -69,11 +68,6 @@ def _out_file(name: str, raw_header: bytes, where: str, *, is_source_file: bool)
         tensors=header.tensors,
         is_source_file=is_source_file,
     )
-
-
-def _unknown(files: tuple[OutFile, ...], known: Mapping[str, object]) -> list[Problem]:
-    names = [tensor.name for file in files for tensor in file.tensors]
-    return [Problem("unknown", name) for name in names if name not in known]
 
 
 def _as_bf16(checkpoint: Checkpoint, config: ModelConfig, files: tuple[OutFile, ...]) -> Plan:

@@ -11,7 +11,7 @@ import numpy as np
 from converters.check_headers import compare
 from converters.journal import Fingerprint
 from converters.listing import INDEX_FILE, Listing
-from converters.mapping import TABLE_VERSION, Slot, leaf_shapes, slots
+from converters.mapping import TABLE_VERSION, Slot, slots
 from converters.problems import raise_if_any
 from converters.safetensors_io import DTYPES
 from converters.units import Conversion, Unit, make_units
@@ -82,18 +82,29 @@ def source_files(listing: Listing) -> dict[str, dict[str, int | str]]:
 def _leaves(
     found: Mapping[str, Slot], config: ModelConfig, options: Options, policy: ChunkPolicy
 ) -> dict[str, Leaf]:
-    # What a bfloat16 checkpoint stores as F32 is float32 in every policy: scales, router biases.
-    bf16 = slots(dataclasses.replace(config, dtype="bfloat16"), options.scope)
-    shapes = leaf_shapes(config, options.scope)
-    leaves: dict[str, Leaf] = {}
+    always_f32 = _always_f32(found, config, options)
+    stacks: dict[str, tuple[int, ...]] = {}
+    tensors: dict[str, Slot] = {}
     for slot in found.values():
-        if slot.copy_of or slot.path in leaves:
+        if slot.copy_of:
             continue
+        counts = tuple(i + 1 for i in slot.index)
+        stacks[slot.path] = tuple(map(max, stacks.get(slot.path, counts), counts))
+        tensors[slot.path] = slot
+    leaves = {}
+    for path, slot in tensors.items():
         dtype = DTYPES[slot.dtype]
-        if bf16[slot.name].dtype != "F32":
+        if path not in always_f32:
             dtype = _STORED.get(options.dtype, dtype)
-        leaves[slot.path] = Leaf.make(shapes[slot.path], dtype, len(slot.index), policy)
+        leaves[path] = Leaf.make((*stacks[path], *slot.shape), dtype, len(slot.index), policy)
     return leaves
+
+
+def _always_f32(found: Mapping[str, Slot], config: ModelConfig, options: Options) -> set[str]:
+    """Leaves that are float32 in every policy, as in a bfloat16 checkpoint: scales, biases."""
+    if config.dtype == "float32":
+        found = slots(dataclasses.replace(config, dtype="bfloat16"), options.scope)
+    return {slot.path for slot in found.values() if slot.dtype == "F32"}
 
 
 def _fingerprint(listing: Listing, options: Options, policy: ChunkPolicy) -> Fingerprint:
