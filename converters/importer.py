@@ -22,7 +22,16 @@ from converters.journal import (
 from converters.listing import Listing
 from converters.problems import Problem, raise_if_any
 from converters.provenance import source_record, tool_versions
-from converters.units import Buffers, Done, Unit, make_buffers, run_unit, unit_bytes
+from converters.staging import Finish, staged
+from converters.units import (
+    Buffers,
+    Done,
+    Unit,
+    make_buffers,
+    run_unit,
+    unit_bytes,
+    unit_reads,
+)
 from mtp_model.chunks import DEFAULT_POLICY, ChunkPolicy
 from mtp_model.config import HiddenState, ModelConfig
 from mtp_model.destination import claim, clear, locked
@@ -90,7 +99,10 @@ def import_checkpoint(
             todo = [unit for unit in plan.units[worker[0] :: worker[1]] if unit.key not in done]
             _raise_if_full(dst, plan, todo)
             report = _Counter(plan, done, progress)
-            _run(plan, todo, writer, journal, workers, report)
+            reads = {unit.key: unit_reads(plan.conversion, unit) for unit in todo}
+            fetched = dst / UNFINISHED / f"fetched-{worker[0]}-of-{worker[1]}"
+            with staged(listing.source, reads, fetched) as finish:
+                _run(plan, todo, writer, journal, workers, report, finish)
         finished = _finish_if_last(writer, plan)
     return _summary(dst, plan, finished, len(done))
 
@@ -167,6 +179,7 @@ def _run(
     journal: Journal,
     workers: int,
     report: _Counter,
+    finish: Finish,
 ) -> None:
     idle: SimpleQueue[Buffers] = SimpleQueue()
     for _ in range(workers):
@@ -179,6 +192,7 @@ def _run(
         finally:
             idle.put(buffers)
         journal.append(done.to_json())
+        finish(unit.key)
         return unit
 
     with ThreadPoolExecutor(workers) as pool:

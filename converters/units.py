@@ -18,6 +18,7 @@ from converters.listing import Listing
 from converters.mapping import Slot
 from converters.problems import Problem, ProblemsError
 from converters.safetensors_io import DTYPES, TensorInfo
+from converters.staging import Read
 from mtp_model.chunks import Index, Leaf, chunk_file_name
 from mtp_model.rawio import AlignedBuffer
 from mtp_model.store_writer import ParamsWriter
@@ -117,6 +118,23 @@ def unit_bytes(conversion: Conversion, unit: Unit) -> int:
     return sum(conversion.listing.tensors[slot.name].nbytes for slot in unit.slots)
 
 
+def unit_reads(conversion: Conversion, unit: Unit) -> list[Read]:
+    """The source's byte ranges that a unit reads, scales that it dequantises with included."""
+    scales = [scale for slot in unit.slots if (scale := _scale_to_apply(conversion, slot))]
+    tensors = [conversion.listing.tensors[slot.name] for slot in unit.slots]
+    return [(tensor.file, tensor.begin, tensor.nbytes) for tensor in (*tensors, *scales)]
+
+
+def _scale_to_apply(conversion: Conversion, slot: Slot) -> TensorInfo | None:
+    """The block scales of an FP8 weight that is stored as another dtype."""
+    tensors = conversion.listing.tensors
+    if not slot.scale or slot.copy_of:
+        return None
+    if conversion.leaves[slot.path].dtype == DTYPES[tensors[slot.name].dtype]:
+        return None
+    return tensors[slot.scale]
+
+
 def make_buffers(conversion: Conversion) -> Buffers:
     """Memory that is enough for every unit."""
     leaves = conversion.leaves.values()
@@ -159,9 +177,8 @@ class _TensorReader:
         self._leaf = conversion.leaves[slot.path]
         self._dtype = DTYPES[self._tensor.dtype]
         self._raw = buffers.raw
-        self._scale = None
-        if slot.scale and self._leaf.dtype != self._dtype:
-            self._scale = _read_scale(conversion, conversion.listing.tensors[slot.scale])
+        scale = _scale_to_apply(conversion, slot)
+        self._scale = _read_scale(conversion, scale) if scale else None
 
     def read_rows_into(self, start: int, stop: int, out: np.ndarray) -> None:
         """Fill `out` (uint8) with rows start..stop in the leaf's dtype."""
