@@ -16,15 +16,15 @@ from mtp_model.rope import rotate, softmax_scale
 QUERY_CHUNK = 512  # scores exist for this many queries at a time: [B, N, 512, S] float32
 
 
-def _attend_chunk(q_BTNH, k_BSNH, v_BSNH, query_segments_BT, key_segments_BS, rows_T, scale):
+def _attend_chunk(q_BNTH, k_BNSH, v_BNSG, query_segments_BT, key_segments_BS, rows_T, scale):
     """Attention of one chunk of queries (rows `rows_T` of the sequence) over all keys."""
-    scores = jnp.einsum("btnh,bsnh->bnts", q_BTNH, k_BSNH, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bnth,bnsh->bnts", q_BNTH, k_BNSH, preferred_element_type=jnp.float32)
     scores = scores * scale
     same = query_segments_BT[:, :, None] == key_segments_BS[:, None, :]
-    causal = rows_T[:, None] >= jnp.arange(k_BSNH.shape[1])[None, :]
+    causal = rows_T[:, None] >= jnp.arange(k_BNSH.shape[2])[None, :]
     allowed = (same & causal[None])[:, None]
-    weights = jax.nn.softmax(jnp.where(allowed, scores, -jnp.inf), axis=-1).astype(v_BSNH.dtype)
-    return jnp.einsum("bnts,bsnh->btnh", weights, v_BSNH)
+    weights = jax.nn.softmax(jnp.where(allowed, scores, -jnp.inf), axis=-1).astype(v_BNSG.dtype)
+    return jnp.einsum("bnts,bnsg->btng", weights, v_BNSG)
 
 
 def causal_attention(
@@ -48,13 +48,16 @@ def causal_attention(
         split = jnp.pad(x, padding, mode="edge").reshape(x.shape[0], count, chunk, *x.shape[2:])
         return jnp.moveaxis(split, 1, 0)
 
+    # Heads first, once for all chunks: on CPU the products are up to twice as fast.
+    k_BNTH, v_BNTG = k_BTNH.swapaxes(1, 2), v_BTNG.swapaxes(1, 2)
     rows = jnp.minimum(jnp.arange(count * chunk), length - 1).reshape(count, chunk)
     chunks = (in_chunks(q_BTNH), in_chunks(segment_ids_BT), rows)
 
     @jax.checkpoint
     def attend(chunk_of):
         q, segments, rows_T = chunk_of
-        return _attend_chunk(q, k_BTNH, v_BTNG, segments, segment_ids_BT, rows_T, scale)
+        q = q.swapaxes(1, 2)
+        return _attend_chunk(q, k_BNTH, v_BNTG, segments, segment_ids_BT, rows_T, scale)
 
     if count == 1:
         return attend(jax.tree.map(lambda x: x[0], chunks))

@@ -30,9 +30,10 @@ class Domain(NamedTuple):
 def write_domains(folder: Path) -> tuple[Domain, Domain]:
     """Write code and documentation strings; returns (code, prose)."""
     folder.mkdir(parents=True, exist_ok=True)
-    domains = []
-    for name in ("code", "prose"):
-        domains.append(Domain(folder / f"{name}.jsonl", folder / f"{name}-held-out.jsonl"))
+    domains = [
+        Domain(folder / f"{name}.jsonl", folder / f"{name}-held-out.jsonl")
+        for name in ("code", "prose")
+    ]
     files = [path.open("w", encoding="utf-8") for domain in domains for path in domain]
     code, code_held_out, prose, prose_held_out = files
     for number, module in enumerate(library_modules()):
