@@ -170,6 +170,8 @@ ENTRY_FAULTS: list[tuple[Any, str]] = [
     "hold 2"),
     (entry(shape=[HUGE, HUGE, 0]), f"shape t in x.safetensors is U8 [{HUGE}, {HUGE}, 0], which "
     "needs more than 2**63 bytes; its data_offsets hold 2"),
+    (entry(shape=[0, HUGE, HUGE], offsets=[0, 0]), f"shape t in x.safetensors is U8 [0, {HUGE}, "
+    f"{HUGE}], which needs more than 2**63 bytes; its data_offsets hold 0"),
     (entry(shape=[2**32, 2**32], offsets=[0, 0]), "shape t in x.safetensors is U8 [4294967296, "
     "4294967296], which needs more than 2**63 bytes; its data_offsets hold 0"),
     (entry(offsets=[2, 0]), "offsets t in x.safetensors has data_offsets [2, 0], needed [begin, "
