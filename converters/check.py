@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from converters.check_headers import compare
-from converters.check_values import scale_problems, stale_copies
+from converters.check_values import bytes_to_read, scale_problems, stale_copies
 from converters.listing import Listing
 from converters.mapping import Slot
 from converters.problems import Problem, ProblemsError, raise_if_any
@@ -63,17 +63,18 @@ def check(
     *,
     scope: Scope = "all",
     copies: Copies = "check",
-    on_bytes: Callable[[int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Checked:
     """Everything that import needs of a checkpoint. Reads scales and copies, in bounded pieces.
 
     config: the parsed config.json. copies: `main` lets copies that differ from the main model's
-    tensors give way to them. on_bytes is told the bytes as they are read.
+    tensors give way to them. progress is told the bytes that are read, and their total.
     Raises one ProblemsError with every problem.
     """
     found = compare(listing, config, scope=scope)
-    problems = [*found.problems, *scale_problems(listing, found.slots, on_bytes)]
-    stale = tuple(stale_copies(listing, found.slots, on_bytes))
+    count = _counter(bytes_to_read(listing, found.slots), progress)
+    problems = [*found.problems, *scale_problems(listing, found.slots, count)]
+    stale = tuple(stale_copies(listing, found.slots, count))
     if copies == "check":
         advice = "import with --copies main to take the main model's"
         problems += [Problem(p.kind, p.subject, f"{p.detail}; {advice}") for p in stale]
@@ -85,3 +86,15 @@ def check(
         stale_copies=tuple(problem.subject for problem in stale),
         notes=tuple(f"{p.subject} {p.detail}; the main model's is taken" for p in stale),
     )
+
+
+def _counter(total: int, progress: Callable[[int, int], None] | None) -> Callable[[int], None]:
+    done = 0
+
+    def count(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress:
+            progress(done, total)
+
+    return count

@@ -13,35 +13,47 @@ from converters.problems import Problem
 from converters.safetensors_io import TensorInfo
 
 PIECE_BYTES = 4 << 20
-OnBytes = Callable[[int], None] | None
+OnBytes = Callable[[int], None]
+"""Told the number of bytes of every read."""
+
+
+def bytes_to_read(listing: Listing, slots: Mapping[str, Slot]) -> int:
+    """Bytes of all scales, and of all copies with what they copy."""
+    scales = sum(listing.tensors[name].nbytes for name in _scales(slots))
+    copies = sum(listing.tensors[slot.name].nbytes for slot in _copies(slots))
+    return scales + 2 * copies
+
+
+def _scales(slots: Mapping[str, Slot]) -> Iterator[str]:
+    return (slot.scale for slot in slots.values() if slot.scale and slot.scale in slots)
+
+
+def _copies(slots: Mapping[str, Slot]) -> Iterator[Slot]:
+    return (slot for slot in slots.values() if slot.copy_of in slots)
 
 
 def scale_problems(
-    listing: Listing, slots: Mapping[str, Slot], on_bytes: OnBytes = None
+    listing: Listing, slots: Mapping[str, Slot], on_bytes: OnBytes
 ) -> Iterator[Problem]:
     """Scales that are not finite or not above 0: no weight comes out of those."""
-    for slot in slots.values():
-        if slot.scale is None or slot.scale not in slots:
-            continue
-        tensor = listing.tensors[slot.scale]
+    for name in _scales(slots):
+        tensor = listing.tensors[name]
         raw = listing.source.read(tensor.file, tensor.begin, tensor.nbytes)
         values = np.frombuffer(raw, "<f4").reshape(tensor.shape)
         bad = ~(np.isfinite(values) & (values > 0))
         if bad.any():
             first = tuple(map(int, np.argwhere(bad)[0]))
             found = f"has {bad.sum()} of {bad.size} values that are not finite and above 0"
-            yield Problem("value", slot.scale, f"{found}; the first is {values[first]} at {first}")
-        if on_bytes:
-            on_bytes(tensor.nbytes)
+            yield Problem("value", name, f"{found}; the first is {values[first]} at {first}")
+        on_bytes(tensor.nbytes)
 
 
 def stale_copies(
-    listing: Listing, slots: Mapping[str, Slot], on_bytes: OnBytes = None
+    listing: Listing, slots: Mapping[str, Slot], on_bytes: OnBytes
 ) -> Iterator[Problem]:
     """Copies whose bytes are not those of the tensor that they repeat."""
-    for slot in slots.values():
-        if slot.copy_of is None or slot.copy_of not in slots:
-            continue
+    for slot in _copies(slots):
+        assert slot.copy_of
         copy, original = listing.tensors[slot.name], listing.tensors[slot.copy_of]
         rows = np.concatenate([*_differing_rows(listing, copy, original, on_bytes)])
         if len(rows):
@@ -61,7 +73,6 @@ def _differing_rows(
         for tensor, piece in ((copy, ours), (original, theirs)):
             begin = tensor.begin + start * row_bytes
             listing.source.read_into(tensor.file, begin, piece[:nbytes])
-        if on_bytes:
-            on_bytes(2 * nbytes)
+        on_bytes(2 * nbytes)
         differs = (ours[:nbytes] != theirs[:nbytes]).reshape(-1, row_bytes).any(axis=1)
         yield start + np.flatnonzero(differs)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from converters.problems import Problem, raise_if_any
+from converters.problems import Problem
 from mtp_model.rawio import file_digest
 from mtp_model.store import Checkpoint, Piece
 
@@ -13,10 +13,15 @@ DEFAULT_WORKERS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class DigestCheck:
-    """Chunk files that were read, all of them with the digest of provenance.json."""
+    """Chunk files that were read, and every file whose digest is not the recorded one."""
 
     files: int
     bytes: int
+    problems: tuple[Problem, ...]
+
+    @property
+    def holds(self) -> bool:
+        return not self.problems
 
 
 def check_digests(
@@ -25,7 +30,7 @@ def check_digests(
     workers: int = DEFAULT_WORKERS,
     progress: Callable[[int, int], None] | None = None,
 ) -> DigestCheck:
-    """Read every file and compare its digest; ProblemsError names all that are damaged or gone."""
+    """Read every file and compare its digest with the one that was recorded when it was written."""
     problems = [
         Problem("digest", name, "is gone or has other bytes than were written")
         for name in checkpoint.damaged_files()
@@ -40,8 +45,7 @@ def check_digests(
         done += checkpoint.leaves[piece.path].chunk_bytes
         if progress:
             progress(done, total)
-    raise_if_any(str(checkpoint.path), problems)
-    return DigestCheck(files=len(pieces), bytes=total)
+    return DigestCheck(files=len(pieces), bytes=total, problems=tuple(problems))
 
 
 def _faults(pieces: list[Piece], workers: int) -> Iterator[tuple[Piece, str | None]]:

@@ -1,20 +1,44 @@
-"""How results look: tables for people, plain data for programs; must not compute any result."""
+"""How results look: tables for people, Markdown for files, JSON for programs.
 
+Knows tables, facts and lines; must not know what any of them is about.
+"""
+
+import json
+import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich import box
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from converters.grouping import group_problems
-from converters.inspection import Inspection, MtpModule, Network
 from converters.problems import Problem, ProblemsError
 
 _MOST_LINES = 60
 _PIPED_WIDTH = 120  # a file or a pipe has no width of its own
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What, and its value, one below the other."""
+
+    pairs: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table: the first column is text, the others are numbers."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+Section = Facts | Grid | str
+"""One piece of a report; a string is text of one or more lines."""
 
 
 def stdout() -> Console:
@@ -30,6 +54,60 @@ def stderr() -> Console:
 def _console(file: Any) -> Console:
     width = None if file.isatty() else _PIPED_WIDTH
     return Console(file=file, width=width, highlight=False, markup=False, emoji=False)
+
+
+def show(console: Console, sections: Iterable[Section]) -> None:
+    """Print sections, an empty line between two, without spaces at the ends of lines."""
+    for number, section in enumerate(sections):
+        view = _rich(section)
+        with console.capture() as capture:
+            console.print(view, soft_wrap=isinstance(view, Text))
+        lines = [line.rstrip() for line in capture.get().strip("\n").splitlines()]
+        text = "\n".join(line for line in lines if line or isinstance(view, Text))
+        console.file.write("\n" * (number > 0) + text + "\n")
+
+
+def _rich(section: Section) -> Table | Text:
+    if isinstance(section, str):
+        return Text(section)
+    if isinstance(section, Facts):
+        width = max((len(name) for name, _ in section.pairs), default=0)
+        return Text("\n".join(f"{name:<{width}}  {value}" for name, value in section.pairs))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, column in enumerate(section.columns):
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
+    for row in section.rows:
+        table.add_row(*row)
+    return table
+
+
+def markdown(sections: Iterable[Section]) -> str:
+    """The same sections as Markdown text."""
+    return "\n\n".join(_markdown(section) for section in sections) + "\n"
+
+
+def _markdown(section: Section) -> str:
+    if isinstance(section, str):
+        return f"```\n{section}\n```"
+    if isinstance(section, Facts):
+        return "\n".join(f"* {name}: {value}" for name, value in section.pairs)
+    rule = ["---", *("--:" for _ in section.columns[1:])]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (section.columns, rule, *section.rows))
+
+
+def to_json(value: Mapping[str, Any]) -> str:
+    """JSON text; numbers that are not finite, which JSON has not, become null."""
+    return json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
 def human_bytes(count: float) -> str:
@@ -50,99 +128,26 @@ def _scaled(count: float, units: Sequence[str]) -> str:
     return f"{count:,.{digits}f} {units[power]}".rstrip()
 
 
-def problem_lines(problems: Iterable[Problem]) -> list[str]:
-    """The lines of a report on problems: alike ones as one, a screenful or two at most."""
-    lines = group_problems(problems)
-    if len(lines) > _MOST_LINES:
-        more = len(lines) - _MOST_LINES
-        lines[_MOST_LINES:] = [f"... and {more:,} more lines; --json lists every problem"]
-    return lines
+def plural(count: int, noun: str) -> str:
+    """`1 file`, `3,000 files`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def problem_report(error: ProblemsError) -> str:
-    """The report of a ProblemsError, alike problems as one line."""
-    count = len(error.problems)
-    head = f"{count:,} problem{'' if count == 1 else 's'} in {error.where}:"
-    return "\n".join([head, *(f"  {line}" for line in problem_lines(error.problems))])
+def cut(lines: Sequence[str], most: int = _MOST_LINES) -> list[str]:
+    """At most that many lines, and a word on those that are left out."""
+    if len(lines) <= most:
+        return list(lines)
+    return [*lines[:most], f"... and {len(lines) - most:,} more lines; --json lists all"]
 
 
-def plain_table(*columns: str, title: str | None = None, right: Iterable[int] = ()) -> Table:
-    """A table in the one style of this toolkit; `right` numbers the columns of numbers."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for number, column in enumerate(columns):
-        justify = "right" if number in right else "left"
-        table.add_column(column, justify=justify, overflow="fold")
-    return table
+def problem_report(where: str, problems: Sequence[Problem]) -> str:
+    """The report of problems: alike ones as one line, a screenful or two at most."""
+    lines = cut(group_problems(problems))
+    return "\n".join(
+        [f"{plural(len(problems), 'problem')} in {where}:", *(f"  {x}" for x in lines)]
+    )
 
 
-def facts(rows: Iterable[tuple[str, str]]) -> Text:
-    """Two columns without a head: what, and its value."""
-    pairs = list(rows)
-    width = max((len(name) for name, _ in pairs), default=0)
-    return Text("\n".join(f"{name:<{width}}  {value}" for name, value in pairs))
-
-
-def show(console: Console, view: RenderableType) -> None:
-    """Print without the spaces that fill lines up to the width, which only a terminal needs."""
-    with console.capture() as capture:
-        console.print(view, soft_wrap=isinstance(view, Text))
-    for line in capture.get().splitlines():
-        console.file.write(line.rstrip() + "\n")
-
-
-def inspection_views(found: Inspection) -> Iterator[RenderableType]:
-    """What `inspect` prints, one below the other."""
-    yield facts(_source_facts(found))
-    if found.network:
-        yield _groups_table(found.network)
-    if found.problems:
-        yield Text(problem_report(ProblemsError(found.source, found.problems)))
-
-
-def _source_facts(found: Inspection) -> Iterator[tuple[str, str]]:
-    yield "checkpoint", found.source
-    yield "model type", found.model_type or "unknown"
-    yield "files", f"{found.files:,} safetensors, {human_bytes(found.file_bytes)}"
-    for dtype, tally in found.dtypes.items():
-        yield dtype, f"{tally.tensors:,} tensors, {human_bytes(tally.bytes)}"
-    if found.network:
-        yield from _network_facts(found.network)
-    yield "import", _verdict(found)
-
-
-def _network_facts(network: Network) -> Iterator[tuple[str, str]]:
-    config = network.config
-    layers = f"{config.num_dense_layers} dense + {config.num_moe_layers} MoE"
-    experts = f"{config.n_routed_experts} experts, {config.num_experts_per_tok} per token"
-    yield "layers", f"{layers} ({experts})"
-    total, active = human_count(network.parameters), human_count(network.active_parameters)
-    yield "parameters", f"{total}, of which one token uses {active} in the main model"
-    block = config.weight_block_size
-    yield "FP8", f"blocks of {block[0]} x {block[1]}" if block else "not quantised"
-    for number, module in enumerate(network.mtp, start=1):
-        yield f"MTP module {number}", _mtp_module(module)
-    if not network.mtp:
-        yield "MTP modules", "none: num_nextn_predict_layers is 0"
-
-
-def _mtp_module(module: MtpModule) -> str:
-    where = f"model.layers.{module.layer}"
-    if not module.tensors:
-        return f"{where}: absent"
-    size = f"{module.tensors:,} tensors, {human_count(module.parameters)} parameters"
-    copies = ", ".join(name.removesuffix(".weight") for name in module.copies) or "absent"
-    return f"{where}: {size}; copies: {copies}"
-
-
-def _verdict(found: Inspection) -> str:
-    if found.problems:
-        return "no, for the reasons below"
-    return "yes (from the headers; importing also checks scales and copies)"
-
-
-def _groups_table(network: Network) -> Table:
-    table = plain_table("part", "tensors", "parameters", "bytes", right=(1, 2, 3))
-    for group, tally in network.groups.items():
-        cells = f"{tally.tensors:,}", human_count(tally.parameters), human_bytes(tally.bytes)
-        table.add_row(group, *cells)
-    return table
+def problems_as_json(error: ProblemsError) -> dict[str, Any]:
+    """A ProblemsError as plain data, every problem of it."""
+    return {"where": error.where, "problems": [asdict(problem) for problem in error.problems]}

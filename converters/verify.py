@@ -12,9 +12,10 @@ from typing import Any
 
 from converters.check_headers import Comparison, compare
 from converters.compare_tensors import Difference, TensorComparer
-from converters.digests import DEFAULT_WORKERS
+from converters.digests import DEFAULT_WORKERS, DigestCheck
 from converters.groups import GROUPS, group_of
 from converters.listing import Listing
+from converters.logits import LogitsCheck
 from converters.problems import Problem, raise_if_any
 from mtp_model.config import ModelConfig
 from mtp_model.model import Scope
@@ -48,6 +49,39 @@ class StorageCheck:
     def holds(self) -> bool:
         """Whether export would write every byte of the source's tensors."""
         return all(difference.replaced for difference in self.differences)
+
+    @property
+    def total(self) -> Part:
+        """All parts together."""
+        parts = self.parts.values()
+        return Part(
+            tensors=sum(part.tensors for part in parts),
+            bytes=sum(part.bytes for part in parts),
+            differing=sum(part.differing for part in parts),
+            differing_bytes=sum(part.differing_bytes for part in parts),
+            worst=max((part.worst for part in parts), default=0.0),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """All that one `verify` looked at; what was not asked is None."""
+
+    source: str | None
+    checkpoint: str
+    digests: DigestCheck
+    storage: StorageCheck | None
+    logits: LogitsCheck | None
+
+    @property
+    def holds(self) -> bool:
+        """Whether all that was asked holds; nothing more is looked at where digests do not."""
+        parts = (self.digests, self.storage, self.logits)
+        return all(part is None or part.holds for part in parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for --json and report.json."""
+        return {**dataclasses.asdict(self), "holds": self.holds}
 
 
 def check_storage(

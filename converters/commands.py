@@ -1,0 +1,176 @@
+"""What each command does, from opened source to printed result; knows no command-line syntax."""
+
+import dataclasses
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from converters import views
+from converters.check import check, read_config
+from converters.check_headers import compare
+from converters.digests import check_digests
+from converters.exporter import export_checkpoint
+from converters.importer import import_checkpoint
+from converters.inspection import inspect_source
+from converters.listing import Listing, list_checkpoint
+from converters.logits import LogitsCheck, check_logits
+from converters.problems import Problem, ProblemsError, raise_if_any
+from converters.progress import progress
+from converters.report import Section, problem_report, problems_as_json, show, stdout, to_json
+from converters.report_folder import write_report
+from converters.source import Source, open_source
+from converters.staging import FarSource
+from converters.verify import Verification, check_storage
+from mtp_model.config import HiddenState, ModelConfig
+from mtp_model.store import Checkpoint, open_checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from converters.cli import Export, Import, Inspect, Verify
+
+
+def run_inspect(command: "Inspect") -> int:
+    """Print what a checkpoint is; 1 if it has problems."""
+    found = inspect_source(open_source(command.src))
+    _print(views.inspection(found), found.to_dict(), as_json=command.json)
+    return 1 if found.problems else 0
+
+
+def run_import(command: "Import") -> int:
+    """Check everything that can be, then import."""
+    listing, config_dict = _open(open_source(command.src))
+    config, notes = _checked(listing, config_dict, command)
+    began_s = time.monotonic()
+    with progress("import") as report:
+        summary = import_checkpoint(
+            listing,
+            config,
+            command.dst,
+            scope=command.scope,
+            dtype=command.dtype,
+            copies=command.copies,
+            workers=command.workers,
+            overwrite=command.overwrite,
+            progress=report,
+            mtp_hidden_state=_hidden_state(command),
+        )
+    seconds = time.monotonic() - began_s
+    if notes is None:
+        stale = open_checkpoint(command.dst).provenance["stale_copies"]
+        notes = tuple(f"{name} differs; the main model's is taken" for name in stale)
+    plain = {**dataclasses.asdict(summary), "notes": notes, "seconds": seconds}
+    _print(views.imported(summary, notes, seconds), plain, as_json=command.json)
+    return 0
+
+
+def _checked(
+    listing: Listing, config_dict: dict[str, Any], command: "Import"
+) -> tuple[ModelConfig, tuple[str, ...] | None]:
+    """The config, and what to tell of stale copies; None where import itself has to find these.
+
+    Scales and copies of a far source are not read twice: import checks them as they arrive.
+    """
+    if isinstance(listing.source, FarSource):
+        found = compare(listing, config_dict, scope=command.scope)
+        raise_if_any(listing.source.name, found.problems)
+        assert found.config is not None
+        return found.config, None
+    with progress("check") as report:
+        checked = check(
+            listing, config_dict, scope=command.scope, copies=command.copies, progress=report
+        )
+    return checked.config, checked.notes
+
+
+def _hidden_state(command: "Import") -> HiddenState | None:
+    return None if command.mtp_hidden_state == "config" else command.mtp_hidden_state
+
+
+def run_export(command: "Export") -> int:
+    """Export, and tell what differs from the source."""
+    checkpoint = open_checkpoint(command.ckpt)
+    began_s = time.monotonic()
+    with progress("export") as report:
+        summary = export_checkpoint(
+            checkpoint,
+            command.dst,
+            dtype=command.dtype,
+            workers=command.workers,
+            overwrite=command.overwrite,
+            progress=report,
+        )
+    seconds = time.monotonic() - began_s
+    plain = {**dataclasses.asdict(summary), "changed": summary.changed, "seconds": seconds}
+    _print(views.exported(summary, seconds), plain, as_json=command.json)
+    return 0
+
+
+def run_verify(command: "Verify") -> int:
+    """Check digests and what else was asked; 1 unless all of it holds."""
+    ckpt = command.ckpt or command.src
+    checkpoint = open_checkpoint(ckpt)
+    source = open_source(command.src) if command.ckpt else None
+    opened = _open(source) if source else None
+    with progress("digests") as report:
+        digests = check_digests(checkpoint, workers=command.workers, progress=report)
+    storage, logits = None, None
+    if opened and digests.holds:
+        with progress("tensors") as report:
+            storage = check_storage(
+                *opened, checkpoint, scope=command.scope, workers=command.workers, progress=report
+            )
+        logits = _logits(*opened, checkpoint) if command.logits else None
+    found = Verification(
+        source=source.name if source else None,
+        checkpoint=ckpt,
+        digests=digests,
+        storage=storage,
+        logits=logits,
+    )
+    _print(views.verification(found), found.to_dict(), as_json=command.json)
+    if command.report:
+        write_report(command.report, found)
+    return 0 if found.holds else 1
+
+
+def _logits(listing: Listing, config_dict: dict[str, Any], checkpoint: Checkpoint) -> LogitsCheck:
+    if isinstance(listing.source, FarSource):
+        detail = "is not on this machine; --logits needs a local folder, download it first"
+        raise ProblemsError(listing.source.name, [Problem("source", "SRC", detail)])
+    return check_logits(listing.source.name, config_dict, checkpoint)
+
+
+def _open(source: Source) -> tuple[Listing, dict[str, Any]]:
+    """Headers and config.json; ProblemsError with the problems of both."""
+    problems: list[Problem] = []
+    opened = []
+    for read in (list_checkpoint, read_config):
+        try:
+            opened.append(read(source))
+        except ProblemsError as err:
+            problems += err.problems
+    raise_if_any(source.name, problems)
+    listing, config = opened
+    return listing, config
+
+
+def _print(sections: "Iterable[Section]", plain: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print(to_json(plain))
+    else:
+        show(stdout(), sections)
+
+
+def tell_problems(err: ProblemsError, *, as_json: bool) -> None:
+    """Problems on stderr, alike ones as one line; all of them on stdout where JSON was asked."""
+    if as_json:
+        print(to_json(problems_as_json(err)))
+    print(problem_report(err.where, err.problems), file=sys.stderr)
+
+
+def tell_error(text: str, *, as_json: bool) -> None:
+    """Any other failure, the same way."""
+    if as_json:
+        print(to_json({"error": text}))
+    print(text, file=sys.stderr)
