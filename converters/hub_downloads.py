@@ -122,13 +122,12 @@ class Downloads:
 
     def _fetch_all(self) -> None:
         while file := self._next():
-            path, error = None, None
             try:
-                path = self._fetch(file)
+                path, error = self._fetch(file), None
             except StoppedError:
-                return
+                path, error = None, None
             except Exception as err:  # whoever waits for the file raises it
-                error = err
+                path, error = None, err
             with self._changed:
                 file.path, file.error = path, error
                 if not file.users:

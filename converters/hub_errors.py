@@ -125,7 +125,7 @@ def explain(err: Exception, where: str, subject: str) -> PassingError | Problems
 
 
 def _advice(err: HfHubHTTPError, status: int) -> str:
-    sent_token = "authorization" in err.request.headers
+    sent_token = "authorization" in err.response.request.headers
     access = "use a token that has it" if sent_token else "run `hf auth login` or set HF_TOKEN"
     if isinstance(err, GatedRepoError):
         return f"is gated ({status}): ask for access on its page on the Hub, then {access}"

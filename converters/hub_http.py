@@ -6,6 +6,7 @@ Knows the Hub's answers; must not know what is in the files, nor keep any of the
 import hashlib
 import re
 import threading
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -97,6 +98,7 @@ class Repository:
         self._token = token
         self._patience = patience
         self._locations: dict[str, str] = {}
+        self._locating: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         # A name that is a mistyped folder's should not take minutes to be refused.
         brief = replace(patience, tries=min(patience.tries, 4))
         subject = f"{repo_id}@{revision}" if revision else repo_id
@@ -162,7 +164,8 @@ class Repository:
 
     def _try(self, file: str, begin: int, end: int) -> Iterator[bytes]:
         """One request for begin..end. PassingError when it failed, after what did arrive."""
-        url = self._locations.get(file) or self._locate(file)
+        with self._locating[file]:  # readers of one file share one answer
+            url = self._locations.get(file) or self._locate(file)
         headers = {**self._headers(url), "Accept-Encoding": "identity"}
         whole = (begin, end) == (0, self.entries[file].size)
         if not whole:  # the Hub's own servers, which hold the small files, may not know ranges

@@ -3,7 +3,10 @@
 `NAME.part` holds the bytes, `NAME.ranges` one line for each range that is safely on the disk.
 """
 
+import bisect
+import itertools
 import os
+import re
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,6 +17,7 @@ Ranges = list[tuple[int, int]]
 """Begin and end of byte ranges: in order, not empty, with holes between them."""
 
 _HASH_BYTES = 8 << 20
+_LINE = re.compile(rb"^(\d+) (\d+)\n", re.M)
 
 
 def merged(ranges: Iterable[tuple[int, int]]) -> Ranges:
@@ -31,12 +35,12 @@ def without(ranges: Ranges, taken: Ranges) -> Ranges:
     """The bytes of `ranges` that `taken` does not have."""
     result = []
     for begin, end in ranges:
-        for taken_begin, taken_end in taken:
-            if taken_end <= begin or end <= taken_begin:
-                continue
+        for taken_begin, taken_end in itertools.islice(taken, _first_after(taken, begin), None):
+            if taken_begin >= end:
+                break
             if begin < taken_begin:
                 result.append((begin, taken_begin))
-            begin = max(begin, taken_end)
+            begin = taken_end
         if begin < end:
             result.append((begin, end))
     return result
@@ -44,7 +48,15 @@ def without(ranges: Ranges, taken: Ranges) -> Ranges:
 
 def covers(ranges: Ranges, begin: int, end: int) -> bool:
     """Whether all of begin..end is in one of the ranges."""
-    return begin == end or any(b <= begin and end <= e for b, e in ranges)
+    found = _first_after(ranges, begin)
+    return begin == end or (
+        found < len(ranges) and ranges[found][0] <= begin and end <= ranges[found][1]
+    )
+
+
+def _first_after(ranges: Ranges, position: int) -> int:
+    """Index of the first range that ends after a position."""
+    return bisect.bisect_right(ranges, position, key=lambda span: span[1])
 
 
 def num_bytes(ranges: Ranges) -> int:
@@ -110,6 +122,7 @@ class PartialFile:
         self.path.unlink(missing_ok=True)
 
     def __enter__(self) -> "PartialFile":
+        self._end_torn_line()
         self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
         os.ftruncate(self._fd, self._entry.size)
         return self
@@ -117,9 +130,14 @@ class PartialFile:
     def __exit__(self, *_: object) -> None:
         os.close(self._fd)
 
+    def _end_torn_line(self) -> None:
+        if self._lines.is_file() and not self._lines.read_bytes().endswith(b"\n"):
+            with self._lines.open("a") as file:
+                file.write(" torn\n")
+
     def _ranges(self) -> Ranges:
         if not self.path.is_file() or not self._lines.is_file():
             return []
-        # The last line may be torn by a power cut: without its newline it doesn't count.
-        lines = self._lines.read_text().split("\n")[:-1]
-        return merged((int(begin), int(end)) for begin, end in map(str.split, lines))
+        # A power cut may have left anything at the end: what is no line is fetched again.
+        lines = _LINE.findall(self._lines.read_bytes())
+        return merged((int(begin), int(end)) for begin, end in lines)

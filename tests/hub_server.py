@@ -23,12 +23,15 @@ Files = dict[str, bytes]
 class Fault:
     """What is wrong with the next answers to a kind of request; an instance serves `times` times.
 
-    status: answered instead. keep_bytes: of the body, before the connection drops. short: the
-    answer says, in good order, that it is shorter. corrupt: one bit is wrong.
+    status, body: answered instead. drop: no answer at all. keep_bytes: of the body, before the
+    connection drops. short: the answer says, in good order, that it is shorter. corrupt: one bit
+    is wrong.
     """
 
     status: int | None = None
     headers: dict[str, str] = field(default_factory=dict)
+    body: bytes | None = None
+    drop: bool = False
     keep_bytes: int | None = None
     short: bool = False
     corrupt: bool = False
@@ -127,6 +130,10 @@ class HubServer:
         """Answer the next requests `METHOD /path` that match a regular expression with a fault."""
         self._faults.append((re.compile(request), fault))
 
+    def clear_faults(self) -> None:
+        """Answer everything in good order again."""
+        self._faults.clear()
+
     def fault_for(self, request: str) -> Fault:
         """The fault for a request, used up; one without faults otherwise."""
         with self._lock:
@@ -142,10 +149,16 @@ class HubServer:
 
     def _serve(self, handler: type["_Handler"]) -> ThreadingHTTPServer:
         bound = type("Handler", (handler,), {"hub": self})
-        server = ThreadingHTTPServer(("127.0.0.1", 0), bound)
-        server.daemon_threads = True
+        server = _Server(("127.0.0.1", 0), bound)
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
         return server
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: object) -> None:
+        """Nothing: clients may hang up."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -175,11 +188,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.seen.append(self.note)
         self.fault = self.hub.fault_for(str(self.note))
         time.sleep(self.hub.delay_s)
-        if self.fault.status:
-            self.send(self.fault.status, b"", self.fault.headers)
+        if self.fault.drop:
+            self.close_connection = True
+        elif self.fault.status or self.fault.body is not None:
+            self.send(self.fault.status or 200, self.fault.body or b"", self.fault.headers)
         else:
             self.query = parse_qs(parts.query)
-            self.answer(self.note.path, body)
+            self.answer(parts.path, body)
 
     def send(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None) -> None:
         """Send an answer, with whatever is wrong with it."""
@@ -228,7 +243,8 @@ class _Hub(_Handler):
         ]
         for pattern, route in routes:
             if match := re.fullmatch(pattern, path):
-                return route(*match.groups(), *([body] if self.command == "POST" else []))
+                groups = [group and unquote(group) for group in match.groups()]
+                return route(*groups, *([body] if self.command == "POST" else []))
         return self._refuse(404, "NotFound")
 
     def _refuse(self, status: int, code: str) -> None:
@@ -243,7 +259,7 @@ class _Hub(_Handler):
         model = self.hub.models.get(repo_id)
         if model is None or (model.private and not self._authorized):
             return self._refuse(404 if self._authorized else 401, "RepoNotFound")
-        commit = model.at(unquote(revision or "main"))
+        commit = model.at(revision or "main")
         if commit is None:
             return self._refuse(404, "RevisionNotFound")
         return model, commit
