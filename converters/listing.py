@@ -5,7 +5,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from converters.problems import Problem, ProblemsError, raise_if_any
-from converters.safetensors_io import MAX_HEADER_BYTES, Header, TensorInfo, read_header
+from converters.safetensors_io import (
+    MAX_HEADER_BYTES,
+    Header,
+    TensorInfo,
+    bounded,
+    read_header,
+)
 from converters.source import Source, name_fault
 from converters.strict_json import JsonError, is_text_map, parse, shown
 
@@ -36,11 +42,11 @@ def list_checkpoint(source: Source) -> Listing:
     stored = [file for file in sizes if file.endswith(SUFFIX)]
     named = sorted(set(weight_map.values())) if index is not None else [SINGLE_FILE]
     listed_in = "named by the index" if index is not None else f"part of it, {SINGLE_FILE} is all"
-    problems += _file_problems(stored, named, listed_in)
+    problems += bounded(_file_problems(stored, named, listed_in), INDEX_FILE)
     headers = _read_headers(source, [file for file in named if file in stored], problems)
     tensors = _merge(headers.values(), problems)
     if index is not None:
-        problems += _index_problems(weight_map, tensors, headers)
+        problems += bounded(_index_problems(weight_map, tensors, headers), INDEX_FILE)
     raise_if_any(source.name, problems)
     side_files = tuple(file for file in sizes if file not in stored and file != INDEX_FILE)
     return Listing(

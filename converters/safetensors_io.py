@@ -4,8 +4,10 @@ Format: 8 bytes, the little-endian length of the header; the header, JSON padded
 tensors' bytes without holes. https://github.com/huggingface/safetensors#format
 """
 
+import itertools
 import json
 import math
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +46,8 @@ DTYPES: dict[str, np.dtype[Any]] = {
 """Safetensors dtype name -> numpy dtype, for every dtype whose elements are whole bytes."""
 
 _LENGTH_BYTES = 8
+_MAX_PROBLEMS = 1000  # a hostile header of 100 MB has room for millions
+_parsing = threading.Lock()  # such a header takes gigabytes to parse: never two at a time
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -88,7 +92,9 @@ def read_header(source: Source, file: str) -> Header:
         fault = f"is {size} bytes, its header alone needs {_LENGTH_BYTES + nbytes}; it is truncated"
     if fault:
         raise ProblemsError(source.name, [Problem("file", shown(file), fault)])
-    header = parse_header(source.read(file, _LENGTH_BYTES, nbytes), file, source.name)
+    raw = source.read(file, _LENGTH_BYTES, nbytes)
+    with _parsing:
+        header = parse_header(raw, file, source.name)
     raise_if_any(source.name, _size_problems(header, size))
     return header
 
@@ -104,10 +110,10 @@ def parse_header(raw: bytes, file: str, where: str) -> Header:
     data_begin = _LENGTH_BYTES + len(raw)
     read = [_read_entry(name, entry, file, data_begin) for name, entry in entries.items()]
     problems += [found for found in read if isinstance(found, Problem)]
-    raise_if_any(where, problems)
+    raise_if_any(where, bounded(problems, file))
     tensors = [found for found in read if isinstance(found, TensorInfo)]
     tensors.sort(key=lambda tensor: (tensor.begin, tensor.nbytes))
-    raise_if_any(where, _layout_problems(tensors, data_begin))
+    raise_if_any(where, bounded(_layout_problems(tensors, data_begin), file))
     size = data_begin + sum(tensor.nbytes for tensor in tensors)
     return Header(file=file, size=size, raw=raw, metadata=metadata, tensors=tuple(tensors))
 
@@ -192,6 +198,14 @@ def _size_problems(header: Header, size: int) -> Iterator[Problem]:
         state = "it is truncated" if size < header.size else "something was appended"
         found = f"is {size} bytes, its header needs {shown(header.size)}: {state}"
         yield Problem("file", shown(header.file), found)
+
+
+def bounded(problems: Iterable[Problem], file: str) -> list[Problem]:
+    """The first thousand problems, and how many more there are of `file`."""
+    remaining = iter(problems)
+    found = list(itertools.islice(remaining, _MAX_PROBLEMS))
+    more = sum(1 for _ in remaining)
+    return [*found, Problem("more", shown(file), f"has {more} more problems")] if more else found
 
 
 def make_header(

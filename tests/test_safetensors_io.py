@@ -234,6 +234,14 @@ def test_all_malformed_tensors_are_one_report(tmp_path):
     assert [problem.subject for problem in caught.value.problems] == ["x.safetensors", *"abc"]
 
 
+def test_a_report_of_very_many_faults_is_cut_and_counts_them(tmp_path):
+    header = file_bytes({str(n): n for n in range(5000)})
+    with pytest.raises(ProblemsError, match="1001 problems in") as caught:
+        read(tmp_path, header)
+    last = caught.value.problems[-1]
+    assert str(last) == "more      x.safetensors has 4000 more problems"
+
+
 def test_names_in_reports_are_short_and_printable(tmp_path):
     with pytest.raises(ProblemsError) as caught:
         read(tmp_path, file_bytes({"\x1b[31mred\n" + "x" * 1000: 3}))
