@@ -95,7 +95,7 @@ def make_optimizer(
 
 def start(split: Split, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step."""
-    return TrainState(split.trainable, split.biases, optimizer.init(split.trainable))
+    return TrainState(split.trainable, split.biases, jax.jit(optimizer.init)(split.trainable))
 
 
 def balance(biases: nnx.State, load: ExpertLoad, rate: float) -> nnx.State:
