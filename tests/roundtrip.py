@@ -46,8 +46,9 @@ def tree_bytes(folder: Path) -> dict[str, bytes]:
 def assert_same_files(got: Path, wanted: Path) -> None:
     """The same files with the same bytes; the message names those that differ."""
     found, needed = tree_bytes(got), tree_bytes(wanted)
-    assert found.keys() == needed.keys()
-    assert [name for name in needed if found[name] != needed[name]] == []
+    assert found.keys() == needed.keys(), found.keys() ^ needed.keys()
+    differ = [name for name in needed if found[name] != needed[name]]
+    assert not differ, differ
 
 
 def read_tensors(folder: Path) -> dict[str, np.ndarray]:

@@ -1,0 +1,109 @@
+"""Imports and exports in processes of their own, killed (SIGKILL) at chosen points.
+
+    python killed.py '[["import"|"export", SRC, DST, POINT, COUNT, [I, N]], ...]'
+
+POINT is what the process is about to do for the COUNTth time when it dies; `none` lets it finish.
+All run side by side, forked from one that has imported everything. Prints their exit statuses.
+"""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from roundtrip import run_import
+
+from converters import exporter, fp8, importer, journal
+from converters.exporter import export_checkpoint
+from converters.safetensors_writer import StreamWriter
+from mtp_model import destination, rawio, store_writer
+from mtp_model.store import open_checkpoint
+
+
+def die(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def before(owner: Any, name: str, count: int, last_words: Callable[..., None] = die) -> None:
+    """Die when `owner.name` is called for the count-th time."""
+    real, calls = getattr(owner, name), iter(range(1, 1 << 30))
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == count:
+            last_words(*args)
+            die()
+        return real(*args, **kwargs)
+
+    setattr(owner, name, counted)
+
+
+def half_a_line(self: Any, entry: Any) -> None:
+    """Write the start of a line of the journal."""
+    self._file.write(str(entry).encode()[:20])
+    self._file.flush()
+
+
+def half_a_piece(self: Any, data: Any) -> None:
+    """Write a part of a safetensors file, and leave it there."""
+    self._file.append(data[: len(data) // 2])
+    self._file._flush()
+
+
+POINTS: dict[str, Callable[[int], None]] = {
+    "none": lambda _: None,
+    "chunk": lambda n: before(store_writer, "write_buffer", n),
+    "chunk written": lambda n: before(rawio.os, "close", n),
+    "journal": lambda n: before(journal.Journal, "append", n, half_a_line),
+    "metadata": lambda n: before(store_writer, "write_orbax_metadata", n),
+    "layout": lambda n: before(store_writer, "_write_json", n),
+    "side file": lambda n: before(importer, "_side_pieces", n),
+    "marker": lambda n: before(destination.shutil, "rmtree", n),
+    "piece": lambda n: before(StreamWriter, "write", n, half_a_piece),
+    "read back": lambda n: before(exporter, "file_digest", n),
+    "exported side file": lambda n: before(exporter, "write_pieces", n),
+    "exported marker": lambda n: before(exporter.shutil, "rmtree", n),
+}
+
+
+def run(command: str, src: str, dst: str, point: str, count: int, worker: tuple[int, int]) -> None:
+    os.fsync = lambda _: None  # a killed process loses nothing that it wrote
+    POINTS[point](count)
+    if command == "import":
+        run_import(Path(src), Path(dst), dtype="bf16", worker=worker)
+    else:
+        export_checkpoint(open_checkpoint(src), dst)
+
+
+def forked(arguments: list[Any]) -> int:
+    """Run in a process of its own; its process id."""
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            run(*arguments)
+            status = 0
+        finally:
+            os._exit(status)
+    return child
+
+
+def compile_kernels() -> None:
+    """Once, for all processes."""
+    weight = np.ones((8, 16), np.uint16)
+    result = fp8.requantise(weight, np.ones((1, 1), np.float32), (8, 16))
+    fp8.dequantise_into(weight, result.codes, result.scale, (8, 16))
+
+
+def main() -> None:
+    compile_kernels()
+    children = [forked(arguments) for arguments in json.loads(sys.argv[1])]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    print(json.dumps(codes))
+
+
+if __name__ == "__main__":
+    main()
