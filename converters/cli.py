@@ -113,7 +113,7 @@ def parse(argv: Sequence[str]) -> Command:
         | Annotated[Export, subcommand("export")]
         | Annotated[Verify, subcommand("verify")],
         prog=PROG,
-        description=f"Convert DeepSeek-V3-family checkpoints. `{PROG} --version` tells its version.",
+        description=f"Convert DeepSeek-V3-family checkpoints. `{PROG} --version`: its version.",
         args=list(argv),
         config=(tyro.conf.FlagCreatePairsOff,),
     )
@@ -142,7 +142,9 @@ def _run(command: Command) -> int:
         Verify: commands.run_verify,
     }[type(command)]
     try:
-        return run(command)
+        status = run(command)
+        sys.stdout.flush()  # here, where a reader that has gone is no traceback
+        return status
     except ProblemsError as err:
         commands.tell_problems(err, as_json=command.json)
     except BrokenPipeError:  # the reader of our stdout, `head` for one, has had enough

@@ -1,5 +1,6 @@
 """Compares one tensor of a source with what export writes for it; knows no scope and no totals."""
 
+import math
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -107,12 +108,15 @@ class TensorComparer:
         try:
             for number, pair in enumerate(self._pieces(slot.name)):
                 ours, theirs = self._values(slot, pair, grids, number * step)
-                worst.append(np.abs(ours - theirs).max())
+                with np.errstate(invalid="ignore"):  # infinity less infinity is not finite either
+                    worst.append(np.abs(ours - theirs).max())
                 peak.append(np.abs(theirs).max())
         except Fp8Error:
             return float("inf")
-        relative = np.max(worst) / max(np.max(peak), np.finfo(np.float32).tiny)
-        return float(relative) if np.isfinite(relative) else float("inf")
+        largest, of = float(np.max(worst)), float(np.max(peak))
+        if not math.isfinite(largest + of):
+            return float("inf")
+        return largest / max(of, float(np.finfo(np.float32).tiny))
 
     def _values(
         self, slot: Slot, pair: np.ndarray, grids: np.ndarray | None, start: int

@@ -158,12 +158,19 @@ def _our_logits(
     tokens_BT, segments_BT = jnp.asarray(tokens), jnp.asarray(segments)
     with jax.default_matmul_precision("highest"):
         if scope == "mtp":
-            logits = jax.jit(_draft_logits)(model, jnp.asarray(h0), tokens_BT, segments_BT)
-            return {k: np.asarray(depth) for k, depth in enumerate(logits, start=1)}
-        out = jax.jit(lambda model, *batch: model(*batch))(model, tokens_BT, segments_BT)
-    return dict(enumerate(map(np.asarray, (out.logits_BTV, *out.mtp_logits))))
+            logits = _draft_logits(model, jnp.asarray(h0), tokens_BT, segments_BT)
+        else:
+            logits = _all_logits(model, tokens_BT, segments_BT)
+    return {k: np.asarray(depth) for k, depth in enumerate(logits, start=int(scope == "mtp"))}
 
 
+@jax.jit
+def _all_logits(model: DeepSeekV3, tokens_BT: jax.Array, segments_BT: jax.Array) -> list[jax.Array]:
+    out = model(tokens_BT, segments_BT)
+    return [out.logits_BTV, *out.mtp_logits]
+
+
+@jax.jit
 def _draft_logits(
     model: DeepSeekV3, h0_BTD: jax.Array, tokens_BT: jax.Array, segments_BT: jax.Array
 ) -> list[jax.Array]:
