@@ -14,6 +14,7 @@ MODEL_TYPES = ("deepseek_v3", "kimi_k2")
 # No published model of the family comes near this; a larger size in an untrusted file is a fault.
 LARGEST_SIZE = 1 << 24
 LARGEST_BLOCK = 1 << 16
+LONGEST_SHOWN = 80  # characters of a faulty value in a message
 LARGEST_NUMBER = 1e15  # of thetas, factors and scales
 # What the network computes is fixed for these; a config that says otherwise is not this network.
 REQUIRED = {
@@ -151,7 +152,10 @@ class _Reader:
         return ModelConfig(**fields)
 
     def _fault(self, key: str, found: Any, needed: str) -> None:
-        self.faults.append(f"{key} is {found!r}, needed {needed}")
+        shown = repr(found)
+        if len(shown) > LONGEST_SHOWN:
+            shown = f"{shown[:LONGEST_SHOWN]}..."
+        self.faults.append(f"{key} is {shown}, needed {needed}")
 
     def _require_architecture(self) -> None:
         found = self.values.get("model_type")
@@ -240,7 +244,8 @@ class _Reader:
         block = quantization.get("weight_block_size")
         match block:
             case [int(rows), int(cols)] if 1 <= rows <= LARGEST_BLOCK >= cols >= 1:
-                return rows, cols
+                if not isinstance(rows, bool) and not isinstance(cols, bool):
+                    return rows, cols
         self._fault("quantization_config.weight_block_size", block, "two sizes, as [128, 128]")
         return None
 

@@ -61,7 +61,7 @@ def test_rope_parameters_of_transformers_5():
         ({"vocab_size": True}, "vocab_size is True, needed a whole number"),
         ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers is -1, needed 0 to 16777216"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, needed a number from 0 to 1e+15"),
-        ({"rope_theta": 10**400}, f"rope_theta is {10**400}, needed a number from 0 to 1e+15"),
+        ({"rope_theta": 10**400}, f"rope_theta is 1{'0' * 79}..., needed a number from 0 to 1e+15"),
         ({"torch_dtype": "float16"}, "torch_dtype is 'float16', needed bfloat16 or float32"),
         ({"rope_scaling": 3}, "rope_scaling is 3, needed an object or null"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.type is 'linear', needed yarn or"),
@@ -73,6 +73,10 @@ def test_rope_parameters_of_transformers_5():
         (
             {"quantization_config": {"quant_method": "fp8"}},
             "quantization_config.weight_block_size is None, needed two sizes, as [128, 128]",
+        ),
+        (
+            {"quantization_config": {"weight_block_size": [True, 128]}},
+            "quantization_config.weight_block_size is [True, 128], needed two sizes",
         ),
         (
             {"quantization_config": {"quant_method": "gptq", "weight_block_size": [128, 128]}},
