@@ -22,7 +22,7 @@ from converters.source import Source, open_source
 from converters.staging import FarSource
 from converters.verify import Verification, check_storage
 from mtp_model.config import HiddenState, ModelConfig
-from mtp_model.store import Checkpoint, open_checkpoint
+from mtp_model.store import COMPLETE, PROVENANCE, Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 
 def run_inspect(command: "Inspect") -> int:
     """Print what a checkpoint is; 1 if it has problems."""
-    found = inspect_source(open_source(command.src))
+    found = inspect_source(_source(command.src))
     _print(views.inspection(found), found.to_dict(), as_json=command.json)
     return 1 if found.problems else 0
 
 
 def run_import(command: "Import") -> int:
     """Check everything that can be, then import."""
-    listing, config_dict = _open(open_source(command.src))
+    listing, config_dict = _open(_source(command.src))
     config, notes = _checked(listing, config_dict, command)
     began_s = time.monotonic()
     with progress("import") as report:
@@ -110,7 +110,7 @@ def run_verify(command: "Verify") -> int:
     """Check digests and what else was asked; 1 unless all of it holds."""
     ckpt = command.ckpt or command.src
     checkpoint = open_checkpoint(ckpt)
-    source = open_source(command.src) if command.ckpt else None
+    source = _source(command.src) if command.ckpt else None
     opened = _open(source) if source else None
     with progress("digests") as report:
         digests = check_digests(checkpoint, workers=command.workers, progress=report)
@@ -139,6 +139,16 @@ def _logits(listing: Listing, config_dict: dict[str, Any], checkpoint: Checkpoin
         detail = "is not on this machine; --logits needs a local folder, download it first"
         raise ProblemsError(listing.source.name, [Problem("source", "SRC", detail)])
     return check_logits(listing.source.name, config_dict, checkpoint)
+
+
+def _source(src: str) -> Source:
+    """What SRC stands for; ProblemsError where it is not the kind of thing that is wanted."""
+    source = open_source(src)
+    if {COMPLETE, PROVENANCE} <= source.files().keys():
+        found = "is a checkpoint directory, not a safetensors checkpoint"
+        advice = "name what it was imported from, or what `convert-deepseek export` made of it"
+        raise ProblemsError(source.name, [Problem("source", src, f"{found}; {advice}")])
+    return source
 
 
 def _open(source: Source) -> tuple[Listing, dict[str, Any]]:
