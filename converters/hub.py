@@ -43,7 +43,12 @@ class HubSource:
         if not match:
             raise hub_error("the Hub", shown(src), "is no model; needed org/name[@revision]")
         self._repository = Repository(
-            match["repo"], match["revision"], token=token, endpoint=endpoint, patience=patience
+            match["repo"],
+            match["revision"],
+            token=token,
+            endpoint=endpoint,
+            patience=patience,
+            where=f"the Hub, since there is no folder {src}",
         )
         self._keep_downloads = keep_downloads
         self._limits = limits or Limits()

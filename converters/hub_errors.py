@@ -24,6 +24,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import parse_ratelimit_headers
 
 from converters.problems import Problem, ProblemsError
+from converters.strict_json import shown
 
 PASSING_STATUS = frozenset((408, 425, 429, 500, 502, 503, 504))
 REQUEST_ERRORS = (HfHubHTTPError, httpx2.RequestError, OfflineModeIsEnabled)
@@ -139,7 +140,8 @@ def _advice(err: HfHubHTTPError, status: int) -> str:
         return f"is not there, or needs access ({status}); check the name; for access {access}"
     if status == 403:
         return f"is forbidden ({status}); for access {access}"
-    return f"got the answer {status} from the Hub"
+    said = f": {shown(err.server_message)}" if err.server_message else ""
+    return f"got the answer {status} from the Hub{said}"
 
 
 def asked_wait_s(headers: httpx2.Headers) -> float | None:

@@ -92,7 +92,9 @@ class Repository:
         token: str | None = None,
         endpoint: str | None = None,
         patience: Patience = DEFAULT_PATIENCE,
+        where: str = "the Hub",
     ):
+        """`where`: what an error says about where the model was looked for."""
         self.repo_id = repo_id
         self._endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
         self._token = token
@@ -102,7 +104,6 @@ class Repository:
         # A name that is a mistyped folder's should not take minutes to be refused.
         brief = replace(patience, tries=min(patience.tries, 4))
         subject = f"{repo_id}@{revision}" if revision else repo_id
-        where = f"the Hub, since there is no folder {repo_id}"
         self.commit, self.entries = persist(lambda: self._list(revision), where, subject, brief)
 
     @property

@@ -11,6 +11,7 @@ import json
 import re
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -103,6 +104,7 @@ class HubServer:
         self.signature = 0
         self.delay_s = 0.0
         self._faults: list[tuple[re.Pattern[str], Fault]] = []
+        self._actions: list[tuple[re.Pattern[str], Callable[[], None]]] = []
         self._lock = threading.Lock()
         self._servers = [self._serve(_Hub), self._serve(_Storage)]
         self.url, self.storage_url = (f"http://127.0.0.1:{s.server_port}" for s in self._servers)
@@ -129,6 +131,17 @@ class HubServer:
     def fail(self, request: str, fault: Fault) -> None:
         """Answer the next requests `METHOD /path` that match a regular expression with a fault."""
         self._faults.append((re.compile(request), fault))
+
+    def after(self, request: str, action: Callable[[], None]) -> None:
+        """Do something once the answer to the next such request was made."""
+        self._actions.append((re.compile(request), action))
+
+    def act_after(self, request: str) -> None:
+        """Do what is to be done after a request, once."""
+        due = [entry for entry in self._actions if entry[0].search(request)]
+        for entry in due:
+            self._actions.remove(entry)
+            entry[1]()
 
     def clear_faults(self) -> None:
         """Answer everything in good order again."""
@@ -157,7 +170,7 @@ class HubServer:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
-    def handle_error(self, *_: object) -> None:
+    def handle_error(self, request: Any, client_address: Any) -> None:
         """Nothing: clients may hang up."""
 
 
@@ -342,6 +355,7 @@ class _Hub(_Handler):
             else:
                 files[value["path"]] = self.hub.stored[value["oid"]]
         commit = model.commit(files, revision)
+        self.hub.act_after(str(self.note))
         url = f"{self.hub.url}/{repo_id}/commit/{commit}"
         return self.send_json({"commitUrl": url, "commitOid": commit, "success": True})
 
