@@ -23,9 +23,7 @@ from mtp_model.model import DeepSeekV3, positions_in_segments
 from mtp_model.store import Checkpoint, CheckpointError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from converters.torch_reference import Get, TorchReference
+    from converters.torch_reference import Get
 
 TOLERANCE = 1e-5  # max |a - b| / max |b|, float32
 SEED = 20_241_226
@@ -83,9 +81,9 @@ def check_logits(
     stored = torch_reference.weights_of(Path(source), dict(config_dict))
     get = _rounded_like(checkpoint, config, stored)
     reference = torch_reference.TorchReference(_reference_config(config, config_dict), get)
-    h0, theirs = _reference_logits(reference, tokens, segments)
-    ours = _our_logits(checkpoint, tokens, segments, h0)
-    depths = tuple(_compare(k, got, theirs[k], segments) for k, got in ours.items())
+    h0, theirs = reference.by_depth(tokens, segments)
+    ours = _our_logits(checkpoint, tokens, segments, h0.numpy())
+    depths = tuple(_compare(k, got, theirs[k].numpy(), segments) for k, got in ours.items())
     return LogitsCheck(tolerance=TOLERANCE, depths=depths)
 
 
@@ -121,32 +119,15 @@ def _reference_config(config: ModelConfig, config_dict: Mapping[str, Any]) -> di
 
 def _rounded_like(checkpoint: Checkpoint, config: ModelConfig, get: "Get") -> "Get":
     """The source's weights, rounded to bfloat16 where import has stored them so."""
-    import torch
-
     paths = {name: slot.path for name, slot in slots(config).items()}
 
-    def rounded(name: str) -> "Tensor":
+    def rounded(name: str):
         weight = get(name)
         leaf = checkpoint.leaves.get(paths[name])
         is_bf16 = leaf is not None and leaf.dtype == DTYPES["BF16"]
-        return weight.to(torch.bfloat16).float() if is_bf16 else weight
+        return weight.bfloat16().float() if is_bf16 else weight
 
     return rounded
-
-
-def _reference_logits(
-    reference: "TorchReference", tokens: np.ndarray, segments: np.ndarray
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    """What depth 1 is fed, [B, T, D], and the logits of the main model and of every depth."""
-    import torch
-
-    tokens_BT, segments_BT = torch.from_numpy(tokens).long(), torch.from_numpy(segments)
-    main = reference.main(tokens_BT, segments_BT)
-    h0 = reference.first_state(main)
-    hidden = [main.hidden]
-    if reference.config["num_nextn_predict_layers"]:
-        hidden += reference.mtp(h0, tokens_BT, segments_BT)
-    return h0.numpy(), [reference.logits(h).numpy() for h in hidden]
 
 
 def _our_logits(

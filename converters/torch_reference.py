@@ -106,6 +106,15 @@ class TorchReference:
         """Return [B, T, V] from a normed state: `main(...).hidden` or one of `mtp(...)`."""
         return functional.linear(hidden, self.get("lm_head.weight"))
 
+    def by_depth(self, tokens: Any, segment_ids: Any) -> tuple[Tensor, list[Tensor]]:
+        """Return h_0, and the logits of the main model and of each depth, for int arrays [B, T]."""
+        tokens, segment_ids = torch.as_tensor(tokens).long(), torch.as_tensor(segment_ids)
+        main = self.main(tokens, segment_ids)
+        h0, hidden = self.first_state(main), [main.hidden]
+        if self.config["num_nextn_predict_layers"]:
+            hidden += self.mtp(h0, tokens, segment_ids)
+        return h0, [self.logits(h) for h in hidden]
+
     def places(self, segment_ids: Tensor) -> Places:
         same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
         cos, sin = rope_table(self.config, segment_ids.shape[1], self.dtype)
