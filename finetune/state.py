@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from finetune.config import OptimizerSettings, RunSettings, TrainMode
 from finetune.losses import ExpertLoad, Measured, measure, objective
@@ -94,8 +95,31 @@ def make_optimizer(
 
 
 def start(split: Split, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step."""
-    return TrainState(split.trainable, split.biases, jax.jit(optimizer.init)(split.trainable))
+    """The state before the first step; moments are placed as their parameters are."""
+    placements = _placements(jax.eval_shape(optimizer.init, split.trainable), split.trainable)
+    opt_state = jax.jit(optimizer.init, out_shardings=placements)(split.trainable)
+    return TrainState(split.trainable, split.biases, opt_state)
+
+
+def _placements(opt_state: optax.OptState, trainable: nnx.State) -> optax.OptState:
+    """A sharding for each leaf: a parameter's for its moments, everywhere for counts.
+
+    Without them the first step's state is placed otherwise than the second's, and the step is
+    compiled twice.
+    """
+    of_parameters = jax.tree.map(lambda leaf: leaf.sharding, trainable)
+    everywhere = jax.tree.leaves(of_parameters)[0]
+    if isinstance(everywhere, NamedSharding):
+        everywhere = NamedSharding(everywhere.mesh, PartitionSpec())
+
+    def is_moments(node: Any) -> bool:
+        return isinstance(node, nnx.State)
+
+    return jax.tree.map(
+        lambda node: of_parameters if is_moments(node) else everywhere,
+        opt_state,
+        is_leaf=is_moments,
+    )
 
 
 def balance(biases: nnx.State, load: ExpertLoad, rate: float) -> nnx.State:
