@@ -1,8 +1,10 @@
 """The whole way on a small model, with the product's own commands: `make demo`.
 
 A small DeepSeek-V3-architecture model with an MTP module is trained from random on the standard
-library's code and written as an FP8 checkpoint in the released format. Then what a user does:
-inspect, import, verify, fine-tune the MTP module on other text, export, verify again.
+library's code. Then it meets what befalls such models: somebody fine-tunes the main model on other
+text (the documentation strings) and forgets the MTP module, whose drafts are accepted less often.
+That is written as an FP8 checkpoint in the released format, and from there on it is a user's way:
+inspect, import, verify, fine-tune the MTP module, export, verify again.
 """
 
 import argparse
@@ -45,7 +47,7 @@ SIZES = {
     "weight_block_size": [128, 128],
 }
 NUM_FILES = 5
-PRETRAIN_STEPS, FINETUNE_STEPS = 600, 200
+PRETRAIN_STEPS, MAIN_STEPS, MTP_STEPS = 450, 150, 150
 BATCH = ["--batch.rows", "16", "--batch.row-tokens", "128"]
 NO_EVALUATION = ["--evaluation.holdout-every", "0"]
 
@@ -55,8 +57,7 @@ console = Console(highlight=False, soft_wrap=True)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("demo-run"), help="folder for all files")
-    parser.add_argument("--pretrain-steps", type=int, default=PRETRAIN_STEPS)
-    parser.add_argument("--finetune-steps", type=int, default=FINETUNE_STEPS)
+    parser.add_argument("--steps-scale", type=float, default=1.0, help="of all training")
     arguments = parser.parse_args()
     began = time.monotonic()
     console.print(
@@ -64,9 +65,13 @@ def main() -> None:
     )
     shutil.rmtree(arguments.out, ignore_errors=True)
     code, prose = prepare(arguments.out)
-    pretrain(arguments.out, code, arguments.pretrain_steps)
-    results = use_the_product(arguments.out, code, prose, arguments.finetune_steps)
-    report(arguments.out, results, time.monotonic() - began)
+    steps = [
+        max(1, round(steps * arguments.steps_scale))
+        for steps in (PRETRAIN_STEPS, MAIN_STEPS, MTP_STEPS)
+    ]
+    on_code = make_released(arguments.out, code, prose, *steps[:2])
+    results = use_the_product(arguments.out, prose, steps[2])
+    report(arguments.out, on_code, results, time.monotonic() - began)
 
 
 def prepare(out: Path) -> tuple[Domain, Domain]:
@@ -104,20 +109,31 @@ def write_random_checkpoint(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
-def pretrain(out: Path, code: Domain, steps: int) -> None:
-    """Train the random model, main and MTP, and write it as a released checkpoint is."""
-    headline("A small model trained from random on code, so that there is something to fine-tune")
+def make_released(
+    out: Path, code: Domain, prose: Domain, steps: int, main_steps: int
+) -> dict[str, Any]:
+    """The checkpoint that the user gets; returns acceptance on code before the main model moved."""
+    headline("A small model trained from random on code, main model and MTP module together")
     convert("import", out / "random", out / "random-checkpoint")
+    train_all = ("train", "--train", "all", *BATCH, *NO_EVALUATION)
     finetune(
-        *("train", "--checkpoint", out / "random-checkpoint", "--data", code.train),
-        *("--out", out / "pretraining", "--train", "all", "--steps", steps, *BATCH),
-        *("--optimizer.learning-rate", "3e-3", "--mtp-lambda", "0.3", *NO_EVALUATION),
-        *("--checkpoints.every", steps),
+        *(*train_all, "--checkpoint", out / "random-checkpoint", "--data", code.train),
+        *("--out", out / "pretraining", "--steps", steps, "--checkpoints.every", steps),
+        *("--optimizer.learning-rate", "3e-3", "--mtp-lambda", "0.3"),
     )
-    convert("export", out / "pretraining" / "final", out / "released")
+    on_code = acceptance(out / "pretraining" / "final", code)
+    headline("Somebody fine-tunes its main model on prose, and forgets the MTP module")
+    finetune(
+        *(*train_all, "--checkpoint", out / "pretraining" / "final", "--data", prose.train),
+        *("--out", out / "forgetting", "--steps", main_steps, "--checkpoints.every", main_steps),
+        *("--optimizer.learning-rate", "1e-3", "--optimizer.weight-decay", "0"),
+        *("--mtp-lambda", "0"),
+    )
+    convert("export", out / "forgetting" / "final", out / "released")
+    return on_code
 
 
-def use_the_product(out: Path, code: Domain, prose: Domain, steps: int) -> dict[str, Any]:
+def use_the_product(out: Path, prose: Domain, steps: int) -> dict[str, Any]:
     """What a user does with a released checkpoint; returns what was measured."""
     released, checkpoint, run = out / "released", out / "checkpoint", out / "finetuning"
     headline("1. What is in the checkpoint?")
@@ -125,25 +141,25 @@ def use_the_product(out: Path, code: Domain, prose: Domain, steps: int) -> dict[
     headline("2. Import it")
     convert("import", released, checkpoint)
     headline("3. Is every tensor and every logit the same?")
-    logits = convert_json("verify", released, checkpoint, "--logits")
+    convert("verify", released, checkpoint, "--logits", "--report", out / "report-import")
     headline("4. Fine-tune the MTP module on prose; the main model is frozen")
-    on_code = acceptance(checkpoint, code)
     before = acceptance(checkpoint, prose)
     finetune(
         *("train", "--checkpoint", checkpoint, "--data", prose.train),
         *("--eval-data", prose.held_out, "--out", run, "--steps", steps, *BATCH),
-        *("--optimizer.learning-rate", "1e-3", "--evaluation.rows", "32"),
+        *("--optimizer.learning-rate", "1e-3", "--evaluation.every", max(1, steps // 3)),
     )
     after = acceptance(run / "final", prose)
     headline("5. Export it in the format it came in, and verify again")
     convert("export", run / "final", out / "exported")
-    logits_after = convert_json("verify", out / "exported", run / "final", "--logits")
+    convert(
+        *("verify", out / "exported", run / "final", "--logits"),
+        *("--report", out / "report-export"),
+    )
     return {
-        "on_code": on_code,
         "before": before,
         "after": after,
-        "verify": logits,
-        "verify_after": logits_after,
+        "logits": [worst_difference(out / name) for name in ("report-import", "report-export")],
         "bytes": compare_bytes(released, out / "exported"),
     }
 
@@ -179,12 +195,12 @@ def tensor_bytes(file: Path) -> dict[str, bytes]:
     return {name: content[data + begin : data + end] for name, (begin, end) in spans.items()}
 
 
-def report(out: Path, results: dict[str, Any], seconds: float) -> None:
+def report(out: Path, on_code: dict, results: dict[str, Any], seconds: float) -> None:
     """The closing table."""
     headline("The result")
     before, after = results["before"], results["after"]
-    table = Table(title="MTP on prose it was not trained for, and after fine-tuning on it")
-    for column in ("", "before", "after"):
+    table = Table(title="The MTP module on held-out prose", title_justify="left")
+    for column in ("", "as it was released", "after fine-tuning"):
         table.add_column(column, justify="right" if column else "left")
     for k, (old, new) in enumerate(zip(before["acceptance"], after["acceptance"], strict=True)):
         table.add_row(f"draft {k + 1} accepted", f"{old:.1%}", f"{new:.1%}")
@@ -192,17 +208,15 @@ def report(out: Path, results: dict[str, Any], seconds: float) -> None:
     table.add_row("mean accepted length", f"{before[key]:.3f}", f"{after[key]:.3f}")
     for name in ("main_loss", "mtp_loss"):
         table.add_row(name.replace("_", " "), *(loss(result[name]) for result in (before, after)))
+    table.add_row("logits against plain torch", *(f"{d:.1e}" for d in results["logits"]))
     for part, counts in results["bytes"].items():
         total = sum(counts.values())
-        table.add_row(f"{part}: bytes unchanged", "", f"{counts['unchanged']:,} of {total:,}")
-    errors = (results["verify"], results["verify_after"])
-    table.add_row("logits, worst relative error", *(worst_error(found) for found in errors))
+        table.add_row(f"{part}, bytes changed", "", f"{counts['changed']:,} of {total:,}")
     console.print(table)
-    chance = 1 / SIZES["vocab_size"]
-    first = results["on_code"]["acceptance"][0]
+    first, chance = on_code["acceptance"][0], 1 / SIZES["vocab_size"]
     console.print(
-        f"On code, which it was trained on, draft 1 was accepted {first:.1%} of the time "
-        f"(chance is {chance:.2%}).\n"
+        f"Before the main model was fine-tuned, draft 1 was accepted {first:.1%} of the time, on "
+        f"code (chance: {chance:.2%}).\n"
         f"curves: {out / 'finetuning' / 'curves.png'}\n"
         f"exported checkpoint: {out / 'exported'}\n"
         f"took {seconds / 60:.1f} minutes"
@@ -213,8 +227,9 @@ def loss(value: float | list[float]) -> str:
     return f"{value if isinstance(value, float) else value[0]:.3f}"
 
 
-def worst_error(verified: dict[str, Any]) -> str:
-    return f"{max(row['relative_error'] for row in verified['logits']['rows']):.1e}"
+def worst_difference(folder: Path) -> float:
+    depths = json.loads((folder / "report.json").read_text())["logits"]["depths"]
+    return max(depth["relative_difference"] for depth in depths)
 
 
 def headline(text: str) -> None:
@@ -223,12 +238,6 @@ def headline(text: str) -> None:
 
 def convert(*arguments: object) -> None:
     run_command("convert-deepseek", *arguments)
-
-
-def convert_json(*arguments: object) -> dict[str, Any]:
-    """Run it for its table, then read the same as JSON."""
-    convert(*arguments)
-    return json.loads(run_command("convert-deepseek", *arguments, "--json", capture=True))
 
 
 def finetune(*arguments: object) -> None:
