@@ -53,8 +53,10 @@ class Checkpoints:
         return Progress(**self.manager.restore(step, args=args)["progress"])
 
     def restore(self, step: int, like: T) -> T:
-        """The state of a checkpoint, in the structure, dtypes and places of `like`."""
+        """The state of a checkpoint in the place of `like`, whose buffers are freed for it."""
         wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, _by_name(like))
+        for leaf in jax.tree.leaves(like):
+            leaf.delete()
         args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
         restored = self.manager.restore(step, args=args)["state"]
         leaves = [restored[name] for name in _names(like)]

@@ -23,7 +23,7 @@ from finetune.train import Result, StoppedError, train
 from mtp_model import ConfigError
 from mtp_model.store import CheckpointError
 
-FAILURES = (DataError, RunError, StoppedError, CheckpointError, ConfigError)
+FAILURES = (DataError, RunError, StoppedError, CheckpointError, ConfigError, OSError)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,7 +75,7 @@ def _split(settings: RunSettings, vocab_size: int) -> tuple[Corpus, Corpus | Non
         )
     chosen_N = np.arange(len(corpus)) % every == every - 1
     held_out = corpus.select(chosen_N)
-    said = f"{len(held_out)} held out (every {every}th; --eval-data names others)"
+    said = f"{len(held_out)} held out (1 of every {every}; --eval-data names others)"
     return corpus.select(~chosen_N), held_out, said
 
 

@@ -22,14 +22,11 @@ class Encoder:
 
     Which tokens those are, and whether bos is wanted (`add_bos_token`), is read from the
     checkpoint's tokenizer_config.json and config.json. `{"input_ids"}` stays as it is.
+    Raises DataError for files that cannot be read.
     """
 
     def __init__(self, checkpoint: Path):
-        file = checkpoint / "tokenizer.json"
-        self.tokenizer = Tokenizer.from_file(str(file)) if file.is_file() else None
-        if self.tokenizer is not None:
-            self.tokenizer.no_truncation()
-            self.tokenizer.no_padding()
+        self.tokenizer = _tokenizer(checkpoint / "tokenizer.json")
         settings = _json(checkpoint / "tokenizer_config.json")
         config = _json(checkpoint / "config.json")
         wanted = settings.get("add_bos_token", True)
@@ -37,7 +34,7 @@ class Encoder:
         self.eos = self._special("eos_token", settings, config)
 
     def encode(self, record: Record) -> Tokens:
-        """Tokens of one record. Raises ValueError without a tokenizer."""
+        """Tokens of one record; text needs a tokenizer."""
         if isinstance(record, TokenIds):
             mask = record.loss_mask
             ids = record.input_ids
@@ -95,5 +92,21 @@ def _tokens(*parts: tuple[list[int], list[int]]) -> Tokens:
     return Tokens(np.array(ids, np.int32), np.array(mask, np.int32))
 
 
+def _tokenizer(file: Path) -> Tokenizer | None:
+    """The tokenizer of a checkpoint, set to give every token of a text; None without the file."""
+    if not file.is_file():
+        return None
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises no narrower class
+        raise DataError([f"{file} is not a tokenizer: {error}"]) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise DataError([f"{path} is not JSON: {error}"]) from error

@@ -182,6 +182,13 @@ def test_without_tokenizer_text_is_refused_and_tokens_are_not(tmp_path):
         Documents(scan([text], VOCAB), encoder, VOCAB)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_broken_tokenizer_is_named(tmp_path, name):
+    (tmp_path / name).write_text("{")
+    with pytest.raises(DataError, match=rf"{name} is not "):
+        Encoder(tmp_path)
+
+
 def test_a_token_outside_the_vocabulary_names_its_line(checkpoint, tmp_path):
     file = write_jsonl(tmp_path / "a.jsonl", {"input_ids": [1]}, {"text": "\x7f"})
     documents = Documents(scan([file], VOCAB), Encoder(checkpoint), vocab_size=3)
@@ -207,7 +214,7 @@ def test_every_nth_document_is_held_out(checkpoint, tmp_path):
     assert text.held_out is not None
     assert [int(text.held_out[i].ids[0]) for i in range(2)] == [3, 7]
     assert [int(text.train[i].ids[0]) for i in range(8)] == [0, 1, 2, 4, 5, 6, 8, 9]
-    assert text.description.startswith("8 documents to train on, 2 held out (every 4th")
+    assert text.description.startswith("8 documents to train on, 2 held out (1 of every 4")
 
 
 def test_held_out_text_can_be_named_or_left_out(checkpoint, tmp_path):
