@@ -138,7 +138,7 @@ def _logits(listing: Listing, config_dict: dict[str, Any], checkpoint: Checkpoin
     if isinstance(listing.source, FarSource):
         detail = "is not on this machine; --logits needs a local folder, download it first"
         raise ProblemsError(listing.source.name, [Problem("source", "SRC", detail)])
-    return check_logits(listing.source.name, config_dict, checkpoint)
+    return check_logits(listing, config_dict, checkpoint)
 
 
 def _source(src: str) -> Source:

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from converters.as_exported import finer_leaves, round_as_exported
+from converters.listing import Listing
 from converters.mapping import slots
 from converters.report import human_bytes
 from converters.safetensors_io import DTYPES
@@ -57,6 +59,8 @@ class LogitsCheck:
     """All depths that the checkpoint directory holds."""
 
     tolerance: float
+    rounded_leaves: tuple[str, ...]
+    """Trained leaves, kept finer than the source's dtypes: compared as export writes them."""
     depths: tuple[DepthCheck, ...]
 
     @property
@@ -65,11 +69,11 @@ class LogitsCheck:
 
 
 def check_logits(
-    source: str | Path, config_dict: Mapping[str, Any], checkpoint: Checkpoint
+    listing: Listing, config_dict: Mapping[str, Any], checkpoint: Checkpoint
 ) -> LogitsCheck:
     """Compare main model and every MTP depth, as far as the checkpoint directory holds them.
 
-    source: local folder; config_dict: its parsed config.json. The checkpoint is held in memory
+    listing: of a local folder; config_dict: its parsed config.json. The checkpoint is in memory
     whole, in float32, the reference one matrix at a time. Raises CheckpointError where the machine
     has too little memory, ImportError without torch.
     """
@@ -77,14 +81,19 @@ def check_logits(
     from converters import torch_reference  # here: it needs the extra `verify`
 
     config = checkpoint_config(checkpoint)
-    tokens, segments = seeded_batch(config.vocab_size)
-    stored = torch_reference.weights_of(Path(source), dict(config_dict))
-    get = _rounded_like(checkpoint, config, stored)
+    scope, files = checkpoint.provenance["scope"], listing.tensors
+    dtypes = {name: files[name].dtype for name in slots(config, scope) if name in files}
+    finer = finer_leaves(checkpoint, dtypes)
+    stored = torch_reference.weights_of(Path(listing.source.name), dict(config_dict))
+    get = _rounded_like(checkpoint, config, finer, stored)
     reference = torch_reference.TorchReference(_reference_config(config, config_dict), get)
+    model = load(checkpoint.path, dtype=jnp.float32, scope=scope)
+    round_as_exported(model, checkpoint, dtypes, config.weight_block_size, finer)
+    tokens, segments = seeded_batch(config.vocab_size)
     h0, theirs = reference.by_depth(tokens, segments)
-    ours = _our_logits(checkpoint, tokens, segments, h0.numpy())
+    ours = _our_logits(model, tokens, segments, h0.numpy())
     depths = tuple(_compare(k, got, theirs[k].numpy(), segments) for k, got in ours.items())
-    return LogitsCheck(tolerance=TOLERANCE, depths=depths)
+    return LogitsCheck(tolerance=TOLERANCE, depths=depths, rounded_leaves=tuple(sorted(finer)))
 
 
 def seeded_batch(vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -117,32 +126,32 @@ def _reference_config(config: ModelConfig, config_dict: Mapping[str, Any]) -> di
     return values
 
 
-def _rounded_like(checkpoint: Checkpoint, config: ModelConfig, get: "Get") -> "Get":
+def _rounded_like(
+    checkpoint: Checkpoint, config: ModelConfig, finer: frozenset[str], get: "Get"
+) -> "Get":
     """The source's weights, rounded to bfloat16 where import has stored them so."""
     paths = {name: slot.path for name, slot in slots(config).items()}
+    bf16 = {path for path, leaf in checkpoint.leaves.items() if leaf.dtype == DTYPES["BF16"]}
 
     def rounded(name: str):
         weight = get(name)
-        leaf = checkpoint.leaves.get(paths[name])
-        is_bf16 = leaf is not None and leaf.dtype == DTYPES["BF16"]
-        return weight.bfloat16().float() if is_bf16 else weight
+        return weight.bfloat16().float() if paths[name] in bf16 - finer else weight
 
     return rounded
 
 
 def _our_logits(
-    checkpoint: Checkpoint, tokens: np.ndarray, segments: np.ndarray, h0: np.ndarray
+    model: DeepSeekV3, tokens: np.ndarray, segments: np.ndarray, h0: np.ndarray
 ) -> dict[int, np.ndarray]:
     """Logits by depth, 0 for the main model; without one, depth 1 is fed the reference's state."""
-    scope = checkpoint.provenance["scope"]
-    model = load(checkpoint.path, dtype=jnp.float32, scope=scope)
     tokens_BT, segments_BT = jnp.asarray(tokens), jnp.asarray(segments)
     with jax.default_matmul_precision("highest"):
-        if scope == "mtp":
+        if model.scope == "mtp":
             logits = _draft_logits(model, jnp.asarray(h0), tokens_BT, segments_BT)
         else:
             logits = _all_logits(model, tokens_BT, segments_BT)
-    return {k: np.asarray(depth) for k, depth in enumerate(logits, start=int(scope == "mtp"))}
+    first = int(model.scope == "mtp")
+    return {k: np.asarray(depth) for k, depth in enumerate(logits, start=first)}
 
 
 @jax.jit

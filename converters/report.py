@@ -128,9 +128,9 @@ def _scaled(count: float, units: Sequence[str]) -> str:
     return f"{count:,.{digits}f} {units[power]}".rstrip()
 
 
-def plural(count: int, noun: str) -> str:
-    """`1 file`, `3,000 files`."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+def plural(count: int, noun: str, nouns: str | None = None) -> str:
+    """`1 file`, `3,000 files`; `nouns` where an s does not make the plural."""
+    return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"
 
 
 def cut(lines: Sequence[str], most: int = _MOST_LINES) -> list[str]:

@@ -22,7 +22,7 @@ from mtp_model.model import Scope
 from mtp_model.store import Checkpoint
 
 # What the same network may be stored with in one place and without in the other.
-_STORAGE_FIELDS = ("dtype", "weight_block_size", "mtp_hidden_state", "num_nextn_predict_layers")
+_STORAGE_FIELDS = ("dtype", "weight_block_size", "mtp_hidden_state")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,10 +21,6 @@ from converters.verify import Part, StorageCheck, Verification
 
 _MOST_NAMES = 12
 _MOST_REQUANTISED = 8
-_FINER = (
-    "Every tensor is what export writes, and yet logits differ. Where training left weights finer\n"
-    "than the FP8 of SRC, that is what quantising costs: import SRC again to compare without it."
-)
 
 
 def inspection(found: Inspection) -> Iterator[Section]:
@@ -144,8 +140,6 @@ def verification(found: Verification) -> Iterator[Section]:
         yield from _storage(found.storage)
     if found.logits:
         yield from _logits(found.logits)
-        if found.storage and found.storage.holds and not found.logits.holds:
-            yield _FINER
     yield Facts([("result", "; ".join(_verdicts(found)))])
 
 
@@ -194,6 +188,9 @@ def _logits(logits: LogitsCheck) -> Iterator[Section]:
     ]
     columns = ("logits", "positions", "largest difference", "allowed", "same argmax")
     yield Grid(columns, rows)
+    if logits.rounded_leaves:
+        leaves = plural(len(logits.rounded_leaves), "trained leaf", "trained leaves")
+        yield f"{leaves} of CKPT, finer than SRC: compared as export rounds and quantises them."
 
 
 def _verdicts(found: Verification) -> Iterator[str]:

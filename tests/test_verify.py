@@ -35,6 +35,7 @@ from tools.make_tiny_checkpoint import make_tiny_checkpoint
 
 MTP = "model.layers.4."
 SCALES = ("", "_scale_inv")
+BF16 = np.dtype(ml_dtypes.bfloat16)
 Pair = tuple[Path, Path]
 
 
@@ -71,8 +72,8 @@ def differing(found: StorageCheck) -> set[str]:
 
 
 def logits(source: Path, checkpoint: Path) -> LogitsCheck:
-    config = read_config(open_source(str(source)))
-    return check_logits(source, config, open_checkpoint(checkpoint))
+    listing = opened(source)
+    return check_logits(listing, read_config(listing.source), open_checkpoint(checkpoint))
 
 
 def edit(source: Path, name: str, change: Callable[[np.ndarray], object]) -> None:
@@ -93,18 +94,18 @@ def swap(source: Path, first: str, second: str) -> None:
         edit(source, name, lambda raw, part=part: raw.__setitem__(slice(None), part))
 
 
-def trained(base: Path, dst: Path, leaves: list[str]) -> Checkpoint:
-    """A checkpoint whose leaves got new random weights in bfloat16, as training leaves them."""
+def trained(base: Path, dst: Path, leaves: list[str], dtype: np.dtype = BF16) -> Checkpoint:
+    """A checkpoint whose leaves got new random weights, as training leaves them."""
     checkpoint = open_checkpoint(base)
     rng = np.random.default_rng(3)
 
     def rows(path: str):
         shape = checkpoint.leaves[path].tensor_shape[1:]
-        return lambda _index, start, stop: rng.standard_normal((stop - start, *shape)).astype(
-            ml_dtypes.bfloat16
-        )
+        gain = shape[-1] ** -0.5 if shape else 1.0
+        return lambda _index, start, stop: (
+            gain * rng.standard_normal((stop - start, *shape))
+        ).astype(dtype)
 
-    dtype = np.dtype(ml_dtypes.bfloat16)
     changed = {path: ChangedLeaf(dtype=dtype, rows=rows(path)) for path in leaves}
     return write_derived(checkpoint, dst, changed, {"by": "test"})
 
@@ -180,9 +181,8 @@ def test_swapped_tensors_of_the_checkpoint_are_both_named(kept: Pair, tmp_path: 
     def rows_of(path: str):
         return lambda index, start, stop: checkpoint.read_rows(path, index, start, stop)
 
-    dtype = np.dtype(ml_dtypes.bfloat16)
     pairs = zip(leaves, reversed(leaves), strict=True)
-    changed = {path: ChangedLeaf(dtype=dtype, rows=rows_of(other)) for path, other in pairs}
+    changed = {path: ChangedLeaf(dtype=BF16, rows=rows_of(other)) for path, other in pairs}
     write_derived(checkpoint, tmp_path / "swapped", changed, {})
     assert differing(storage(kept[0], tmp_path / "swapped")) == {
         f"model.layers.{layer}.{norm}_layernorm.weight"
@@ -332,6 +332,19 @@ def test_logits_of_swapped_tensors_differ(copied: Pair):
     norms = MTP + "enorm.weight", MTP + "hnorm.weight"
     swap(copied[0], *norms)
     main, mtp = logits(*copied).depths
+    assert main.holds
+    assert mtp.relative_difference > 100 * TOLERANCE
+
+
+def test_logits_of_trained_weights_agree_with_their_export(kept: Pair, tmp_path: Path):
+    paths = open_checkpoint(kept[1]).leaves
+    leaves = [p for p in paths if p.startswith("mtp.") and p.endswith(".weight")]
+    checkpoint = trained(kept[1], tmp_path / "trained", leaves, np.dtype(np.float32))
+    export_checkpoint(checkpoint, tmp_path / "exported")
+    found = logits(tmp_path / "exported", checkpoint.path)
+    assert_agreement(found)
+    assert found.rounded_leaves == tuple(sorted(leaves))
+    main, mtp = logits(kept[0], checkpoint.path).depths
     assert main.holds
     assert mtp.relative_difference > 100 * TOLERANCE
 
