@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import yaml
+from hub_client import TOKEN, lone_hub
 from hub_server import Fault, HubServer, is_large
 from huggingface_hub import constants
-from huggingface_hub.utils import close_session, disable_progress_bars, enable_progress_bars
 from roundtrip import make_source, run_import, tree_bytes
 
 from converters.hub_errors import Patience
@@ -22,32 +22,18 @@ from converters.problems import ProblemsError
 from mtp_model.store import UNFINISHED, CheckpointError, open_checkpoint
 
 REPO = "org/Tuned-V3"
-TOKEN = "hf_MARKER0123456789"
 QUICK = Patience(tries=3, first_wait_s=0.001, longest_wait_s=0.01)
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PUT = "^PUT /[0-9a-f]{64}$"
+
 
 # How huggingface_hub 2.4 itself calls httpx2 to send a large file.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 
-@pytest.fixture(autouse=True)
-def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing of this machine's user; nothing left of the test before."""
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    disable_progress_bars()
-    close_session()
-    yield
-    close_session()
-    enable_progress_bars()
-
-
 @pytest.fixture
-def hub() -> Iterator[HubServer]:
-    with HubServer(token=TOKEN) as server:
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    with lone_hub(tmp_path, monkeypatch) as server:
         yield server
 
 
