@@ -1,7 +1,6 @@
 """Training: what moves, what it leaves behind, and that a killed run loses nothing."""
 
 import dataclasses
-import itertools
 import json
 import os
 import shutil
@@ -31,9 +30,9 @@ from finetune.config import (
 from finetune.corpus import DataError
 from finetune.metrics import read_rows
 from finetune.rundir import RunError
-from finetune.state import TRAINABLE, learning_rates, make_optimizer
+from finetune.state import TRAINABLE
 from finetune.train import StoppedError, train
-from finetune.weights import load_for_training, matrices
+from finetune.weights import load_for_training
 from mtp_model.destination import locked
 from mtp_model.load import load
 from mtp_model.store import CheckpointError, open_checkpoint
@@ -381,42 +380,6 @@ def test_a_checkpoint_without_mtp_cannot_be_trained(settings, tmp_path, options,
     lacking = import_tiny(tmp_path, dtype="bf16", sizes=SIZES, **options)
     with pytest.raises(CheckpointError, match=message):
         train(dataclasses.replace(settings, checkpoint=lacking, out=tmp_path / "run"), QUIET)
-
-
-# --- optimizer
-
-
-def test_learning_rate_warms_up_and_falls_to_its_last_value():
-    settings = OptimizerSettings(learning_rate=2.0, warmup_fraction=0.25, final_fraction=0.1)
-    rate = learning_rates(settings, steps=8)
-    rates = [float(rate(step)) for step in range(1, 9)]
-    assert rates[:2] == [1.0, 2.0]
-    assert all(a > b for a, b in itertools.pairwise(rates[1:]))
-    assert rates[-1] == pytest.approx(0.2)
-    assert float(learning_rates(OptimizerSettings(warmup_fraction=0), 1)(1)) > 0
-
-
-def test_weight_decay_is_for_matrices_only(checkpoint):
-    """With gradients of zero, decay is all that moves."""
-    names = matrices(open_checkpoint(checkpoint))
-    split = load_for_training(checkpoint, "mtp", "float32")
-    settings = OptimizerSettings(learning_rate=0.1, warmup_fraction=0, weight_decay=0.5)
-    optimizer = make_optimizer(settings, 10, names.__contains__)
-
-    @jax.jit
-    def updates_of(trainable):
-        zeros = jax.tree.map(jnp.zeros_like, trainable)
-        with jax.numpy_dtype_promotion("standard"):
-            return optimizer.update(zeros, optimizer.init(trainable), trainable)[0]
-
-    updates = updates_of(split.trainable)
-    decayed = {
-        ".".join(name) for name, leaf in nnx.to_flat_state(updates) if np.asarray(leaf[...]).any()
-    }
-    norms = {name for name in map(".".join, dict(nnx.to_flat_state(updates))) if "norm" in name}
-    assert len(norms) == 7
-    assert not decayed & norms
-    assert decayed | norms == {".".join(name) for name in dict(nnx.to_flat_state(updates))}
 
 
 # --- commands
