@@ -18,10 +18,12 @@ from converters.mapping import Slot, slots
 from converters.problems import Problem, ProblemsError, raise_if_any
 from converters.safetensors_io import DTYPES
 from mtp_model.config import ModelConfig
+from mtp_model.rawio import AlignedBuffer
 from mtp_model.store import Checkpoint
 
 PIECE_BYTES = 32 << 20
 _FP8 = DTYPES["F8_E4M3"]
+_NO_MEMORY = AlignedBuffer(0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,9 +147,9 @@ class Encoder:
         """Rows of a leaf in memory that this thread uses again for its next rows."""
         leaf = self._checkpoint.leaves[slot.path]
         nbytes = (stop - start) * leaf.row_bytes
-        if len(getattr(self._memory, "bytes", b"")) < nbytes:
-            self._memory.bytes = np.empty(nbytes, np.uint8)
-        raw = self._memory.bytes[:nbytes]
+        if getattr(self._memory, "buffer", _NO_MEMORY).capacity < nbytes:
+            self._memory.buffer = AlignedBuffer(nbytes)
+        raw = self._memory.buffer.bytes[:nbytes]
         self._checkpoint.read_rows_into(slot.path, slot.index, start, stop, raw)
         return raw.view(leaf.dtype).reshape(stop - start, *slot.shape[1:])
 

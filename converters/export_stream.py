@@ -3,6 +3,7 @@
 A piece is a run of rows of neighbouring tensors, about 32 MiB: small tensors share one.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +14,7 @@ import numpy as np
 from converters.encode import PIECE_BYTES, Encoder
 from converters.export_plan import OutFile
 from converters.safetensors_io import TensorInfo
+from mtp_model.rawio import AlignedBuffer, aligned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,23 +67,23 @@ class _Memory:
     """Memory of one piece, reused from piece to piece."""
 
     def __init__(self) -> None:
-        self._bytes = np.empty(0, np.uint8)
+        self._buffer = AlignedBuffer(0)
 
     def take(self, nbytes: int) -> np.ndarray:
-        if len(self._bytes) < nbytes:
-            self._bytes = np.empty(max(nbytes, PIECE_BYTES), np.uint8)
-        return self._bytes[:nbytes]
+        if self._buffer.capacity < nbytes:
+            self._buffer = AlignedBuffer(max(nbytes, PIECE_BYTES))
+        return self._buffer.bytes[:nbytes]
 
 
 def _pieces(encoder: Encoder, files: list[OutFile]) -> Iterator[list[_Rows]]:
     piece: list[_Rows] = []
     filled = 0
     for rows in _all_rows(encoder, files):
-        if piece and filled + rows.nbytes > PIECE_BYTES:
+        if piece and filled + aligned(rows.nbytes) > PIECE_BYTES:
             yield piece
             piece, filled = [], 0
         piece.append(rows)
-        filled += rows.nbytes
+        filled += aligned(rows.nbytes)
     if piece:
         yield piece
 
@@ -97,10 +99,12 @@ def _all_rows(encoder: Encoder, files: list[OutFile]) -> Iterator[_Rows]:
 
 
 def _prepare(encoder: Encoder, piece: list[_Rows], memory: _Memory) -> list[Segment]:
-    out = memory.take(sum(rows.nbytes for rows in piece))
-    segments, end = [], 0
-    for rows in piece:
-        begin, end = end, end + rows.nbytes
+    # Every segment begins a page, so that it can be read straight from the disk.
+    begins = [0, *itertools.accumulate(aligned(rows.nbytes) for rows in piece)]
+    out = memory.take(begins[-1])
+    segments = []
+    for rows, begin in zip(piece, begins, strict=False):
+        end = begin + rows.nbytes
         segment = Segment(
             tensor=rows.tensor,
             start=rows.start,

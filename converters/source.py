@@ -5,7 +5,7 @@ import re
 import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from converters.problems import Problem, ProblemsError, raise_if_any
 from converters.strict_json import shown
+from mtp_model.rawio import DIRECT_FROM_BYTES, open_direct, read_cached, read_direct
 
 Buffer = bytes | bytearray | memoryview | np.ndarray
 Fingerprint = dict[str, int | str]
@@ -185,9 +186,12 @@ class LocalSource:
 
     def _fill(self, file: str, opened: "_OpenFile", begin: int, view: memoryview) -> None:
         done = 0
+        out = byte_view(view)
+        direct = len(out) >= DIRECT_FROM_BYTES
+        fd, read = (opened.direct_fd, read_direct) if direct else (opened.fd, read_cached)
         while done < len(view):
             try:
-                got = os.preadv(opened.fd, [view[done:]], begin + done)
+                got = read(fd, out[done:], begin + done)
             except OSError as err:
                 raise self._error(file, f"byte {begin + done}: {err.strerror}") from err
             if not got:
@@ -206,7 +210,21 @@ class _OpenFile:
         # No link and no wait: the path was resolved, and a pipe put there since must not block.
         self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         self.size = os.fstat(self.fd).st_size
+        self._lock = threading.Lock()
+        self._direct_fd: int | None = None
 
-    def __del__(self) -> None:
-        if hasattr(self, "fd"):  # os.open may have failed
-            os.close(self.fd)
+    @property
+    def direct_fd(self) -> int:
+        """The same file, past the page cache: what is read once gains nothing from it."""
+        with self._lock:
+            if self._direct_fd is None:
+                self._direct_fd = open_direct(
+                    f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC
+                )
+            return self._direct_fd
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        # `close` is kept for the end of the process, when modules are gone before objects are.
+        for fd in (getattr(self, "fd", None), getattr(self, "_direct_fd", None)):
+            if fd is not None:  # os.open may have failed
+                close(fd)

@@ -1,12 +1,14 @@
-"""Bytes to and from files at the disk's speed: aligned buffers, direct writes; knows no arrays.
+"""Bytes to and from files at the disk's speed: aligned buffers, direct I/O; knows no arrays.
 
-Fresh memory costs 10-30 times reused memory, and a buffered write costs the copy and the page
-cache, so writers keep page-aligned buffers and write past the page cache where the disk can.
+Fresh memory costs 10-30 times reused memory, and going through the page cache costs a copy and the
+cache's own work, so buffers are kept and what is large goes past it (O_DIRECT) where the disk can.
 """
 
 import contextlib
+import errno
 import mmap
 import os
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -15,15 +17,22 @@ import xxhash
 
 ALIGNMENT = 4096
 DIRECT_FROM_BYTES = 1 << 20  # below this the page cache is as good
+O_DIRECT = getattr(os, "O_DIRECT", 0)  # Linux has it
 _READ_BYTES = 8 << 20
 TMP_SUFFIX = ".partial"
+_staging = threading.local()
+
+
+def aligned(nbytes: int) -> int:
+    """Bytes of the whole pages that hold nbytes."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 class AlignedBuffer:
     """Reusable page-aligned memory of a fixed capacity."""
 
     def __init__(self, capacity: int):
-        self.capacity = -(-capacity // ALIGNMENT) * ALIGNMENT
+        self.capacity = aligned(capacity)
         self._map = mmap.mmap(-1, max(self.capacity, ALIGNMENT))
         self.bytes = np.frombuffer(self._map, np.uint8)
 
@@ -36,16 +45,14 @@ def digest(data: bytes | memoryview) -> str:
 def write_buffer(path: Path, buffer: AlignedBuffer, nbytes: int) -> None:
     """Write the first nbytes of a buffer durably: temporary name, fsync, rename."""
     tmp = path.with_name(path.name + TMP_SUFFIX)
-    fd = _open_for_writing(tmp, direct=nbytes >= DIRECT_FROM_BYTES)
-    try:
-        # Direct writes take whole pages; what is past the end is cut off again.
-        whole = nbytes if nbytes < DIRECT_FROM_BYTES else -(-nbytes // ALIGNMENT) * ALIGNMENT
+    direct = nbytes >= DIRECT_FROM_BYTES
+    # Direct writes take whole pages; what is past the end is cut off again.
+    whole = aligned(nbytes) if direct else nbytes
+    with open_fd(tmp, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, direct=direct) as fd:
         _write_all(fd, buffer.bytes[:whole].data)
         if whole != nbytes:
             os.ftruncate(fd, nbytes)
         os.fsync(fd)
-    finally:
-        os.close(fd)
     tmp.rename(path)
 
 
@@ -65,17 +72,40 @@ def write_pieces(path: Path, pieces: Iterable[bytes]) -> str:
 
 def read_range(path: Path, offset: int, out: np.ndarray) -> None:
     """Fill `out` (uint8, 1-D) with a file's bytes from `offset`; ValueError if it ends before."""
-    view = out.data
-    with open_fd(path, os.O_RDONLY) as fd:
-        done = 0
-        while done < len(view):
-            got = os.preadv(fd, [view[done:]], offset + done)
+    done, direct = 0, len(out) >= DIRECT_FROM_BYTES
+    read = read_direct if direct else read_cached
+    with open_fd(path, os.O_RDONLY, direct=direct) as fd:
+        while done < len(out):
+            got = read(fd, out[done:], offset + done)
             if got == 0:
                 raise ValueError(
-                    f"{path} ends at byte {offset + done}, {offset + len(view)} were needed: "
+                    f"{path} ends at byte {offset + done}, {offset + len(out)} were needed: "
                     "it was cut short; write the checkpoint again"
                 )
             done += got
+
+
+def read_cached(fd: int, out: np.ndarray, offset: int) -> int:
+    """Read the start of `out` (uint8, 1-D); bytes read, 0 at the end of the file."""
+    return os.preadv(fd, [out.data], offset)
+
+
+def read_direct(fd: int, out: np.ndarray, offset: int) -> int:
+    """The same for a descriptor of open_direct, with any alignment.
+
+    Whole pages go straight to aligned memory, all else through a buffer that this thread reuses.
+    """
+    pages = len(out) // ALIGNMENT * ALIGNMENT
+    if pages and offset % ALIGNMENT == 0 and out.ctypes.data % ALIGNMENT == 0:
+        return os.preadv(fd, [out[:pages].data], offset)
+    if not hasattr(_staging, "buffer"):
+        _staging.buffer = AlignedBuffer(_READ_BYTES)
+    skip = offset % ALIGNMENT
+    wanted = min(skip + len(out), _READ_BYTES)
+    got = os.preadv(fd, [_staging.buffer.bytes[: aligned(wanted)].data], offset - skip)
+    count = max(min(got, wanted) - skip, 0)
+    out[:count] = _staging.buffer.bytes[skip : skip + count]
+    return count
 
 
 def file_pieces(path: Path, piece_bytes: int = 4 << 20) -> Iterator[bytes]:
@@ -88,14 +118,11 @@ def file_pieces(path: Path, piece_bytes: int = 4 << 20) -> Iterator[bytes]:
 def file_digest(path: Path) -> str:
     """xxh3_128 of a file's bytes on the disk, in hex, holding one piece of it at a time."""
     state, buffer = xxhash.xxh3_128(), AlignedBuffer(_READ_BYTES)
-    with open_fd(path, os.O_RDONLY) as fd:
-        # What the page cache still has of it need not be what the disk got.
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    with open_fd(path, os.O_RDONLY, direct=path.stat().st_size >= DIRECT_FROM_BYTES) as fd:
         offset = 0
-        while got := os.preadv(fd, [buffer.bytes.data], offset):
+        while got := read_direct(fd, buffer.bytes, offset):
             state.update(buffer.bytes[:got].data)
             offset += got
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     return state.hexdigest()
 
 
@@ -106,22 +133,23 @@ def sync_directory(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def open_fd(path: Path, flags: int) -> Iterator[int]:
-    """A file descriptor that is closed at the end."""
-    fd = os.open(path, flags)
+def open_fd(path: Path, flags: int, *, direct: bool = False) -> Iterator[int]:
+    """A file descriptor that is closed at the end; past the page cache where the disk can."""
+    fd = open_direct(path, flags) if direct else os.open(path, flags, 0o644)
     try:
         yield fd
     finally:
         os.close(fd)
 
 
-def _open_for_writing(path: Path, *, direct: bool) -> int:
-    flags = os.O_CREAT | os.O_WRONLY | os.O_TRUNC
-    if direct and hasattr(os, "O_DIRECT"):
-        # A file system without direct writes refuses the flag (EINVAL); then through the cache.
-        with contextlib.suppress(OSError):
-            return os.open(path, flags | os.O_DIRECT, 0o644)
-    return os.open(path, flags, 0o644)
+def open_direct(path: Path | str, flags: int) -> int:
+    """A file descriptor past the page cache, or a plain one where the file system has none."""
+    try:
+        return os.open(path, flags | O_DIRECT, 0o644)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.open(path, flags, 0o644)
 
 
 def _write_all(fd: int, data: memoryview) -> None:
