@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converters import views
@@ -108,6 +109,8 @@ def run_export(command: "Export") -> int:
 
 def run_verify(command: "Verify") -> int:
     """Check digests and what else was asked; 1 unless all of it holds."""
+    if command.report:
+        Path(command.report).mkdir(parents=True, exist_ok=True)  # fails now, not after an hour
     ckpt = command.ckpt or command.src
     checkpoint = open_checkpoint(ckpt)
     source = _source(command.src) if command.ckpt else None

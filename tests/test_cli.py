@@ -294,6 +294,7 @@ def test_verify_logits(
         (["inspect", "CHECKPOINT"], "is a checkpoint directory, not a safetensors"),
         (["import", "SOURCE", "SOURCE"], "is not empty and no checkpoint directory"),
         (["export", "CHECKPOINT", "SOURCE"], "name another place"),
+        (["verify", "CHECKPOINT", "--report", "/dev/null"], "File exists: '/dev/null'"),
     ],
 )
 def test_bad_input_is_one_message(
