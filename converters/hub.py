@@ -13,7 +13,8 @@ from pathlib import Path
 from converters.hub_cache import cached
 from converters.hub_downloads import Downloads, Limits
 from converters.hub_errors import DEFAULT_PATIENCE, Patience, hub_error
-from converters.hub_http import Entry, Repository
+from converters.hub_http import Repository
+from converters.hub_listing import Entry
 from converters.source import HUB_ID, Buffer, Fingerprint, byte_view
 from converters.staging import Finish, Read
 from converters.strict_json import shown

@@ -3,13 +3,11 @@
 Knows the Hub's answers; must not know what is in the files, nor keep any of them.
 """
 
-import hashlib
 import re
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 from urllib.parse import urlsplit
 
 import httpx2
@@ -36,8 +34,7 @@ from converters.hub_errors import (
     hub_error,
     persist,
 )
-from converters.problems import Problem, raise_if_any
-from converters.source import name_fault
+from converters.hub_listing import COMMIT, Entry, entries_of
 from converters.strict_json import shown
 
 LIBRARY = "deepseek-mtp"
@@ -45,37 +42,7 @@ TIMEOUT_S = 30.0
 
 _EXPIRED_STATUS = frozenset((401, 403, 404, 410))  # of storage: the signed address is too old
 _PROGRESS_BYTES = 1 << 20  # a try that got less counts as a failure, so that retries are bounded
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,20})-(\d{1,20})/(\d{1,20})")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """A file as the Hub lists it: size in bytes, and the digest of its content.
-
-    sha256 is that of a file in large file storage; all others have git's sha1 only.
-    """
-
-    size: int
-    git_blob: str
-    sha256: str | None = None
-
-    @property
-    def digest(self) -> str:
-        """What names the content; hexadecimal digits, so it is safe as a file name."""
-        return self.sha256 or self.git_blob
-
-    def hasher(self) -> Any:
-        """A hash that gives `digest` once it was fed the whole content."""
-        if self.sha256:
-            return hashlib.sha256()
-        return hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
-
-    def fault(self, hasher: Any) -> str | None:
-        """What is wrong with the content that `hasher` was fed."""
-        found = hasher.hexdigest()
-        return None if found == self.digest else f"has digest {found}, the Hub lists {self.digest}"
 
 
 class Repository:
@@ -158,10 +125,10 @@ class Repository:
             raise
         except (ValueError, TypeError, KeyError, AttributeError):
             raise hub_error("the Hub", self.repo_id, "got an answer that is no model") from None
-        if not isinstance(info.sha, str) or not _COMMIT.fullmatch(info.sha):
+        if not isinstance(info.sha, str) or not COMMIT.fullmatch(info.sha):
             fault = f"is at commit {shown(info.sha)}, needed 40 hexadecimal digits"
             raise hub_error("the Hub", self.repo_id, fault)
-        return info.sha, _entries(self.repo_id, info.siblings or [])
+        return info.sha, entries_of(self.repo_id, info.siblings or [])
 
     def _try(self, file: str, begin: int, end: int) -> Iterator[bytes]:
         """One request for begin..end. PassingError when it failed, after what did arrive."""
@@ -205,6 +172,8 @@ class Repository:
     def _check_metadata(self, entry: Entry, found: HfFileMetadata) -> None:
         if found.commit_hash not in (None, self.commit):
             raise PassingError(f"is served at commit {shown(found.commit_hash)}")
+        if not entry.sha256:
+            return  # read whole and proved by its digest; its tag is the web server's business
         if found.size not in (None, entry.size) or found.etag not in (None, entry.digest):
             fault = f"is served with {found.size} bytes and tag {shown(found.etag)}"
             raise PassingError(f"{fault}, the Hub lists {entry.size} and {entry.digest}")
@@ -224,46 +193,6 @@ class Repository:
         if status in PASSING_STATUS or (stored and status in _EXPIRED_STATUS):
             raise PassingError(f"the Hub answered {status}", asked_wait_s(response.headers))
         raise hub_error(self.name, file, f"got the answer {status} from the Hub")
-
-
-def _entries(repo_id: str, siblings: list[Any]) -> dict[str, Entry]:
-    """The listed files by name, sorted; ProblemsError tells all that no honest Hub lists."""
-    problems, entries = [], {}
-    for sibling in siblings:
-        file = sibling.rfilename
-        fault = _entry_fault(sibling) or (file in entries and "is listed twice")
-        if fault:
-            problems.append(Problem("file", shown(file), fault))
-            continue
-        entries[file] = Entry(
-            size=sibling.size,
-            git_blob=sibling.blob_id,
-            sha256=sibling.lfs.sha256 if sibling.lfs else None,
-        )
-    raise_if_any(repo_id, problems)
-    return dict(sorted(entries.items()))
-
-
-def _entry_fault(sibling: Any) -> str | None:
-    if not isinstance(sibling.rfilename, str):
-        return "is no file name"
-    if fault := name_fault(sibling.rfilename):
-        return fault
-    if not sibling.rfilename.isprintable():  # lone surrogates too, which no report can hold
-        return "has a name that cannot be printed"
-    if type(sibling.size) is not int or sibling.size < 0:
-        return f"is listed with {shown(sibling.size)} bytes"
-    if not _matches(_COMMIT, sibling.blob_id):
-        return f"is listed with git blob {shown(sibling.blob_id)}"
-    if sibling.lfs and not _matches(_SHA256, sibling.lfs.sha256):
-        return f"is listed with sha256 {shown(sibling.lfs.sha256)}"
-    if sibling.lfs and sibling.lfs.size != sibling.size:
-        return f"is listed with {sibling.size} and with {shown(sibling.lfs.size)} bytes"
-    return None
-
-
-def _matches(pattern: re.Pattern[str], value: object) -> bool:
-    return isinstance(value, str) and pattern.fullmatch(value) is not None
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:

@@ -15,7 +15,8 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.utils import build_hf_headers, get_session
 
 from converters.hub_errors import REQUEST_ERRORS, Patience, hub_error, persist
-from converters.hub_http import LIBRARY, TIMEOUT_S, Entry, Repository
+from converters.hub_http import LIBRARY, TIMEOUT_S, Repository
+from converters.hub_listing import Entry
 from converters.listing import SUFFIX, list_checkpoint
 from converters.model_card import merged_readme
 from converters.problems import Problem, raise_if_any

@@ -55,7 +55,7 @@ def _hub_source(provenance: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def _section(repo_id: str, provenance: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    parts = [f"# {repo_id.split('/')[-1]}", _origin(provenance), _table(provenance)]
+    parts = [f"# {repo_id.split('/')[-1]}", _origin(provenance), _table(provenance, config)]
     parts += _acceptance(provenance.get("derived", []))
     if depths := int(config.get("num_nextn_predict_layers") or 0):
         parts.append(_serving(repo_id, depths))
@@ -70,11 +70,12 @@ def _origin(provenance: Mapping[str, Any]) -> str:
     return f"Exported from {source} with deepseek-mtp; nothing was trained."
 
 
-def _table(provenance: Mapping[str, Any]) -> str:
+def _table(provenance: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     derived = provenance.get("derived", [])
     rows = [("trained", _trained(record)) for record in derived]
     rows += [("changed", _changed(derived, provenance["leaves"]))] if derived else []
-    rows.append(("imported", f"scope {provenance['scope']}, weights {provenance['dtype']}"))
+    quantised = (config.get("quantization_config") or {}).get("quant_method")
+    rows.append(("weights", str(quantised or config.get("torch_dtype", "see config.json"))))
     rows.append(("tools", ", ".join(f"{k} {v}" for k, v in sorted(provenance["tools"].items()))))
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows)])
 

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from converters.hub_http import Entry
+from converters.hub_listing import Entry
 
 Ranges = list[tuple[int, int]]
 """Begin and end of byte ranges: in order, not empty, with holes between them."""

@@ -262,12 +262,20 @@ def test_a_list_of_files_that_no_honest_hub_gives_is_refused(hub, listed, fault)
 
 
 @pytest.mark.parametrize(
-    "listed", [{"size": 9, "lfs": None}, {"blobId": "a" * 40}, {"size": 1, "lfs": None}]
+    ("file", "listed", "fault"),
+    [
+        ("config.json", {"size": 9}, "got an answer of 2 bytes, needed 9"),
+        ("config.json", {"blobId": "a" * 40}, "the Hub lists a{40}"),
+        ("a.safetensors", {"size": 9, "lfs": {"size": 9}}, "is served with 2 bytes"),
+        ("a.safetensors", {"lfs": {"sha256": "b" * 64}}, "the Hub lists 2 and b{64}"),
+    ],
 )
-def test_a_file_that_is_not_as_listed_is_refused(hub, listed):
-    hub.add(REPO, {"config.json": b"{}"}, listed={"config.json": listed})
-    with pytest.raises(ProblemsError, match=r"is served with 2 bytes and tag .* the Hub lists"):
-        source_of(hub).read("config.json", 0, 1)
+def test_a_file_that_is_not_as_listed_is_refused(hub, file, listed, fault):
+    lfs = {"lfs": {"size": 2, "sha256": sha256(b"{}"), "pointerSize": 9} | listed.get("lfs", {})}
+    listed = listed | (lfs if file.endswith("safetensors") else {})
+    hub.add(REPO, {file: b"{}"}, listed={file: listed})
+    with pytest.raises(ProblemsError, match=fault):
+        source_of(hub).read(file, 0, 1)
 
 
 def test_an_answer_that_is_no_model_is_refused(hub):

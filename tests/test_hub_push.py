@@ -172,7 +172,7 @@ def test_the_token_appears_nowhere(hub, exported, provenance, caplog, capfd):
     for repo_id, request in (("org/new", "/create"), (REPO, "/commit/"), (REPO, "^GET")):
         hub.fail(request, Fault(status=401, times=9))
         with pytest.raises(ProblemsError) as error:
-            push(hub, exported, {**provenance, "scope": request}, repo_id=repo_id)
+            push(hub, exported, {**provenance, "tools": {"a": request}}, repo_id=repo_id)
         hub.clear_faults()
         texts += [str(error.value), str(error.getrepr(style="long"))]
     for text in (*texts, caplog.text, *capfd.readouterr()):
@@ -204,7 +204,7 @@ def test_the_card_says_where_from_what_changed_and_how_to_serve(provenance):
         "before": {"acceptance": [0.7512, 0.5], "mean_accepted_length": 2.2512},
         "after": {"acceptance": [0.8, None], "mean_accepted_length": None},
     }
-    config = {"num_nextn_predict_layers": 1}
+    config = {"num_nextn_predict_layers": 1, "quantization_config": {"quant_method": "fp8"}}
     readme = merged_readme(None, REPO, trained(provenance, held_out=held_out), config)
     assert front_matter(readme) == {
         "library_name": "transformers",
@@ -217,7 +217,7 @@ def test_the_card_says_where_from_what_changed_and_how_to_serve(provenance):
         "# Tuned-V3",
         f"Fine-tuned from `deepseek-ai/DeepSeek-V3` at revision `{COMMIT}` with deepseek-mtp.",
         "| trained | finetune-deepseek train --train mtp, steps 1000 |",
-        "| imported | scope all, weights keep |",
+        "| weights | fp8 |",
         "| acceptance of draft 1 | 0.751 | 0.800 |",
         "| acceptance of draft 2 | 0.500 | not measured |",
         "| mean accepted length | 2.251 | not measured |",
