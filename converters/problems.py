@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: its kind (`missing`, `shape`, ...), what it concerns, and the detail."""
+    """One thing that is wrong: its kind (`missing`, `shape`), what it concerns, the detail."""
 
     kind: str
     subject: str

@@ -47,7 +47,7 @@ SIZES = {
     "weight_block_size": [128, 128],
 }
 NUM_FILES = 5
-PRETRAIN_STEPS, MAIN_STEPS, MTP_STEPS = 450, 150, 150
+PRETRAIN_STEPS, MAIN_STEPS, MTP_STEPS = 400, 150, 150
 BATCH = ["--batch.rows", "16", "--batch.row-tokens", "128"]
 NO_EVALUATION = ["--evaluation.holdout-every", "0"]
 
@@ -55,7 +55,7 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="The whole way on a small model.")
     parser.add_argument("--out", type=Path, default=Path("demo-run"), help="folder for all files")
     parser.add_argument("--steps-scale", type=float, default=1.0, help="of all training")
     arguments = parser.parse_args()
@@ -207,7 +207,7 @@ def report(out: Path, on_code: dict, results: dict[str, Any], seconds: float) ->
     key = "mean_accepted_length"
     table.add_row("mean accepted length", f"{before[key]:.3f}", f"{after[key]:.3f}")
     for name in ("main_loss", "mtp_loss"):
-        table.add_row(name.replace("_", " "), *(loss(result[name]) for result in (before, after)))
+        table.add_row(name.replace("_", " "), loss(before[name]), loss(after[name]))
     table.add_row("logits against plain torch", *(f"{d:.1e}" for d in results["logits"]))
     for part, counts in results["bytes"].items():
         total = sum(counts.values())
@@ -224,7 +224,7 @@ def report(out: Path, on_code: dict, results: dict[str, Any], seconds: float) ->
 
 
 def loss(value: float | list[float]) -> str:
-    return f"{value if isinstance(value, float) else value[0]:.3f}"
+    return f"{value[0] if isinstance(value, list) else value:.3f}"
 
 
 def worst_difference(folder: Path) -> float:
