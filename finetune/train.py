@@ -93,7 +93,9 @@ def train(settings: RunSettings, console: Console, overwrite: bool = False) -> R
         job = _prepare(settings, run, base, text, console)
         console.print(_plan(job))
         state = _loop(job)
+        rows = read_rows(run.evaluations)
         record = {"by": "finetune-deepseek train", "settings": as_plain(settings)}
+        record |= {"held_out": {"before": rows[0], "after": rows[-1]}} if rows else {}
         write_final(base, run.final, state, record)
     return _result(run)
 

@@ -203,11 +203,9 @@ def report(out: Path, on_code: dict, results: dict[str, Any], seconds: float) ->
     for column in ("", "as it was released", "after fine-tuning"):
         table.add_column(column, justify="right" if column else "left")
     for k, (old, new) in enumerate(zip(before["acceptance"], after["acceptance"], strict=True)):
-        table.add_row(f"draft {k + 1} accepted", f"{old:.1%}", f"{new:.1%}")
-    key = "mean_accepted_length"
-    table.add_row("mean accepted length", f"{before[key]:.3f}", f"{after[key]:.3f}")
-    for name in ("main_loss", "mtp_loss"):
-        table.add_row(name.replace("_", " "), loss(before[name]), loss(after[name]))
+        table.add_row(f"draft {k + 1} accepted", percent(old), percent(new))
+    for name in ("mean_accepted_length", "main_loss", "mtp_loss"):
+        table.add_row(name.replace("_", " "), number(before[name]), number(after[name]))
     table.add_row("logits against plain torch", *(f"{d:.1e}" for d in results["logits"]))
     for part, counts in results["bytes"].items():
         total = sum(counts.values())
@@ -215,7 +213,7 @@ def report(out: Path, on_code: dict, results: dict[str, Any], seconds: float) ->
     console.print(table)
     first, chance = on_code["acceptance"][0], 1 / SIZES["vocab_size"]
     console.print(
-        f"Before the main model was fine-tuned, draft 1 was accepted {first:.1%} of the time, on "
+        f"Before the main model was fine-tuned, draft 1 was accepted {percent(first)} of the time, on "
         f"code (chance: {chance:.2%}).\n"
         f"curves: {out / 'finetuning' / 'curves.png'}\n"
         f"exported checkpoint: {out / 'exported'}\n"
@@ -223,8 +221,13 @@ def report(out: Path, on_code: dict, results: dict[str, Any], seconds: float) ->
     )
 
 
-def loss(value: float | list[float]) -> str:
-    return f"{value[0] if isinstance(value, list) else value:.3f}"
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def number(value: float | list[float] | None) -> str:
+    first = value[0] if isinstance(value, list) else value
+    return "-" if first is None else f"{first:.3f}"
 
 
 def worst_difference(folder: Path) -> float:
