@@ -166,7 +166,7 @@ def use_the_product(out: Path, prose: Domain, steps: int) -> dict[str, Any]:
 
 def acceptance(checkpoint: Path, domain: Domain) -> dict[str, Any]:
     command = ("evaluate", "--checkpoint", checkpoint, "--data", domain.held_out, "--json")
-    shape = ("--draft-tokens", 3, "--rows", 16, "--row-tokens", 128, "--max-rows", 512)
+    shape = ("--draft-tokens", 3, "--rows", 16, "--row-tokens", 128, "--max-rows", 256)
     return json.loads(run_command("finetune-deepseek", *command, *shape, capture=True))
 
 
@@ -213,8 +213,8 @@ def report(out: Path, on_code: dict, results: dict[str, Any], seconds: float) ->
     console.print(table)
     first, chance = on_code["acceptance"][0], 1 / SIZES["vocab_size"]
     console.print(
-        f"Before the main model was fine-tuned, draft 1 was accepted {percent(first)} of the time, on "
-        f"code (chance: {chance:.2%}).\n"
+        f"Before the main model was fine-tuned, draft 1 was accepted {percent(first)} of the "
+        f"time, on code (chance: {chance:.2%}).\n"
         f"curves: {out / 'finetuning' / 'curves.png'}\n"
         f"exported checkpoint: {out / 'exported'}\n"
         f"took {seconds / 60:.1f} minutes"
