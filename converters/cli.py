@@ -5,6 +5,7 @@ Exit status: 0 when all that was asked holds, 1 for a failed check or bad input,
 
 import importlib.metadata
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from tyro.conf import Positional, arg, subcommand
 from converters.problems import ProblemsError
 
 PROG = "convert-deepseek"
+_SHARE = re.compile(r"(\d{1,6})/(\d{1,6})", re.ASCII)
 
 _Src = Annotated[
     Positional[str],
@@ -51,8 +53,17 @@ class Import:
     mtp_hidden_state: Literal["config", "post_norm", "pre_norm"] = "config"
     """what MTP depth 1 is fed; config: as config.json says, post_norm if it does not"""
     workers: _Workers = 3
+    worker: Annotated[str, arg(metavar="I/N")] = "1/1"
+    """do the I-th of N shares, for N processes or hosts with one DST; the last finishes it"""
     overwrite: _Overwrite = False
     json: _Json = False
+
+    @property
+    def share(self) -> tuple[int, int] | None:
+        """--worker as (I - 1, N); None where it is no share."""
+        match = _SHARE.fullmatch(self.worker)
+        number, count = (int(match[1]), int(match[2])) if match else (0, 0)
+        return (number - 1, count) if 1 <= number <= count else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +138,8 @@ def parse(argv: Sequence[str]) -> Command:
 def _usage_fault(command: Command) -> str | None:
     if getattr(command, "workers", 1) < 1:
         return "--workers needs to be 1 or more"
+    if isinstance(command, Import) and not command.share:
+        return f"--worker {command.worker} is no share; needed I/N with I from 1 to N, as 2/4"
     if isinstance(command, Verify) and not command.ckpt and command.needs_source:
         return "--logits and --scope compare with a source: verify SRC CKPT"
     return None

@@ -42,6 +42,7 @@ def run_import(command: "Import") -> int:
     """Check everything that can be, then import."""
     listing, config_dict = _open(_source(command.src))
     config, notes = _checked(listing, config_dict, command)
+    assert command.share
     began_s = time.monotonic()
     with progress("import") as report:
         summary = import_checkpoint(
@@ -54,14 +55,15 @@ def run_import(command: "Import") -> int:
             workers=command.workers,
             overwrite=command.overwrite,
             progress=report,
+            worker=command.share,
             mtp_hidden_state=_hidden_state(command),
         )
     seconds = time.monotonic() - began_s
-    if notes is None:
+    if notes is None and summary.finished:
         stale = open_checkpoint(command.dst).provenance["stale_copies"]
         notes = tuple(f"{name} differs; the main model's is taken" for name in stale)
-    plain = {**dataclasses.asdict(summary), "notes": notes, "seconds": seconds}
-    _print(views.imported(summary, notes, seconds), plain, as_json=command.json)
+    plain = {**dataclasses.asdict(summary), "notes": notes or (), "seconds": seconds}
+    _print(views.imported(summary, notes or (), seconds), plain, as_json=command.json)
     return 0
 
 

@@ -49,9 +49,13 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class ImportSummary:
-    """What an import did; `finished` False: other workers are at it, the last one finishes."""
+    """What this worker did of an import; `finished` False: the last of the others finishes it.
+
+    Amounts are of this worker's share: of the whole where there is one worker.
+    """
 
     path: Path
+    worker: tuple[int, int]
     finished: bool
     num_tensors: int
     source_bytes: int
@@ -95,16 +99,26 @@ def import_checkpoint(
             opened = Journal(dst / UNFINISHED, plan.fingerprint, worker)
         with closing(opened) as journal:
             writer = ParamsWriter(dst, plan.conversion.leaves)
+            share = plan.units[worker[0] :: worker[1]]
             done = _still_there(writer, plan, journal.entries)
-            todo = [unit for unit in plan.units[worker[0] :: worker[1]] if unit.key not in done]
+            todo = [unit for unit in share if unit.key not in done]
             _raise_if_full(dst, plan, todo)
-            report = _Counter(plan, done, progress)
+            report = _Counter(plan, share, todo, progress)
             reads = {unit.key: unit_reads(plan.conversion, unit) for unit in todo}
             fetched = dst / UNFINISHED / f"fetched-{worker[0]}-of-{worker[1]}"
             with staged(listing.source, reads, fetched) as finish:
                 _run(plan, todo, writer, journal, workers, report, finish)
         finished = _finish_if_last(writer, plan)
-    return _summary(dst, plan, finished, len(done))
+    return ImportSummary(
+        path=dst,
+        worker=worker,
+        finished=finished,
+        num_tensors=sum(len(unit.slots) for unit in share),
+        source_bytes=sum(unit_bytes(plan.conversion, unit) for unit in share),
+        stored_bytes=_stored_bytes(plan, share),
+        num_units=len(share),
+        resumed_units=len(share) - len(todo),
+    )
 
 
 def _make_room(dst: Path, plan: Plan, overwrite: bool) -> None:
@@ -138,13 +152,7 @@ def _has_size(file: Path, size: int) -> bool:
 
 
 def _raise_if_full(dst: Path, plan: Plan, todo: Iterable[Unit]) -> None:
-    leaves = plan.conversion.leaves
-    needed = sum(
-        leaves[unit.path].chunk_bytes * leaves[unit.path].num_row_chunks
-        for unit in todo
-        if not unit.is_copy
-    )
-    free = shutil.disk_usage(dst).free
+    needed, free = _stored_bytes(plan, todo), shutil.disk_usage(dst).free
     if needed > free:
         raise CheckpointError(
             f"{dst} needs {needed / 1e9:.1f} GB more, its disk has {free / 1e9:.1f} GB free; "
@@ -152,13 +160,22 @@ def _raise_if_full(dst: Path, plan: Plan, todo: Iterable[Unit]) -> None:
         )
 
 
+def _stored_bytes(plan: Plan, units: Iterable[Unit]) -> int:
+    leaves = plan.conversion.leaves
+    return sum(
+        leaves[unit.path].chunk_bytes * leaves[unit.path].num_row_chunks
+        for unit in units
+        if not unit.is_copy
+    )
+
+
 class _Counter:
     """Counts source bytes for the progress callback."""
 
-    def __init__(self, plan: Plan, done: Iterable[str], progress: Progress | None):
-        self._bytes = {unit.key: unit_bytes(plan.conversion, unit) for unit in plan.units}
+    def __init__(self, plan: Plan, share: list[Unit], todo: list[Unit], progress: Progress | None):
+        self._bytes = {unit.key: unit_bytes(plan.conversion, unit) for unit in share}
         self._total = sum(self._bytes.values())
-        self._done = sum(self._bytes[key] for key in done)
+        self._done = self._total - sum(self._bytes[unit.key] for unit in todo)
         self._progress = progress
         self._report()
 
@@ -275,16 +292,3 @@ def _digests(plan: Plan, done: dict[str, Done]) -> Digests:
         if not unit.is_copy:
             found[unit.path] |= done[unit.key].pieces
     return found
-
-
-def _summary(dst: Path, plan: Plan, finished: bool, resumed: int) -> ImportSummary:
-    conversion = plan.conversion
-    return ImportSummary(
-        path=dst,
-        finished=finished,
-        num_tensors=sum(len(unit.slots) for unit in plan.units),
-        source_bytes=sum(unit_bytes(conversion, unit) for unit in plan.units),
-        stored_bytes=sum(leaf.num_chunks * leaf.chunk_bytes for leaf in conversion.leaves.values()),
-        num_units=len(plan.units),
-        resumed_units=resumed,
-    )

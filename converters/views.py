@@ -85,10 +85,16 @@ def imported(summary: ImportSummary, notes: Sequence[str], seconds: float) -> It
         ("written", human_bytes(summary.stored_bytes)),
         ("time", _time(summary.source_bytes, seconds)),
     ]
+    index, count = summary.worker
+    if count > 1:
+        pairs.append(("worker", f"{index + 1} of {count}, {plural(summary.num_units, 'piece')}"))
     if summary.resumed_units:
         resumed = f"{summary.resumed_units:,} of {summary.num_units:,} pieces were there"
         pairs.append(("continued", f"{resumed} already"))
     pairs += [("stale copy", note) for note in notes]
+    if not summary.finished:
+        others = "this share is done, others are not; the last of them finishes the checkpoint"
+        pairs.append(("unfinished", others))
     yield Facts(pairs)
 
 

@@ -213,6 +213,35 @@ def test_options_reach_the_import(source: Path, tmp_path: Path, capsys):
     }
 
 
+def test_shares_of_an_import(
+    checkpoint: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    dst = tmp_path / "checkpoint"
+    status, out, err = run(capsys, "import", source, dst, "--worker", "2/2")
+    assert (status, err) == (0, "")
+    assert "worker      2 of 2, " in out
+    assert "unfinished  this share is done, others are not; the last of them finishes" in out
+    assert run(capsys, "verify", dst)[0] == 1
+    status, out, _ = run(capsys, "import", source, dst, "--worker", "1/2", "--json")
+    assert status == 0
+    assert {"finished": True, "worker": [0, 2]}.items() <= json.loads(out).items()
+    assert_same_files(dst, checkpoint)
+
+
+def test_two_processes_at_once_give_the_same_bytes(checkpoint: Path, source: Path, tmp_path: Path):
+    dst = tmp_path / "checkpoint"
+    command = [sys.executable, "-m", "converters.cli", "import", str(source), str(dst), "--json"]
+    shares = [
+        subprocess.Popen([*command, "--worker", share], cwd=ROOT, stdout=subprocess.PIPE)
+        for share in ("1/2", "2/2")
+    ]
+    results = [json.loads(share.communicate(timeout=100)[0]) for share in shares]
+    assert [share.returncode for share in shares] == [0, 0]
+    assert any(result["finished"] for result in results)
+    assert sum(result["num_tensors"] for result in results) == 331
+    assert_same_files(dst, checkpoint)
+
+
 def test_overwrite_is_asked_for(
     checkpoint: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -339,6 +368,11 @@ def test_other_errors_are_json_too(tmp_path: Path, capsys: pytest.CaptureFixture
         (["inspect", "src", "--verbose"], "--verbose"),
         (["import", "src", "dst", "--scope", "some"], "some"),
         (["import", "src", "dst", "--workers", "0"], "--workers needs to be 1 or more"),
+        (["import", "src", "dst", "--worker", "0/2"], "--worker 0/2 is no share; needed I/N"),
+        (["import", "src", "dst", "--worker", "3/2"], "with I from 1 to N, as 2/4"),
+        (["import", "src", "dst", "--worker", "1/0"], "--worker 1/0 is no share"),
+        (["import", "src", "dst", "--worker", "2"], "--worker 2 is no share"),
+        (["import", "src", "dst", "--worker=-1/2"], "--worker -1/2 is no share"),
         (["verify", "ckpt", "--logits"], "verify SRC CKPT"),
         (["verify", "ckpt", "--scope", "main"], "verify SRC CKPT"),
     ],
