@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from converters.problems import Problem
 from mtp_model.rawio import file_digest
-from mtp_model.store import Checkpoint, Piece
+from mtp_model.store import PARAMS, Checkpoint, Piece
 
 DEFAULT_WORKERS = 3
 
@@ -40,8 +40,7 @@ def check_digests(
     done = 0
     for piece, fault in _faults(pieces, workers):
         if fault:
-            subject = piece.file.relative_to(checkpoint.path).as_posix()
-            problems.append(Problem("digest", subject, fault))
+            problems.append(Problem("digest", f"{PARAMS}/{piece.path}/{piece.coord}", fault))
         done += checkpoint.leaves[piece.path].chunk_bytes
         if progress:
             progress(done, total)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from queue import SimpleQueue
 
 from converters.import_plan import Copies, Dtype, Options, Plan, make_plan, side_files, source_files
@@ -22,7 +21,7 @@ from converters.journal import (
 from converters.listing import Listing
 from converters.problems import Problem, raise_if_any
 from converters.provenance import source_record, tool_versions
-from converters.staging import Finish, staged
+from converters.staging import Finish, room_for_fetched, staged
 from converters.units import (
     Buffers,
     Done,
@@ -33,10 +32,11 @@ from converters.units import (
     unit_reads,
 )
 from mtp_model.chunks import DEFAULT_POLICY, ChunkPolicy
+from mtp_model.cloud import AnyPath, CloudPath, as_path
 from mtp_model.config import HiddenState, ModelConfig
 from mtp_model.destination import claim, clear, locked
 from mtp_model.model import Scope
-from mtp_model.store import COMPLETE, PARAMS, UNFINISHED, CheckpointError
+from mtp_model.store import COMPLETE, UNFINISHED, CheckpointError
 from mtp_model.store_writer import Digests, ParamsWriter
 
 DEFAULT_WORKERS = 3
@@ -54,7 +54,7 @@ class ImportSummary:
     Amounts are of this worker's share: of the whole where there is one worker.
     """
 
-    path: Path
+    path: AnyPath
     worker: tuple[int, int]
     finished: bool
     num_tensors: int
@@ -67,7 +67,7 @@ class ImportSummary:
 def import_checkpoint(
     listing: Listing,
     config: ModelConfig,
-    dst: str | Path,
+    dst: str | AnyPath,
     *,
     scope: Scope = "all",
     dtype: Dtype = "keep",
@@ -89,7 +89,7 @@ def import_checkpoint(
     Raises ProblemsError for a source that is unfit, was changed, or holds values that cannot be
     converted (NaN in FP8 weights or scales), CheckpointError for a destination that is in use.
     """
-    dst = Path(dst)
+    dst = as_path(dst)
     hidden_state = mtp_hidden_state or config.mtp_hidden_state
     options = Options(scope=scope, dtype=dtype, copies=copies, mtp_hidden_state=hidden_state)
     plan = make_plan(listing, config, options, policy)
@@ -105,8 +105,10 @@ def import_checkpoint(
             _raise_if_full(dst, plan, todo)
             report = _Counter(plan, share, todo, progress)
             reads = {unit.key: unit_reads(plan.conversion, unit) for unit in todo}
-            fetched = dst / UNFINISHED / f"fetched-{worker[0]}-of-{worker[1]}"
-            with staged(listing.source, reads, fetched) as finish:
+            with (
+                room_for_fetched(dst / UNFINISHED, worker) as fetched,
+                staged(listing.source, reads, fetched) as finish,
+            ):
                 _run(plan, todo, writer, journal, workers, report, finish)
         finished = _finish_if_last(writer, plan)
     return ImportSummary(
@@ -121,7 +123,7 @@ def import_checkpoint(
     )
 
 
-def _make_room(dst: Path, plan: Plan, overwrite: bool) -> None:
+def _make_room(dst: AnyPath, plan: Plan, overwrite: bool) -> None:
     """Make `dst` ready to begin or continue; with `overwrite` whatever was there before goes."""
     folder = dst / UNFINISHED
     if overwrite and begun_by_another(folder, plan.fingerprint):
@@ -134,24 +136,19 @@ def _still_there(writer: ParamsWriter, plan: Plan, entries: Iterable[dict]) -> d
     """Finished units whose chunk files are whole: a rename may be lost when the power fails."""
     paths = {unit.key: unit.path for unit in plan.units}
     found = {}
+    is_whole = writer.whole_chunks()
     for done in map(Done.from_json, entries):
         if done.key not in paths:
             continue  # a copy that this run does not read
         path = paths[done.key]
-        folder, size = writer.path / PARAMS / path, writer.leaves[path].chunk_bytes
-        if all(_has_size(folder / name, size) for name in done.pieces):
+        if all(is_whole(path, name) for name in done.pieces):
             found[done.key] = done
     return found
 
 
-def _has_size(file: Path, size: int) -> bool:
-    try:
-        return file.stat().st_size == size
-    except FileNotFoundError:
-        return False
-
-
-def _raise_if_full(dst: Path, plan: Plan, todo: Iterable[Unit]) -> None:
+def _raise_if_full(dst: AnyPath, plan: Plan, todo: Iterable[Unit]) -> None:
+    if isinstance(dst, CloudPath):
+        return
     needed, free = _stored_bytes(plan, todo), shutil.disk_usage(dst).free
     if needed > free:
         raise CheckpointError(

@@ -5,14 +5,16 @@ on the same source continues, anything else is refused. A line is written once w
 is on the disk; whoever reads a journal checks that it still is there.
 """
 
+import contextlib
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from converters.journal_objects import ObjectLines, journals_among, object_lines
 from converters.problems import Problem, ProblemsError, raise_if_any
+from mtp_model.cloud import AnyPath, CloudPath
 
 PREFIX, SUFFIX = "journal-", ".jsonl"
 
@@ -23,15 +25,20 @@ Fingerprint = Mapping[str, Mapping[str, Any]]
 class Journal:
     """The journal of one process, open to append to."""
 
-    def __init__(self, folder: Path, fingerprint: Fingerprint, worker: tuple[int, int] = (0, 1)):
+    def __init__(self, folder: AnyPath, fingerprint: Fingerprint, worker: tuple[int, int] = (0, 1)):
         """Continue what `folder` has; ProblemsError when another plan or source began it."""
         self.entries = read_entries(folder, fingerprint)
         """What was finished before, by all processes that share the folder."""
         file = folder / f"{PREFIX}{worker[0]}-of-{worker[1]}{SUFFIX}"
-        self._lock = threading.Lock()
-        self._file = file.open("ab")
-        whole = sum(len(line) for line, _ in _whole_lines(file))
-        os.truncate(file, whole)  # without the line that was being written when the process ended
+        if isinstance(file, CloudPath):
+            whole = len(object_lines(file))
+            self._lock = contextlib.nullcontext()
+            self._file = ObjectLines(file, is_new=whole == 0)
+        else:
+            self._lock = threading.Lock()
+            self._file = file.open("ab")
+            whole = sum(len(line) for line, _ in _whole_lines(file))
+            os.truncate(file, whole)  # without the line that was being written as the process ended
         if whole == 0:
             self.append({"fingerprint": fingerprint})
 
@@ -47,7 +54,7 @@ class Journal:
         self._file.close()
 
 
-def read_entries(folder: Path, fingerprint: Fingerprint) -> list[dict[str, Any]]:
+def read_entries(folder: AnyPath, fingerprint: Fingerprint) -> list[dict[str, Any]]:
     """Entries of every journal in `folder`; ProblemsError when another plan or source began it."""
     entries = []
     for file in _journals(folder):
@@ -59,7 +66,7 @@ def read_entries(folder: Path, fingerprint: Fingerprint) -> list[dict[str, Any]]
     return entries
 
 
-def begun_by_another(folder: Path, fingerprint: Fingerprint) -> bool:
+def begun_by_another(folder: AnyPath, fingerprint: Fingerprint) -> bool:
     """Whether journals in `folder` belong to another plan or source."""
     try:
         read_entries(folder, fingerprint)
@@ -68,24 +75,31 @@ def begun_by_another(folder: Path, fingerprint: Fingerprint) -> bool:
     return False
 
 
-def has_journals(folder: Path) -> bool:
+def has_journals(folder: AnyPath) -> bool:
     """Whether anything was begun in `folder`."""
     return bool(_journals(folder))
 
 
-def delete_journals(folder: Path) -> None:
+def delete_journals(folder: AnyPath) -> None:
     """Forget what was begun in `folder`."""
     for file in _journals(folder):
-        file.unlink()
+        if isinstance(file, CloudPath):
+            file.delete_tree()
+        else:
+            file.unlink()
 
 
-def _journals(folder: Path) -> list[Path]:
+def _journals(folder: AnyPath) -> Sequence[AnyPath]:
+    if isinstance(folder, CloudPath):
+        return journals_among(folder, PREFIX)
     return sorted(folder.glob(f"{PREFIX}*{SUFFIX}"))
 
 
-def _whole_lines(file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+def _whole_lines(file: AnyPath) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Lines, and what they say, up to the first that is torn: a power cut leaves anything there."""
-    for line in file.read_bytes().splitlines(keepends=True):
+    is_object = isinstance(file, CloudPath)
+    lines = object_lines(file) if is_object else file.read_bytes().splitlines(keepends=True)
+    for line in lines:
         try:
             entry = json.loads(line)
         except ValueError:

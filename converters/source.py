@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from converters.problems import Problem, ProblemsError, raise_if_any
 from converters.strict_json import shown
+from mtp_model.cloud import is_cloud
 from mtp_model.rawio import DIRECT_FROM_BYTES, open_direct, read_cached, read_direct
 
 Buffer = bytes | bytearray | memoryview | np.ndarray
@@ -26,7 +27,7 @@ HUB_ID = re.compile(
 """`org/name` or `org/name@revision`, a branch, a tag or a commit."""
 
 _OPEN_FILES = 32
-_BOOKKEEPING = (".git", ".cache")  # of git and of huggingface_hub: copies of the files around them
+BOOKKEEPING = (".git", ".cache")  # of git and of huggingface_hub: copies of the files around them
 
 
 class Source(Protocol):
@@ -56,10 +57,14 @@ class Source(Protocol):
 
 
 def open_source(src: str, *, keep_downloads: bool = False) -> Source:
-    """The source that the user's words stand for: a local folder, or else a model on the Hub.
+    """The source that the user's words stand for: a local folder, gs://, or a model on the Hub.
 
     keep_downloads: files that are fetched whole from the Hub stay in its cache on this machine.
     """
+    if is_cloud(src):
+        from converters.cloud_source import CloudSource
+
+        return CloudSource(src)
     if HUB_ID.fullmatch(src) and not os.path.lexists(src):
         from converters.hub import HubSource  # loads huggingface_hub, which folders don't need
 
@@ -137,7 +142,7 @@ class LocalSource:
 
     def _walk(self) -> Iterator[str]:
         for folder, subfolders, names in os.walk(self._root, onerror=self._refuse_folder):
-            subfolders[:] = [name for name in subfolders if name not in _BOOKKEEPING]
+            subfolders[:] = [name for name in subfolders if name not in BOOKKEEPING]
             links = [name for name in subfolders if Path(folder, name).is_symlink()]
             for name in names + links:
                 yield Path(folder, name).relative_to(self._root).as_posix()

@@ -8,9 +8,11 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Protocol, runtime_checkable
 
 from converters.source import Source
+from mtp_model.cloud import AnyPath, CloudPath
 
 Read = tuple[str, int, int]
 """File, offset of the first byte, number of bytes."""
@@ -42,3 +44,16 @@ def staged(source: Source, reads: Mapping[str, Sequence[Read]], folder: Path) ->
             yield finish
     else:
         yield lambda _step: None
+
+
+@contextlib.contextmanager
+def room_for_fetched(unfinished: AnyPath, worker: tuple[int, int]) -> Iterator[Path]:
+    """A worker's folder for `staged`: among what is unfinished, unless that is in the cloud.
+
+    There it is temporary, and after an interruption what was fetched is fetched again.
+    """
+    if isinstance(unfinished, CloudPath):
+        with TemporaryDirectory(prefix="convert-deepseek-") as folder:
+            yield Path(folder)
+    else:
+        yield unfinished / f"fetched-{worker[0]}-of-{worker[1]}"

@@ -8,36 +8,46 @@ import contextlib
 import fcntl
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
+from mtp_model.cloud import AnyPath, CloudPath
+from mtp_model.cloud_lock import holder, object_locked
 from mtp_model.store import COMPLETE, UNFINISHED, CheckpointError
 
 LOCK = "lock"
+_BEGUN = "begun"
 
 
 @contextlib.contextmanager
-def claim(dst: Path, *, shared: bool = False) -> Iterator[None]:
+def claim(dst: AnyPath, *, shared: bool = False) -> Iterator[None]:
     """Hold a destination against other processes; CheckpointError when another one holds it.
 
     Several processes that split one import hold it `shared`.
     """
     raise_if_foreign(dst)
     (dst / UNFINISHED).mkdir(parents=True, exist_ok=True)
-    with locked(dst / UNFINISHED / LOCK, shared=shared) as got:
+    if isinstance(dst, CloudPath):
+        (dst / UNFINISHED / _BEGUN).write_bytes(b"")  # no folder is there with nothing in it
+    lock = dst / UNFINISHED / LOCK
+    with locked(lock, shared=shared) as got:
         if not got:
+            who = f" ({holder(lock)})" if isinstance(lock, CloudPath) else ""
             raise CheckpointError(
-                f"another process is writing {dst}; wait for it, or end it and run this again"
+                f"another process is writing {dst}{who}; wait for it, or end it and run this again"
             )
         try:
             yield
         finally:
             if (dst / COMPLETE).is_file():
-                shutil.rmtree(dst / UNFINISHED, ignore_errors=True)
+                _delete(dst / UNFINISHED, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def locked(file: Path, *, shared: bool = False, wait: bool = False) -> Iterator[bool]:
+def locked(file: AnyPath, *, shared: bool = False, wait: bool = False) -> Iterator[bool]:
     """Hold the lock of a file, released when the process ends, however it ends; False: not got."""
+    if isinstance(file, CloudPath):
+        with object_locked(file, shared=shared, wait=wait) as got:
+            yield got
+        return
     with file.open("a") as held:
         kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         try:
@@ -48,22 +58,27 @@ def locked(file: Path, *, shared: bool = False, wait: bool = False) -> Iterator[
         yield True
 
 
-def clear(dst: Path, *, overwrite: bool) -> None:
+def clear(dst: AnyPath, *, overwrite: bool) -> None:
     """Empty a claimed destination; a complete checkpoint in it only with `overwrite`."""
     if (dst / COMPLETE).is_file():
         if not overwrite:
             raise CheckpointError(f"{dst} is a complete checkpoint; name another or --overwrite it")
         (dst / COMPLETE).unlink()
     for entry in dst.iterdir():
-        if entry.name == UNFINISHED:
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+        if entry.name != UNFINISHED:
+            _delete(entry)
 
 
-def raise_if_foreign(dst: Path) -> None:
+def _delete(entry: AnyPath, *, ignore_errors: bool = False) -> None:
+    if isinstance(entry, CloudPath):
+        entry.delete_tree()
+    elif entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry, ignore_errors=ignore_errors)
+    else:
+        entry.unlink()
+
+
+def raise_if_foreign(dst: AnyPath) -> None:
     """Raise CheckpointError for a destination that holds anything but a checkpoint directory."""
     if dst.is_dir() and any((dst / name).exists() for name in (COMPLETE, UNFINISHED)):
         return

@@ -1,6 +1,5 @@
 """From a checkpoint directory to a module that holds its weights, on one device or on a mesh."""
 
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,6 +8,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
+from mtp_model.cloud import AnyPath, CloudPath
 from mtp_model.config import ModelConfig
 from mtp_model.layers import FP8, dequantise
 from mtp_model.model import DeepSeekV3, Scope
@@ -19,7 +19,7 @@ CONCURRENT_READ_GB = 4  # host memory that a restore may have in flight
 
 
 def load(
-    path: str | Path,
+    path: str | AnyPath,
     mesh: Mesh | None = None,
     dtype: Any = None,
     scope: Scope = "all",
@@ -109,8 +109,10 @@ def _placement(variable: nnx.Variable, mesh: Mesh | None) -> jax.sharding.Shardi
     return NamedSharding(mesh, stored_spec(axes))
 
 
-def _read(params: Path, targets: dict[tuple, jax.ShapeDtypeStruct]) -> dict[tuple, jax.Array]:
+def _read(params: AnyPath, targets: dict[tuple, jax.ShapeDtypeStruct]) -> dict[tuple, jax.Array]:
     """Restore the targets by Orbax; other leaves of the directory are not read."""
+    if isinstance(params, CloudPath):
+        return {path: _read_objects(params, path, leaf) for path, leaf in targets.items()}
     tree = nnx.traversals.unflatten_mapping(targets)
     restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
     handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=CONCURRENT_READ_GB)
@@ -118,3 +120,17 @@ def _read(params: Path, targets: dict[tuple, jax.ShapeDtypeStruct]) -> dict[tupl
         args = ocp.args.PyTreeRestore(tree, restore_args=restore_args, partial_restore=True)
         restored = checkpointer.restore(params.resolve(), args=args)
     return nnx.traversals.flatten_mapping(restored)
+
+
+def _read_objects(params: CloudPath, path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """One leaf by tensorstore, shard by shard, so that the host holds one shard at a time.
+
+    Orbax itself reaches its small metadata files in the cloud only with gcsfs or TensorFlow.
+    """
+    stored = (params / ".".join(map(str, path))).zarr_store()
+    assert leaf.sharding is not None
+    shards = [
+        jax.device_put(stored[index].read().result(), device)
+        for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items()
+    ]
+    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)

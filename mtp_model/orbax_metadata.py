@@ -6,11 +6,11 @@ field depends on the time, so that an interrupted and resumed import ends with t
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 
 from mtp_model.chunks import Leaf
+from mtp_model.cloud import AnyPath
 from mtp_model.rawio import write_pieces
 
 ZARRAY = ".zarray"
@@ -46,7 +46,7 @@ def leaf_from_zarray(metadata: dict, num_stack_dims: int) -> Leaf:
     return leaf
 
 
-def write_orbax_metadata(params: Path, leaves: Mapping[str, Leaf]) -> None:
+def write_orbax_metadata(params: AnyPath, leaves: Mapping[str, Leaf]) -> None:
     """Write every metadata file of `params`; a leaf path `a.b.c` becomes the nested key a, b, c."""
     for path, leaf in leaves.items():
         _write_json(params / path / ZARRAY, zarray(leaf))
@@ -104,5 +104,5 @@ def _checkpoint_metadata() -> dict:
     }
 
 
-def _write_json(path: Path, value: dict) -> None:
+def _write_json(path: AnyPath, value: dict) -> None:
     write_pieces(path, [json.dumps(value).encode()])

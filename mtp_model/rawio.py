@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from mtp_model.cloud import AnyPath, CloudPath
+
 ALIGNMENT = 4096
 DIRECT_FROM_BYTES = 1 << 20  # below this the page cache is as good
 O_DIRECT = getattr(os, "O_DIRECT", 0)  # Linux has it
@@ -42,8 +44,11 @@ def digest(data: bytes | memoryview) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
-def write_buffer(path: Path, buffer: AlignedBuffer, nbytes: int) -> None:
+def write_buffer(path: AnyPath, buffer: AlignedBuffer, nbytes: int) -> None:
     """Write the first nbytes of a buffer durably: temporary name, fsync, rename."""
+    if isinstance(path, CloudPath):
+        path.write_bytes(bytes(buffer.bytes[:nbytes].data))
+        return
     tmp = path.with_name(path.name + TMP_SUFFIX)
     direct = nbytes >= DIRECT_FROM_BYTES
     # Direct writes take whole pages; what is past the end is cut off again.
@@ -56,8 +61,15 @@ def write_buffer(path: Path, buffer: AlignedBuffer, nbytes: int) -> None:
     tmp.rename(path)
 
 
-def write_pieces(path: Path, pieces: Iterable[bytes]) -> str:
-    """Write pieces in turn, durably (temporary name, fsync, rename); returns their digest."""
+def write_pieces(path: AnyPath, pieces: Iterable[bytes]) -> str:
+    """Write pieces in turn, durably (temporary name, fsync, rename); returns their digest.
+
+    An object is written at once: what is written there fits into memory.
+    """
+    if isinstance(path, CloudPath):
+        data = b"".join(pieces)
+        path.write_bytes(data)
+        return digest(data)
     tmp = path.with_name(path.name + TMP_SUFFIX)
     state = xxhash.xxh3_128()
     with tmp.open("wb") as out:
@@ -70,8 +82,11 @@ def write_pieces(path: Path, pieces: Iterable[bytes]) -> str:
     return state.hexdigest()
 
 
-def read_range(path: Path, offset: int, out: np.ndarray) -> None:
+def read_range(path: AnyPath, offset: int, out: np.ndarray) -> None:
     """Fill `out` (uint8, 1-D) with a file's bytes from `offset`; ValueError if it ends before."""
+    if isinstance(path, CloudPath):
+        out[:] = np.frombuffer(path.read_range(offset, len(out)), np.uint8)
+        return
     done, direct = 0, len(out) >= DIRECT_FROM_BYTES
     read = read_direct if direct else read_cached
     with open_fd(path, os.O_RDONLY, direct=direct) as fd:
@@ -108,15 +123,23 @@ def read_direct(fd: int, out: np.ndarray, offset: int) -> int:
     return count
 
 
-def file_pieces(path: Path, piece_bytes: int = 4 << 20) -> Iterator[bytes]:
-    """A file's bytes, piece by piece."""
+def file_pieces(path: AnyPath, piece_bytes: int = 4 << 20) -> Iterator[bytes]:
+    """A file's bytes, piece by piece; an object's at once."""
+    if isinstance(path, CloudPath):
+        yield path.read_bytes()
+        return
     with path.open("rb") as file:
         while piece := file.read(piece_bytes):
             yield piece
 
 
-def file_digest(path: Path) -> str:
-    """xxh3_128 of a file's bytes on the disk, in hex, holding one piece of it at a time."""
+def file_digest(path: AnyPath) -> str:
+    """xxh3_128 of a file's bytes on the disk, in hex, holding one piece of it at a time.
+
+    Of an object it is that of its bytes in the cloud, which are held all at once.
+    """
+    if isinstance(path, CloudPath):
+        return digest(path.read_bytes())
     state, buffer = xxhash.xxh3_128(), AlignedBuffer(_READ_BYTES)
     with open_fd(path, os.O_RDONLY, direct=path.stat().st_size >= DIRECT_FROM_BYTES) as fd:
         offset = 0
@@ -126,8 +149,10 @@ def file_digest(path: Path) -> str:
     return state.hexdigest()
 
 
-def sync_directory(path: Path) -> None:
-    """Make the names in a folder durable."""
+def sync_directory(path: AnyPath) -> None:
+    """Make the names in a folder durable; in the cloud they are."""
+    if isinstance(path, CloudPath):
+        return
     with open_fd(path, os.O_RDONLY | os.O_DIRECTORY) as fd:
         os.fsync(fd)
 

@@ -12,13 +12,13 @@ Weights are read as bytes from chunk files, never through jax arrays, so that no
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mtp_model import orbax_metadata
 from mtp_model.chunks import Index, Leaf, chunk_file_name
+from mtp_model.cloud import AnyPath, as_path
 from mtp_model.rawio import digest, file_digest, read_range
 
 FORMAT_VERSION = 1
@@ -38,7 +38,7 @@ class Piece:
 
     path: str
     coord: str
-    file: Path
+    file: AnyPath
     digest: str
 
 
@@ -46,13 +46,13 @@ class Piece:
 class Checkpoint:
     """A complete checkpoint directory. `leaves` are by path, as `moe_layers.mlp.gate.weight`."""
 
-    path: Path
+    path: AnyPath
     config_dict: dict[str, Any]
     provenance: dict[str, Any]
     leaves: dict[str, Leaf]
 
     @property
-    def params(self) -> Path:
+    def params(self) -> AnyPath:
         """The Orbax tree."""
         return self.path / PARAMS
 
@@ -81,12 +81,12 @@ class Checkpoint:
         """The same rows as bytes, into `out` (uint8, one-dimensional, of exactly their size)."""
         leaf, done = self.leaves[path], 0
         for coord, offset, nbytes in leaf.row_spans(index, start, stop):
-            file = self.params / path / chunk_file_name(coord)
+            name = chunk_file_name(coord)
             try:
-                read_range(file, offset, out[done : done + nbytes])
+                read_range(self.params / path / name, offset, out[done : done + nbytes])
             except FileNotFoundError:
                 raise CheckpointError(
-                    f"{self.path}: {file.relative_to(self.path)} is missing though the checkpoint "
+                    f"{self.path}: {PARAMS}/{path}/{name} is missing though the checkpoint "
                     "is marked complete; write it again"
                 ) from None
             done += nbytes
@@ -109,9 +109,9 @@ class Checkpoint:
         ]
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | AnyPath) -> Checkpoint:
     """Open a complete checkpoint directory; CheckpointError says what a folder is instead."""
-    path = Path(path)
+    path = as_path(path)
     raise_unless_complete(path)
     complete = _read_json(path / COMPLETE)
     if complete.get("format_version") != FORMAT_VERSION:
@@ -128,7 +128,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     )
 
 
-def raise_unless_complete(path: Path) -> None:
+def raise_unless_complete(path: AnyPath) -> None:
     """Raise CheckpointError, saying what to do, unless the folder is marked complete."""
     if (path / COMPLETE).is_file():
         return
@@ -141,7 +141,7 @@ def raise_unless_complete(path: Path) -> None:
     elif (path / PARAMS).is_dir():
         found = f"has no {COMPLETE} file: it is unfinished, or only part of it was copied"
         advice = "copy all of it, or import it again with --overwrite"
-    elif next(path.glob("*.safetensors"), None):
+    elif any(entry.name.endswith(".safetensors") for entry in path.iterdir()):
         found = "is a safetensors checkpoint, not a checkpoint directory"
         advice = f"first run `convert-deepseek import {path} DST`"
     else:
@@ -155,7 +155,7 @@ def digest_of_json(value: Any) -> str:
     return digest(json.dumps(value, sort_keys=True).encode())
 
 
-def _read_leaf(path: Path, name: str, num_stack_dims: int) -> Leaf:
+def _read_leaf(path: AnyPath, name: str, num_stack_dims: int) -> Leaf:
     metadata = _read_json(path / PARAMS / name / orbax_metadata.ZARRAY)
     try:
         return orbax_metadata.leaf_from_zarray(metadata, num_stack_dims)
@@ -165,7 +165,7 @@ def _read_leaf(path: Path, name: str, num_stack_dims: int) -> Leaf:
         ) from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: AnyPath) -> dict[str, Any]:
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError) as error:

@@ -15,6 +15,7 @@ import numpy as np
 
 from mtp_model import store
 from mtp_model.chunks import DEFAULT_POLICY, ChunkPolicy, Index, Leaf, chunk_file_name
+from mtp_model.cloud import AnyPath, CloudPath, as_path
 from mtp_model.destination import claim, clear
 from mtp_model.orbax_metadata import write_orbax_metadata
 from mtp_model.rawio import (
@@ -40,14 +41,14 @@ _LINK_ERRORS = (OSError, NotImplementedError)  # another file system, or one wit
 class ParamsWriter:
     """Writes one checkpoint directory; distinct chunks by several threads at once if you like."""
 
-    def __init__(self, path: Path, leaves: Mapping[str, Leaf]):
+    def __init__(self, path: AnyPath, leaves: Mapping[str, Leaf]):
         """Make (or go on with) the directory of these leaves, in a destination that is claimed."""
         self.path = path
         self.leaves = dict(leaves)
         for name in self.leaves:
             (path / store.PARAMS / name).mkdir(parents=True, exist_ok=True)
 
-    def chunk_file(self, name: str, coord: Index) -> Path:
+    def chunk_file(self, name: str, coord: Index) -> AnyPath:
         """Where the chunk of a leaf is."""
         return self.path / store.PARAMS / name / chunk_file_name(coord)
 
@@ -56,6 +57,17 @@ class ParamsWriter:
         nbytes = self.leaves[name].chunk_bytes
         write_buffer(self.chunk_file(name, coord), buffer, nbytes)
         return digest(buffer.bytes[:nbytes].data)
+
+    def whole_chunks(self) -> Callable[[str, str], bool]:
+        """What tells, by leaf and file name, whether a chunk is there in full.
+
+        Of an object, that it is there says so; all of them are asked for at once.
+        """
+        params = self.path / store.PARAMS
+        if not isinstance(params, CloudPath):
+            return lambda name, file: _has_size(params / name / file, self.leaves[name].chunk_bytes)
+        stored = frozenset(params.names())
+        return lambda name, file: f"{name}/{file}" in stored
 
     def write_side_file(self, name: str, pieces: Iterable[bytes]) -> str:
         """Write a file of the source that holds no tensors; returns its digest."""
@@ -105,8 +117,17 @@ class ParamsWriter:
                 )
 
     def _sync_directories(self) -> None:
+        if isinstance(self.path, CloudPath):
+            return
         for folder, _, _ in os.walk(self.path):
             sync_directory(Path(folder))
+
+
+def _has_size(file: Path, size: int) -> bool:
+    try:
+        return file.stat().st_size == size
+    except FileNotFoundError:
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +140,7 @@ class ChangedLeaf:
 
 def write_derived(
     base: Checkpoint,
-    dst: str | Path,
+    dst: str | AnyPath,
     changed: Mapping[str, ChangedLeaf],
     provenance_extra: Mapping[str, Any],
     *,
@@ -134,8 +155,8 @@ def write_derived(
     unknown = sorted(changed.keys() - base.leaves.keys())
     if unknown:
         raise CheckpointError(f"{base.path} has no leaf {', '.join(unknown)} to change")
-    dst = Path(dst)
-    if dst.exists() and dst.samefile(base.path):
+    dst = as_path(dst)
+    if _is_same(dst, base.path):
         raise CheckpointError(f"{dst} is the checkpoint itself; name another place for the new one")
     with claim(dst):
         clear(dst, overwrite=overwrite)
@@ -143,9 +164,15 @@ def write_derived(
     return open_checkpoint(dst)
 
 
+def _is_same(dst: AnyPath, base: AnyPath) -> bool:
+    if isinstance(dst, CloudPath) or isinstance(base, CloudPath):
+        return dst == base
+    return dst.exists() and dst.samefile(base)
+
+
 def _write_derived(
     base: Checkpoint,
-    dst: Path,
+    dst: AnyPath,
     changed: Mapping[str, ChangedLeaf],
     provenance_extra: Mapping[str, Any],
     policy: ChunkPolicy,
@@ -180,11 +207,19 @@ def _link_leaf(base: Checkpoint, writer: ParamsWriter, name: str) -> dict[str, s
     digests = base.provenance["pieces"][name]
     for coord in digests:
         source, target = base.params / name / coord, writer.path / store.PARAMS / name / coord
-        try:
-            os.link(source, target)
-        except _LINK_ERRORS:
+        if not _linked(source, target):
             write_pieces(target, file_pieces(source))
     return dict(digests)
+
+
+def _linked(source: AnyPath, target: AnyPath) -> bool:
+    if isinstance(source, CloudPath) or isinstance(target, CloudPath):
+        return False
+    try:
+        os.link(source, target)
+    except _LINK_ERRORS:
+        return False
+    return True
 
 
 def _write_leaf(writer: ParamsWriter, name: str, values: ChangedLeaf) -> dict[str, str]:
@@ -227,5 +262,5 @@ def _derivation(
     return {"base": of, "changed": sorted(changed), **extra}
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> str:
+def _write_json(path: AnyPath, value: Mapping[str, Any]) -> str:
     return write_pieces(path, [json.dumps(value, indent=1).encode()])

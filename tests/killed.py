@@ -21,6 +21,7 @@ from converters import exporter, fp8, importer, journal
 from converters.exporter import export_checkpoint
 from converters.safetensors_writer import StreamWriter
 from mtp_model import destination, rawio, store_writer
+from mtp_model.cloud import CloudPath, as_path
 from mtp_model.store import open_checkpoint
 
 
@@ -58,6 +59,7 @@ POINTS: dict[str, Callable[[int], None]] = {
     "chunk": lambda n: before(store_writer, "write_buffer", n),
     "chunk written": lambda n: before(rawio.os, "close", n),
     "journal": lambda n: before(journal.Journal, "append", n, half_a_line),
+    "object": lambda n: before(CloudPath, "write_bytes", n),
     "metadata": lambda n: before(store_writer, "write_orbax_metadata", n),
     "layout": lambda n: before(store_writer, "_write_json", n),
     "side file": lambda n: before(importer, "_side_pieces", n),
@@ -73,7 +75,7 @@ def run(command: str, src: str, dst: str, point: str, count: int, worker: tuple[
     os.fsync = lambda _: None  # a killed process loses nothing that it wrote
     POINTS[point](count)
     if command == "import":
-        run_import(Path(src), Path(dst), dtype="bf16", worker=worker)
+        run_import(Path(src), as_path(dst), dtype="bf16", worker=worker)
     else:
         export_checkpoint(open_checkpoint(src), dst)
 

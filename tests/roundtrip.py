@@ -11,6 +11,7 @@ from converters.importer import ImportSummary, import_checkpoint
 from converters.listing import Listing, list_checkpoint
 from converters.source import open_source
 from mtp_model.chunks import ChunkPolicy
+from mtp_model.cloud import AnyPath
 from mtp_model.config import ModelConfig
 from tools.make_tiny_checkpoint import NUMPY_DTYPES, make_tiny_checkpoint
 
@@ -32,7 +33,7 @@ def listed(src: Path) -> tuple[Listing, ModelConfig]:
     return list_checkpoint(open_source(str(src))), config
 
 
-def run_import(src: Path, dst: Path, **options: Any) -> ImportSummary:
+def run_import(src: Path, dst: AnyPath, **options: Any) -> ImportSummary:
     """Import with small chunks."""
     return import_checkpoint(*listed(src), dst, **{"policy": SMALL_CHUNKS} | options)
 
