@@ -17,6 +17,7 @@ from tyro.conf import Positional, arg, subcommand
 from converters.problems import ProblemsError
 
 PROG = "convert-deepseek"
+_MODEL = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _SHARE = re.compile(r"(\d{1,6})/(\d{1,6})", re.ASCII)
 
 _Src = Annotated[
@@ -45,7 +46,8 @@ class Import:
     src: _Src
     dst: _Dst
     scope: Literal["all", "main", "mtp"] = "all"
-    """main: without MTP modules; mtp: only these, embedding, final norm and head"""
+    """main: without MTP modules; mtp: only these, embedding, final norm and head. Both export with
+    --base SRC"""
     dtype: Literal["keep", "bf16", "f32"] = "keep"
     """of the weights; keep: as in SRC, FP8 included"""
     copies: Literal["check", "main"] = "check"
@@ -74,6 +76,13 @@ class Export:
     dst: _Dst
     dtype: Literal["keep", "bf16"] = "keep"
     """of the weights; keep: as in the source, what was trained quantised again; bf16: no FP8"""
+    base: Annotated[str | None, arg(metavar="SRC")] = None
+    """what CKPT was imported from, unchanged: only files that hold changed tensors are written, the
+    others are hard links, reflinks or copies of SRC's (never write into a linked file). SRC also
+    gives the tensors that CKPT of --scope mtp or main does not hold"""
+    push: Annotated[str | None, arg(metavar="ORG/NAME")] = None
+    """then upload DST to this model on the Hub, made private where there is none; the token comes
+    from HF_TOKEN or `hf auth login`"""
     workers: _Workers = 3
     overwrite: _Overwrite = False
     json: _Json = False
@@ -140,8 +149,18 @@ def _usage_fault(command: Command) -> str | None:
         return "--workers needs to be 1 or more"
     if isinstance(command, Import) and not command.share:
         return f"--worker {command.worker} is no share; needed I/N with I from 1 to N, as 2/4"
+    if isinstance(command, Export):
+        return _export_fault(command)
     if isinstance(command, Verify) and not command.ckpt and command.needs_source:
         return "--logits and --scope compare with a source: verify SRC CKPT"
+    return None
+
+
+def _export_fault(command: Export) -> str | None:
+    if command.base and command.dtype != "keep":
+        return f"--base keeps files as they are; with --dtype {command.dtype} none would be"
+    if command.push is not None and not _MODEL.fullmatch(command.push):
+        return f"--push {command.push} is no model on the Hub; needed ORG/NAME"
     return None
 
 

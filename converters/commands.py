@@ -10,6 +10,7 @@ from converters import views
 from converters.check import check, read_config
 from converters.check_headers import compare
 from converters.digests import check_digests
+from converters.export_destination import forget_record
 from converters.exporter import export_checkpoint
 from converters.importer import import_checkpoint
 from converters.inspection import inspect_source
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from converters.cli import Export, Import, Inspect, Verify
+    from converters.hub_push import Pushed
 
 
 def run_inspect(command: "Inspect") -> int:
@@ -91,22 +93,53 @@ def _hidden_state(command: "Import") -> HiddenState | None:
 
 
 def run_export(command: "Export") -> int:
-    """Export, and tell what differs from the source."""
+    """Export, push if asked to, and tell what differs from the source."""
     checkpoint = open_checkpoint(command.ckpt)
+    base = list_checkpoint(_source(command.base)) if command.base else None
     began_s = time.monotonic()
     with progress("export") as report:
         summary = export_checkpoint(
             checkpoint,
             command.dst,
             dtype=command.dtype,
+            base=base,
             workers=command.workers,
             overwrite=command.overwrite,
+            continuable=command.push is not None,
             progress=report,
         )
     seconds = time.monotonic() - began_s
-    plain = {**dataclasses.asdict(summary), "changed": summary.changed, "seconds": seconds}
-    _print(views.exported(summary, seconds), plain, as_json=command.json)
+    pushed = _push(summary.path, command.push, checkpoint) if command.push else None
+    plain = {
+        **dataclasses.asdict(summary),
+        "changed": summary.changed,
+        "requantised": [dataclasses.asdict(cost) for cost in summary.requantised],
+        "seconds": seconds,
+        "pushed": dataclasses.asdict(pushed) if pushed else None,
+    }
+    _print(views.exported(summary, seconds, pushed), plain, as_json=command.json)
     return 0
+
+
+def _push(folder: Path, repo_id: str, checkpoint: Checkpoint) -> "Pushed":
+    """Upload what was exported; on failure ProblemsError that says how to go on."""
+    from converters.hub_push import push_folder  # loads huggingface_hub, which folders don't need
+
+    sent, total = 0, None
+    try:
+        with progress("push") as show_progress:
+
+            def report(done: int, of: int) -> None:
+                nonlocal sent, total
+                sent, total = done, of
+                show_progress(done, of)
+
+            pushed = push_folder(folder, repo_id, provenance=checkpoint.provenance, progress=report)
+    except ProblemsError as err:
+        problem = Problem("push", repo_id, views.unsent(folder, sent, total))
+        raise ProblemsError(err.where, [*err.problems, problem]) from err
+    forget_record(folder)
+    return pushed
 
 
 def run_verify(command: "Verify") -> int:

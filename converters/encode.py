@@ -51,7 +51,9 @@ class Encoder:
         Raises ProblemsError for a tensor that the checkpoint's network does not have.
         """
         config = ModelConfig.from_dict(checkpoint.config_dict)
-        self.slots = slots(config, checkpoint.provenance["scope"])
+        leaves = checkpoint.leaves
+        self.slots = {name: slot for name, slot in slots(config).items() if slot.path in leaves}
+        """Of every tensor that the checkpoint has, whatever its scope; of copies of them too."""
         unknown = (Problem("unknown", name) for name in dtypes if name not in self.slots)
         raise_if_any(str(checkpoint.path), unknown)
         self._checkpoint = checkpoint

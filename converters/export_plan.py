@@ -10,6 +10,7 @@ from converters.listing import INDEX_FILE
 from converters.mapping import slots
 from converters.problems import Problem, ProblemsError
 from converters.safetensors_io import TensorInfo, make_header, parse_header
+from converters.strict_json import shown
 from mtp_model.config import ModelConfig
 from mtp_model.store import CONFIG, Checkpoint
 
@@ -42,17 +43,24 @@ class Plan:
         return {tensor.name: tensor.dtype for file in self.files for tensor in file.tensors}
 
 
-def make_plan(checkpoint: Checkpoint, dtype: Dtype) -> Plan:
-    """The plan; ProblemsError when the checkpoint lacks tensors that the source had."""
+def make_plan(checkpoint: Checkpoint, dtype: Dtype, *, has_base: bool = False) -> Plan:
+    """The plan; ProblemsError when the checkpoint lacks tensors, and there is no base to have them.
+
+    With a base the dtype is `keep`.
+    """
+    assert dtype == "keep" or not has_base
     where = str(checkpoint.path / "layout.json")
     files = tuple(
         _out_file(name, text.encode(), where, is_source_file=True)
         for name, text in checkpoint.layout().items()
     )
     scope = checkpoint.provenance["scope"]
-    if scope != "all":
-        detail = f"was imported with --scope {scope}, which left out most of its source's tensors"
-        raise ProblemsError(str(checkpoint.path), [Problem("scope", "the checkpoint", detail)])
+    if scope != "all" and not has_base:
+        name = shown(checkpoint.provenance["source"]["name"])
+        detail = f"was imported with --scope {scope}, which left out the other tensors of {name}"
+        advice = "export it with --base, naming that source, to write the whole checkpoint"
+        problem = Problem("scope", "the checkpoint", f"{detail}; {advice}")
+        raise ProblemsError(str(checkpoint.path), [problem])
     config = ModelConfig.from_dict(checkpoint.config_dict)
     if dtype == "keep":
         return Plan(files=files, replaced={}, notes=())

@@ -5,16 +5,27 @@ A piece is a run of rows of neighbouring tensors, about 32 MiB: small tensors sh
 
 import itertools
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from converters.encode import PIECE_BYTES, Encoder
+from converters.encode import PIECE_BYTES
 from converters.export_plan import OutFile
 from converters.safetensors_io import TensorInfo
 from mtp_model.rawio import AlignedBuffer, aligned
+
+
+class RowEncoder(Protocol):
+    """The bytes of tensors, row by row; converters.encode.Encoder explains the methods."""
+
+    def num_rows(self, name: str) -> int: ...
+    def row_bytes(self, name: str) -> int: ...
+    def rows_at_once(self, name: str) -> int: ...
+    def is_derived_scale(self, name: str) -> bool: ...
+    def encode_into(self, name: str, start: int, stop: int, out: np.ndarray) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +38,7 @@ class Segment:
     memory: np.ndarray
     is_late: bool
 
-    def data(self, encoder: Encoder) -> np.ndarray:
+    def data(self, encoder: RowEncoder) -> np.ndarray:
         """Its bytes (uint8)."""
         if self.is_late:
             encoder.encode_into(self.tensor.name, self.start, self.stop, self.memory)
@@ -47,7 +58,7 @@ class _Rows:
     nbytes: int
 
 
-def prepared_segments(encoder: Encoder, files: list[OutFile], workers: int) -> Segments:
+def prepared_segments(encoder: RowEncoder, files: Sequence[OutFile], workers: int) -> Segments:
     """All tensors of the files in order, row by row."""
     idle = [_Memory() for _ in range(workers + 1)]
     waiting: deque[tuple[Future[list[Segment]], _Memory]] = deque()
@@ -75,7 +86,7 @@ class _Memory:
         return self._buffer.bytes[:nbytes]
 
 
-def _pieces(encoder: Encoder, files: list[OutFile]) -> Iterator[list[_Rows]]:
+def _pieces(encoder: RowEncoder, files: Sequence[OutFile]) -> Iterator[list[_Rows]]:
     piece: list[_Rows] = []
     filled = 0
     for rows in _all_rows(encoder, files):
@@ -88,7 +99,7 @@ def _pieces(encoder: Encoder, files: list[OutFile]) -> Iterator[list[_Rows]]:
         yield piece
 
 
-def _all_rows(encoder: Encoder, files: list[OutFile]) -> Iterator[_Rows]:
+def _all_rows(encoder: RowEncoder, files: Sequence[OutFile]) -> Iterator[_Rows]:
     for file in files:
         for tensor in file.tensors:
             num_rows, step = encoder.num_rows(tensor.name), encoder.rows_at_once(tensor.name)
@@ -98,7 +109,7 @@ def _all_rows(encoder: Encoder, files: list[OutFile]) -> Iterator[_Rows]:
                 yield _Rows(tensor=tensor, start=start, stop=stop, nbytes=nbytes)
 
 
-def _prepare(encoder: Encoder, piece: list[_Rows], memory: _Memory) -> list[Segment]:
+def _prepare(encoder: RowEncoder, piece: list[_Rows], memory: _Memory) -> list[Segment]:
     # Every segment begins a page, so that it can be read straight from the disk.
     begins = [0, *itertools.accumulate(aligned(rows.nbytes) for rows in piece)]
     out = memory.take(begins[-1])

@@ -2,79 +2,46 @@
 
 Files are written one after the other; a few threads prepare the pieces that come next, so memory
 is bounded by those. A file counts as written once it was read back from the disk and is the same.
+With a base, the source itself, only files that hold changed tensors are written.
 """
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from converters.base import Overlay, base_state, check_base, held_dtypes, raise_if_changed
+from converters.base_compare import Comparison
 from converters.encode import Encoder, Requantisation
+from converters.export_destination import (
+    claimed,
+    keep_record,
+    raise_if_full,
+    raise_if_within,
+)
 from converters.export_plan import Dtype, OutFile, Plan, make_plan
+from converters.export_result import ExportedFile, ExportSummary
 from converters.export_stream import Segments, prepared_segments
-from converters.journal import Fingerprint, Journal, begun_by_another, delete_journals
+from converters.journal import Fingerprint, Journal
+from converters.links import can_link, place
+from converters.listing import SUFFIX, Listing
 from converters.mapping import TABLE_VERSION
 from converters.problems import Problem, ProblemsError
 from converters.safetensors_io import TensorInfo
 from converters.safetensors_writer import StreamWriter
-from mtp_model.destination import LOCK, locked
+from converters.source import LocalSource
 from mtp_model.rawio import file_digest, file_pieces, sync_directory, write_pieces
-from mtp_model.store import COMPLETE, CONFIG, PARAMS, UNFINISHED, Checkpoint, CheckpointError
+from mtp_model.store import COMPLETE, UNFINISHED, Checkpoint
 
 DEFAULT_WORKERS = 3
-_SUFFIX = ".safetensors"
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes that are written, and their total."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportedFile:
-    """A file that was written and read back.
-
-    same_as_source: every byte is the source's. changed: tensors whose bytes are not the source's
-    (empty for another dtype). requantised: those of them that got new scales, and what it cost.
-    """
-
-    name: str
-    size: int
-    digest: str
-    same_as_source: bool
-    changed: tuple[str, ...]
-    requantised: tuple[Requantisation, ...]
-
-    @classmethod
-    def from_json(cls, line: dict[str, Any]) -> "ExportedFile":
-        """A line of the journal."""
-        costs = tuple(Requantisation(**cost) for cost in line["requantised"])
-        return cls(**line | {"changed": tuple(line["changed"]), "requantised": costs})
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportSummary:
-    """What an export did; `notes` are for the user, a line each."""
-
-    path: Path
-    files: tuple[ExportedFile, ...]
-    num_tensors: int
-    written_bytes: int
-    resumed_files: int
-    notes: tuple[str, ...]
-
-    @property
-    def changed(self) -> tuple[str, ...]:
-        """Names of all tensors whose bytes are not the source's."""
-        return tuple(name for file in self.files for name in file.changed)
-
-    @property
-    def requantised(self) -> tuple[Requantisation, ...]:
-        """Every weight that got new scales, and what that cost."""
-        return tuple(cost for file in self.files for cost in file.requantised)
+"""Called with the bytes that are done, and their total."""
 
 
 def export_checkpoint(
@@ -82,91 +49,70 @@ def export_checkpoint(
     dst: str | Path,
     *,
     dtype: Dtype = "keep",
+    base: Listing | None = None,
     workers: int = DEFAULT_WORKERS,
     overwrite: bool = False,
+    continuable: bool = False,
     progress: Progress | None = None,
 ) -> ExportSummary:
     """Write the safetensors checkpoint `dst`; run again after an interruption, it continues.
 
     dtype: `keep` gives the source's files, `bf16` the same with all weights in bfloat16.
-    Raises ProblemsError for a damaged checkpoint or one that lacks tensors of its source,
-    CheckpointError for a destination that is in use.
+    base: the source that `checkpoint` was imported from. Its files without changed tensors are
+    linked or copied, and it gives the tensors that `checkpoint` does not hold; for `keep` only.
+    continuable: the finished export may be run again, and does nothing, until forget_record(dst).
+    Raises ProblemsError for a damaged checkpoint, one that lacks tensors of its source, or another
+    base than this source; CheckpointError for a destination that is in use.
     """
     dst = Path(dst)
-    plan = make_plan(checkpoint, dtype)
-    fingerprint = _fingerprint(checkpoint, dtype)
-    with _claim(dst, fingerprint, overwrite):
+    plan = make_plan(checkpoint, dtype, has_base=base is not None)
+    if base:
+        if isinstance(base.source, LocalSource):
+            raise_if_within(dst, Path(base.source.name))
+        check_base(base, checkpoint)
+    fingerprint = _fingerprint(checkpoint, dtype, base)
+    with claimed(dst, fingerprint, overwrite=overwrite):
         with closing(Journal(dst / UNFINISHED, fingerprint)) as journal:
             done = _still_there(dst, journal.entries)
-            todo = [file for file in plan.files if file.name not in done]
-            _raise_if_full(dst, todo)
-            export = _Export(checkpoint, dst, plan, journal, progress)
-            written = done | export.run(todo, workers)
+            export = _Export(checkpoint, dst, plan, base, journal, progress)
+            written = done | export.run([f for f in plan.files if f.name not in done], workers)
+        if base:
+            raise_if_changed(base, checkpoint, fingerprint)
         _write_side_files(checkpoint, dst, plan)
         sync_directory(dst)
-        shutil.rmtree(dst / UNFINISHED)
+        if continuable:
+            keep_record(dst)
+        else:
+            shutil.rmtree(dst / UNFINISHED)
     files = tuple(written[file.name] for file in plan.files)
     return ExportSummary(
         path=dst,
+        base=base.source.name if base else None,
         files=files,
+        num_side_files=len(checkpoint.side_files()),
         num_tensors=len(plan.dtypes),
-        written_bytes=sum(file.size for file in files),
+        written_bytes=sum(file.size for file in files if file.digest),
         resumed_files=len(done),
         notes=plan.notes,
     )
 
 
-def _fingerprint(checkpoint: Checkpoint, dtype: Dtype) -> Fingerprint:
+def _fingerprint(checkpoint: Checkpoint, dtype: Dtype, base: Listing | None) -> Fingerprint:
     """Everything that the files depend on: COMPLETE holds the digests of all other digests."""
     complete = {COMPLETE: {"digest": file_digest(checkpoint.path / COMPLETE)}}
-    return {"options": {"dtype": dtype, "table version": TABLE_VERSION}, "files": complete}
+    options = {"dtype": dtype, "--base": base is not None, "table version": TABLE_VERSION}
+    state = base_state(base, checkpoint) if base else {}
+    return {"options": options, "files": complete, **state}
 
 
-@contextmanager
-def _claim(dst: Path, fingerprint: Fingerprint, overwrite: bool) -> Iterator[None]:
-    """Hold `dst`, which is empty, or unfinished by this very export, or may be overwritten."""
-    folder = dst / UNFINISHED
-    if not folder.is_dir() or (dst / PARAMS).exists():
-        _raise_if_occupied(dst, overwrite)
-        folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / LOCK) as got:
-        if not got:
-            advice = "wait for it, or end it and run this again"
-            raise CheckpointError(f"another process is writing {dst}; {advice}")
-        if overwrite and begun_by_another(folder, fingerprint):
-            delete_journals(folder)
-        yield
-
-
-def _raise_if_occupied(dst: Path, overwrite: bool) -> None:
-    if not dst.exists() or (dst.is_dir() and not any(dst.iterdir())):
-        return
-    if (dst / PARAMS).exists() or not (dst / CONFIG).is_file() or not any(dst.glob("*" + _SUFFIX)):
-        raise CheckpointError(
-            f"{dst} is not empty and no safetensors checkpoint; nothing in it was touched; name "
-            "another place, or empty it"
-        )
-    if not overwrite:
-        raise CheckpointError(f"{dst} holds a checkpoint; name another place or --overwrite it")
-
-
-def _still_there(dst: Path, entries: list[dict[str, Any]]) -> dict[str, ExportedFile]:
+def _still_there(dst: Path, entries: Iterable[dict[str, Any]]) -> dict[str, ExportedFile]:
     """Files that were written before, and are there in full."""
-    files = {file.name: file for file in map(ExportedFile.from_json, entries)}
+    files = [ExportedFile.from_json(entry) for entry in entries if "compared" not in entry]
     return {
-        name: file
-        for name, file in files.items()
-        if (dst / name).is_file() and (dst / name).stat().st_size == file.size
+        file.name: file
+        for file in files
+        if (dst / file.name).is_file() and (dst / file.name).stat().st_size == file.size
     }
-
-
-def _raise_if_full(dst: Path, todo: list[OutFile]) -> None:
-    needed, free = sum(file.size for file in todo), shutil.disk_usage(dst).free
-    if needed > free:
-        raise CheckpointError(
-            f"{dst} needs {needed / 1e9:.1f} GB more, its disk has {free / 1e9:.1f} GB free; "
-            "make room and run the same command again, or name another place"
-        )
 
 
 class _Export:
@@ -177,29 +123,68 @@ class _Export:
         checkpoint: Checkpoint,
         dst: Path,
         plan: Plan,
+        base: Listing | None,
         journal: Journal,
         progress: Progress | None,
     ):
         self._checkpoint = checkpoint
         self._dst = dst
-        self._encoder = Encoder(checkpoint, plan.dtypes)
+        self._plan = plan
+        self._base = base
+        dtypes = held_dtypes(checkpoint, plan.dtypes) if base else plan.dtypes
+        self._encoder = Encoder(checkpoint, dtypes)
+        self._rows = Overlay(self._encoder, base) if base else self._encoder
         self._journal = journal
         self._progress = progress
-        self._total = sum(file.size for file in plan.files)
         self._source = _source_digests(plan, checkpoint)
         trained = checkpoint.provenance.get("derived", [])
         self._trained = {path for record in trained for path in record["changed"]}
 
     def run(self, todo: list[OutFile], workers: int) -> dict[str, ExportedFile]:
-        """Write the files; reading one back goes on while the next is written."""
-        self._written = self._total - sum(file.size for file in todo)
+        """Write these files, or take those from the base that are the same there."""
+        self._total = sum(file.size for file in self._plan.files)
+        self._done = self._total - sum(file.size for file in todo)
+        if not self._base:
+            raise_if_full(self._dst, self._total - self._done)
+            self._report(0)
+            return self._write_all(todo, workers)
+        kept = self._unchanged(self._base, todo, workers)
+        changed = [file for file in todo if file not in kept]
+        copied = [f for f in kept if not can_link(self._base.source, f.name, self._dst)]
+        raise_if_full(self._dst, sum(file.size for file in (*changed, *copied)))
+        taken = {file.name: self._take(self._base, file) for file in kept}
+        return taken | self._write_all(changed, workers)
+
+    def _unchanged(self, base: Listing, todo: list[OutFile], workers: int) -> list[OutFile]:
+        """Those of the files that would be written as the base has them."""
+        comparison = Comparison(base, self._checkpoint, self._encoder, self._journal)
+        left = sum(comparison.nbytes(file) for file in todo if file.name not in comparison.found)
+        compared = sum(map(comparison.nbytes, self._plan.files))
+        self._total += compared
+        self._done += compared - left
         self._report(0)
+        comparison.run(todo, workers, self._report)
+        self._source |= comparison.digests
+        return [file for file in todo if not comparison.found[file.name].is_changed]
+
+    def _take(self, base: Listing, file: OutFile) -> ExportedFile:
+        """A file of the base as it is."""
+        how, digest = place(base.source, file.name, self._dst / file.name)
+        self._report(file.size)
+        return self._read_back(
+            ExportedFile(
+                name=file.name, size=file.size, how=how, digest=digest, same_as_source=True
+            )
+        )
+
+    def _write_all(self, files: list[OutFile], workers: int) -> dict[str, ExportedFile]:
+        """Write files; reading one back goes on while the next is written."""
         checks: list[Future[ExportedFile]] = []
         with (
             ThreadPoolExecutor(1) as checker,
-            closing(prepared_segments(self._encoder, todo, workers)) as segments,
+            closing(prepared_segments(self._rows, files, workers)) as segments,
         ):
-            for file in todo:
+            for file in files:
                 written = self._write(file, segments)
                 checks.append(checker.submit(self._read_back, written))
                 for check in checks[:-1]:
@@ -232,7 +217,7 @@ class _Export:
         while left:
             segment = next(segments)
             assert segment.tensor is tensor, (segment, tensor)
-            data = segment.data(self._encoder)
+            data = segment.data(self._rows)
             state.update(data.data)
             out.write(data)
             self._report(len(data))
@@ -254,7 +239,7 @@ class _Export:
         raise ProblemsError(where, [Problem("damaged", tensor.name, f"{detail}; {advice}")])
 
     def _read_back(self, file: ExportedFile) -> ExportedFile:
-        found = file_digest(self._dst / file.name)
+        found = file_digest(self._dst / file.name) if file.digest else None
         if found != file.digest:
             detail = f"reads back as {found}, {file.digest} was written: the disk is failing"
             raise ProblemsError(str(self._dst), [Problem("file", file.name, detail)])
@@ -263,12 +248,12 @@ class _Export:
 
     def _report(self, nbytes: int) -> None:
         if self._progress:
-            self._written += nbytes
-            self._progress(self._written, self._total)
+            self._done += nbytes
+            self._progress(self._done, self._total)
 
 
-def _source_digests(plan: Plan, checkpoint: Checkpoint) -> dict[str, str]:
-    """Digest of every tensor of the source that is written in the source's dtype."""
+def _source_digests(plan: Plan, checkpoint: Checkpoint) -> dict[str, str | None]:
+    """Of every tensor that is written in the source's dtype; None where import did not read it."""
     records = checkpoint.provenance["source"]["files"]
     return {
         tensor.name: digest
@@ -280,7 +265,7 @@ def _source_digests(plan: Plan, checkpoint: Checkpoint) -> dict[str, str]:
 
 def _write_side_files(checkpoint: Checkpoint, dst: Path, plan: Plan) -> None:
     """Everything but tensors; without it nobody takes what is there for a checkpoint."""
-    for stale in {path.name for path in dst.glob("*" + _SUFFIX)} - {f.name for f in plan.files}:
+    for stale in {path.name for path in dst.glob("*" + SUFFIX)} - {f.name for f in plan.files}:
         (dst / stale).unlink()
     digests = checkpoint.side_file_digests()
     for name in checkpoint.side_files():

@@ -6,7 +6,7 @@ is there, and an interrupted push loses at most the files that were on their way
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,9 @@ README, CONFIG = "README.md", "config.json"
 
 # huggingface_hub itself tries each request six times.
 DEFAULT_PATIENCE = Patience(tries=4)
+
+
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +63,13 @@ def push_folder(
     endpoint: str | None = None,
     patience: Patience = DEFAULT_PATIENCE,
     batches: Batches | None = None,
+    progress: Progress | None = None,
 ) -> Pushed:
     """Upload an exported checkpoint; what is on the Hub already is not sent again.
 
     provenance: of the checkpoint directory that was exported. private: of a repository that is made
-    for this; one that exists stays as it is. Raises CheckpointError for a folder that is
+    for this; one that exists stays as it is. progress is told the bytes that are committed, and
+    their total. Raises CheckpointError for a folder that is
     unfinished, ProblemsError for one that is no checkpoint, and for whatever the Hub refuses.
     """
     folder = Path(folder)
@@ -80,7 +85,7 @@ def push_folder(
         push.existing_readme(), repo_id, provenance, json.loads((folder / CONFIG).read_bytes())
     )
     with push.transfer():
-        added = push.commit_all(source.files(), readme, batches or Batches())
+        added = push.commit_all(source.files(), readme, batches or Batches(), progress)
     return push.listed_back(added)
 
 
@@ -137,13 +142,19 @@ class _Push:
             constants.HF_HUB_DISABLE_XET = before
 
     def commit_all(
-        self, sizes: Mapping[str, int], readme: str, batches: Batches
+        self,
+        sizes: Mapping[str, int],
+        readme: str,
+        batches: Batches,
+        progress: Progress | None,
     ) -> list[CommitOperationAdd]:
         """Commit every file; what was added, with digests."""
-        added = []
+        added, total = [], sum(sizes.values())
         weights = {file: size for file, size in sizes.items() if file.endswith(SUFFIX)}
         for files in _batched(weights, batches):
             added += self._commit([(file, self._folder / file) for file in files], files[0])
+            if progress:
+                progress(sum(add.upload_info.size for add in added), total)
         others = [(file, self._folder / file) for file in sizes if file not in weights]
         last = [*(pair for pair in others if pair[0] != README), (README, readme.encode())]
         return added + self._commit(last, CONFIG)

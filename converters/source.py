@@ -140,6 +140,10 @@ class LocalSource:
         found = self._stat(file)[1]
         return {"size": found.st_size, "mtime_ns": found.st_mtime_ns}
 
+    def path(self, file: str) -> Path:
+        """Where `file` really is, links resolved."""
+        return self._stat(file)[0]
+
     def _walk(self) -> Iterator[str]:
         for folder, subfolders, names in os.walk(self._root, onerror=self._refuse_folder):
             subfolders[:] = [name for name in subfolders if name not in BOOKKEEPING]

@@ -1,8 +1,11 @@
 """What each command says when it is done; knows every result, computes and prints nothing."""
 
+import itertools
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from converters.exporter import ExportSummary
+from converters.export_result import ExportSummary
 from converters.grouping import group_names
 from converters.importer import ImportSummary
 from converters.inspection import Inspection, MtpModule, Network
@@ -18,6 +21,9 @@ from converters.report import (
     problem_report,
 )
 from converters.verify import Part, StorageCheck, Verification
+
+if TYPE_CHECKING:
+    from converters.hub_push import Pushed
 
 _MOST_NAMES = 12
 _MOST_REQUANTISED = 8
@@ -98,26 +104,64 @@ def imported(summary: ImportSummary, notes: Sequence[str], seconds: float) -> It
     yield Facts(pairs)
 
 
-def exported(summary: ExportSummary, seconds: float) -> Iterator[Section]:
+def exported(
+    summary: ExportSummary, seconds: float, pushed: "Pushed | None" = None
+) -> Iterator[Section]:
     """What `export` prints."""
-    same = sum(file.same_as_source for file in summary.files)
-    pairs = [
-        ("checkpoint", str(summary.path)),
-        ("files", f"{len(summary.files):,}, of which {same:,} have the source's every byte"),
-        (
-            "written",
-            f"{plural(summary.num_tensors, 'tensor')}, {human_bytes(summary.written_bytes)}",
-        ),
-        ("time", _time(summary.written_bytes, seconds)),
-    ]
-    if summary.changed:
-        pairs.append(("changed", f"{plural(len(summary.changed), 'tensor')} of the source"))
-    if summary.resumed_files:
-        pairs.append(("continued", f"{plural(summary.resumed_files, 'file')} were there already"))
-    pairs += [("note", note) for note in summary.notes]
-    yield Facts(pairs)
+    yield Facts([*_export_facts(summary, seconds, pushed)])
+    if summary.base:
+        yield _files_over_base(summary)
     if summary.requantised:
         yield from _requantised(summary)
+
+
+def _export_facts(
+    summary: ExportSummary, seconds: float, pushed: "Pushed | None"
+) -> Iterator[tuple[str, str]]:
+    same = sum(file.same_as_source for file in summary.files)
+    yield "checkpoint", str(summary.path)
+    if summary.base:
+        yield "base", summary.base
+    yield "files", f"{len(summary.files):,}, of which {same:,} have the source's every byte"
+    tensors = plural(summary.num_tensors, "tensor")
+    size = human_bytes(summary.written_bytes)
+    yield "written", size if summary.base else f"{tensors}, {size}"
+    yield "time", _time(summary.written_bytes, seconds)
+    if summary.changed:
+        yield "changed", f"{plural(len(summary.changed), 'tensor')} of the source"
+    if summary.resumed_files:
+        yield "continued", f"{plural(summary.resumed_files, 'file')} were there already"
+    for note in summary.notes:
+        yield "note", note
+    if pushed:
+        amount = f"{plural(pushed.num_files, 'file')}, {human_bytes(pushed.num_bytes)}"
+        yield "pushed", f"{amount}, to {pushed.url}"
+        if pushed.others:
+            others = f"{plural(len(pushed.others), 'file')} there are not of this checkpoint"
+            yield "note", f"{others}: {', '.join(pushed.others[:_MOST_NAMES])}"
+
+
+def _files_over_base(summary: ExportSummary) -> Grid:
+    """Every file that was written, and what became of those between."""
+    rows = []
+    for _, group in itertools.groupby(summary.files, lambda f: f.name if f.changed else f.how):
+        files = [*group]
+        first, last = files[0], files[-1]
+        name = first.name if first is last else f"{first.name} to {last.name}"
+        how = "rewritten" if first.how == "written" else first.how
+        changed = f"{len(first.changed):,}" if first.changed else ""
+        size = human_bytes(sum(file.size for file in files))
+        rows.append((name, f"{len(files):,}", how, changed, size))
+    others = f"{summary.num_side_files:,}"
+    rows.append(("config, tokenizer, index and other files", others, "copy", "", ""))
+    return Grid(("safetensors files", "files", "are", "tensors changed", "bytes"), rows)
+
+
+def unsent(folder: Path, sent: int, total: int | None) -> str:
+    """What a push that failed has left to do."""
+    left = f"{human_bytes(total - sent)} of {human_bytes(total)}" if total else "all of it"
+    done = f"{folder} is exported in full, {left} is not on the Hub yet"
+    return f"{done}; the same command continues, and sends what is missing"
 
 
 def _requantised(summary: ExportSummary) -> Iterator[Section]:
