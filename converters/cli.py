@@ -22,10 +22,15 @@ _SHARE = re.compile(r"(\d{1,6})/(\d{1,6})", re.ASCII)
 
 _Src = Annotated[
     Positional[str],
-    arg(metavar="SRC", help="safetensors checkpoint: a local folder, or org/name[@revision]"),
+    arg(
+        metavar="SRC",
+        help="safetensors checkpoint: a local folder, gs://bucket/folder, or org/name[@revision]",
+    ),
 ]
 _Dst = Annotated[Positional[str], arg(metavar="DST", help="folder to write")]
-_Ckpt = Annotated[Positional[str], arg(metavar="CKPT", help="checkpoint directory")]
+_Ckpt = Annotated[
+    Positional[str], arg(metavar="CKPT", help="checkpoint directory, local or gs://bucket/folder")
+]
 _Workers = Annotated[int, arg(metavar="N", help="threads; memory grows with their number")]
 _Json = Annotated[bool, arg(help="print JSON instead of tables")]
 _Overwrite = Annotated[bool, arg(help="replace what DST holds, if this toolkit wrote it")]
@@ -44,7 +49,9 @@ class Import:
     """Turn a safetensors checkpoint into a checkpoint directory; run again to continue."""
 
     src: _Src
-    dst: _Dst
+    dst: Annotated[
+        Positional[str], arg(metavar="DST", help="folder to write, local or gs://bucket/folder")
+    ]
     scope: Literal["all", "main", "mtp"] = "all"
     """main: without MTP modules; mtp: only these, embedding, final norm and head. Both export with
     --base SRC"""

@@ -35,6 +35,7 @@ from converters.problems import Problem, ProblemsError
 from converters.safetensors_io import TensorInfo
 from converters.safetensors_writer import StreamWriter
 from converters.source import LocalSource
+from mtp_model.cloud import local_path
 from mtp_model.rawio import file_digest, file_pieces, sync_directory, write_pieces
 from mtp_model.store import COMPLETE, UNFINISHED, Checkpoint
 
@@ -64,7 +65,7 @@ def export_checkpoint(
     Raises ProblemsError for a damaged checkpoint, one that lacks tensors of its source, or another
     base than this source; CheckpointError for a destination that is in use.
     """
-    dst = Path(dst)
+    dst = local_path(dst)
     plan = make_plan(checkpoint, dtype, has_base=base is not None)
     if base:
         if isinstance(base.source, LocalSource):

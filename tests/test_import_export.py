@@ -332,7 +332,7 @@ def test_damage_is_not_exported(kept: Checkpoint, tmp_path: Path):
     assert not (tmp_path / "out/config.json").exists()
     (copy.path / "figures/model.svg").write_bytes(b"<svg>")
     chunk.unlink()
-    os.link(kept.params / chunk.relative_to(copy.params), chunk)
+    os.link(f"{kept.params}/{chunk.parent.name}/{chunk.name}", chunk)
     with pytest.raises(ProblemsError, match=r"damaged +figures/model\.svg was changed since"):
         export_checkpoint(copy, tmp_path / "out")
 
