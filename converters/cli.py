@@ -34,6 +34,15 @@ _Ckpt = Annotated[
 _Workers = Annotated[int, arg(metavar="N", help="threads; memory grows with their number")]
 _Json = Annotated[bool, arg(help="print JSON instead of tables")]
 _Overwrite = Annotated[bool, arg(help="replace what DST holds, if this toolkit wrote it")]
+_BASE = (
+    "what CKPT was imported from, unchanged: only files that hold changed tensors are written, the "
+    "others are hard links, reflinks or copies of SRC's (never write into a linked file). SRC also "
+    "gives the tensors that CKPT of --scope mtp or main does not hold"
+)
+_PUSH = (
+    "then upload DST to this model on the Hub, made private where there is none; the token comes "
+    "from HF_TOKEN or `hf auth login`"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +62,7 @@ class Import:
         Positional[str], arg(metavar="DST", help="folder to write, local or gs://bucket/folder")
     ]
     scope: Literal["all", "main", "mtp"] = "all"
-    """main: without MTP modules; mtp: only these, embedding, final norm and head. Both export with
-    --base SRC"""
+    """main: without MTP modules; mtp: only these, embedding, norm and head; see export --base"""
     dtype: Literal["keep", "bf16", "f32"] = "keep"
     """of the weights; keep: as in SRC, FP8 included"""
     copies: Literal["check", "main"] = "check"
@@ -83,13 +91,8 @@ class Export:
     dst: _Dst
     dtype: Literal["keep", "bf16"] = "keep"
     """of the weights; keep: as in the source, what was trained quantised again; bf16: no FP8"""
-    base: Annotated[str | None, arg(metavar="SRC")] = None
-    """what CKPT was imported from, unchanged: only files that hold changed tensors are written, the
-    others are hard links, reflinks or copies of SRC's (never write into a linked file). SRC also
-    gives the tensors that CKPT of --scope mtp or main does not hold"""
-    push: Annotated[str | None, arg(metavar="ORG/NAME")] = None
-    """then upload DST to this model on the Hub, made private where there is none; the token comes
-    from HF_TOKEN or `hf auth login`"""
+    base: Annotated[str | None, arg(metavar="SRC", help=_BASE)] = None
+    push: Annotated[str | None, arg(metavar="ORG/NAME", help=_PUSH)] = None
     workers: _Workers = 3
     overwrite: _Overwrite = False
     json: _Json = False

@@ -143,6 +143,8 @@ class _Export:
 
     def run(self, todo: list[OutFile], workers: int) -> dict[str, ExportedFile]:
         """Write these files, or take those from the base that are the same there."""
+        for file in todo:
+            (self._dst / file.name).parent.mkdir(parents=True, exist_ok=True)
         self._total = sum(file.size for file in self._plan.files)
         self._done = self._total - sum(file.size for file in todo)
         if not self._base:

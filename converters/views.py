@@ -9,6 +9,7 @@ from converters.export_result import ExportSummary
 from converters.grouping import group_names
 from converters.importer import ImportSummary
 from converters.inspection import Inspection, MtpModule, Network
+from converters.listing import SUFFIX
 from converters.logits import LogitsCheck
 from converters.report import (
     Facts,
@@ -146,15 +147,16 @@ def _files_over_base(summary: ExportSummary) -> Grid:
     rows = []
     for _, group in itertools.groupby(summary.files, lambda f: f.name if f.changed else f.how):
         files = [*group]
-        first, last = files[0], files[-1]
-        name = first.name if first is last else f"{first.name} to {last.name}"
+        first = files[0]
+        names = [file.name.removesuffix(SUFFIX) for file in files]
+        name = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
         how = "rewritten" if first.how == "written" else first.how
         changed = f"{len(first.changed):,}" if first.changed else ""
         size = human_bytes(sum(file.size for file in files))
         rows.append((name, f"{len(files):,}", how, changed, size))
     others = f"{summary.num_side_files:,}"
-    rows.append(("config, tokenizer, index and other files", others, "copy", "", ""))
-    return Grid(("safetensors files", "files", "are", "tensors changed", "bytes"), rows)
+    rows.append(("config, tokenizer, index, others", others, "copy", "", ""))
+    return Grid(("files", "number", "how", "tensors changed", "bytes"), rows)
 
 
 def unsent(folder: Path, sent: int, total: int | None) -> str:

@@ -440,6 +440,21 @@ def test_the_room_that_copies_need_is_foreseen(
         export(tuned, tmp_path / "out2", src)
 
 
+def test_files_in_subfolders(tmp_path: Path):
+    src, index = make_source(tmp_path / "src"), tmp_path / "src/model.safetensors.index.json"
+    for name in ("model-00002-of-000007.safetensors", "model-00007-of-000007.safetensors"):
+        (src / "weights").mkdir(exist_ok=True)
+        (src / name).rename(src / "weights" / name)
+        index.write_text(index.read_text().replace(name, f"weights/{name}"))
+    run_import(src, tmp_path / "ckpt", dtype="bf16")
+    export_checkpoint(open_checkpoint(tmp_path / "ckpt"), tmp_path / "plain")
+    assert_same_files(tmp_path / "plain", src)
+    final = changed(open_checkpoint(tmp_path / "ckpt"), tmp_path / "final", Q_B)
+    assert_links(export(final, tmp_path / "out", src), src)
+    export_checkpoint(final, tmp_path / "whole")
+    assert_same_files(tmp_path / "out", tmp_path / "whole")
+
+
 def test_import_of_the_result_by_default_policy(src: Path, tuned: Checkpoint, tmp_path: Path):
     export(tuned, tmp_path / "out", src)
     import_checkpoint(*listed(tmp_path / "out"), tmp_path / "again")
