@@ -34,12 +34,16 @@ class _Storage(Storage):
 
 
 class GcsServer:
-    """What a test may look at and break. `log` holds (method, key) of every request."""
+    """What a test may look at and break. `log` holds (method, key) of every request.
+
+    The next write of an object in `lost` is done and answered by 503.
+    """
 
     def __init__(self) -> None:
         self.storage = _Storage(use_memory_fs=True)
         self.lock = threading.RLock()
         self.log: list[tuple[str, str]] = []
+        self.lost: set[str] = set()
         buckets.create_bucket(BUCKET, self.storage)
 
     def keys(self, folder: str = "") -> list[str]:
@@ -116,13 +120,20 @@ class _Handler(RequestHandler):
     def _change(self, key: str, do: Any) -> None:
         needed = self._query("ifGenerationMatch")
         if needed and needed != self.gcs.generation(key):
-            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self._body()
             self._answer(412, b"conditionNotMet")
+        elif key in self.gcs.lost:
+            self.gcs.lost.remove(key)
+            self.gcs.put(key, self._body())
+            self._answer(503, b"")
         elif self.command == "POST" and self.headers.get("Content-Length") == "0":
             self.gcs.put(key, b"")  # the emulator takes no empty object
             self._answer(200, json.dumps(self.gcs.storage.objects[BUCKET][key]).encode())
         else:
             do()
+
+    def _body(self) -> bytes:
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
     def _list(self) -> None:
         first = max(self._query("startOffset"), self._query("pageToken"))

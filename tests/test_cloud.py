@@ -269,6 +269,14 @@ def test_the_lock_of_a_process_that_died_here_is_taken_over(gcs: GcsServer, url:
     assert gcs.keys(lock) == []
 
 
+def test_a_lock_whose_answer_was_lost_is_ours(gcs: GcsServer, url: str):
+    lock = f"{key(url)}/{UNFINISHED}/lock"
+    gcs.lost.add(lock)
+    with claim(as_path(url)):
+        assert [method for method, name in gcs.log if name == lock][:2] == ["POST", "POST"]
+    assert gcs.keys(lock) == []
+
+
 @pytest.mark.parametrize("change", [{"host": "elsewhere"}, {"namespace": "a container"}])
 def test_of_a_process_elsewhere_a_person_decides(gcs: GcsServer, url: str, change: dict):
     lock = put_lock(gcs, url, pid=DEAD, **change)
