@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -18,6 +19,7 @@ from mtp_model.mtp import run_module, shift_within_segments, stack_modules
 from mtp_model.sharding import spread_batch
 
 Scope = Literal["all", "main", "mtp"]
+Ids = Int[Array | np.ndarray, "B T"]  # tokens, segments, positions: of JAX or numpy
 
 
 class MainStates(NamedTuple):
@@ -70,11 +72,12 @@ class DeepSeekV3(nnx.Module):
 
     def main(
         self,
-        tokens_BT: Int[Array, "B T"],
-        segment_ids_BT: Int[Array, "B T"],
-        positions_BT: Int[Array, "B T"],
+        tokens_BT: Ids,
+        segment_ids_BT: Ids,
+        positions_BT: Ids,
     ) -> MainStates:
         """Hidden states of the main model. Segment 0 is padding and not counted as load."""
+        tokens_BT, segment_ids_BT, positions_BT = _as_jax(tokens_BT, segment_ids_BT, positions_BT)
         if self.scope == "mtp":
             raise ValueError("this model was loaded with scope='mtp': it has no main layers")
         x_BTD = spread_batch(self.embed_tokens.lookup(tokens_BT, self.compute_dtype))
@@ -92,9 +95,9 @@ class DeepSeekV3(nnx.Module):
     def draft(
         self,
         state_BTD: Float[Array, "B T D"],
-        tokens_BT: Int[Array, "B T"],
-        segment_ids_BT: Int[Array, "B T"],
-        positions_BT: Int[Array, "B T"],
+        tokens_BT: Ids,
+        segment_ids_BT: Ids,
+        positions_BT: Ids,
         num_draft_tokens: int | None = None,
         zero_first_embedding: bool = False,
     ) -> DraftStates:
@@ -103,6 +106,7 @@ class DeepSeekV3(nnx.Module):
         num_draft_tokens: depths to run; beyond the modules that exist they are reused in turn.
         zero_first_embedding: vLLM's habit of a zero embedding at position 0, for parity checks.
         """
+        tokens_BT, segment_ids_BT, positions_BT = _as_jax(tokens_BT, segment_ids_BT, positions_BT)
         depths = self._num_depths(num_draft_tokens)
         hidden, loads = [], []
         for k in range(1, depths + 1):
@@ -122,9 +126,9 @@ class DeepSeekV3(nnx.Module):
 
     def __call__(
         self,
-        tokens_BT: Int[Array, "B T"],
-        segment_ids_BT: Int[Array, "B T"] | None = None,
-        positions_BT: Int[Array, "B T"] | None = None,
+        tokens_BT: Ids,
+        segment_ids_BT: Ids | None = None,
+        positions_BT: Ids | None = None,
         num_draft_tokens: int | None = None,
     ) -> Output:
         """Logits of the main model and of every depth. Whole [B, T, V] float32: for small inputs.
@@ -135,7 +139,7 @@ class DeepSeekV3(nnx.Module):
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones_like(tokens_BT)
         if positions_BT is None:
-            positions_BT = positions_in_segments(segment_ids_BT)
+            positions_BT = positions_in_segments(jnp.asarray(segment_ids_BT))
         main = self.main(tokens_BT, segment_ids_BT, positions_BT)
         where = (tokens_BT, segment_ids_BT, positions_BT)
         drafts = self.draft(main.state_BTD, *where, num_draft_tokens)
@@ -151,6 +155,10 @@ class DeepSeekV3(nnx.Module):
 
 def _layers(config: ModelConfig, rngs: nnx.Rngs, count: int, moe: bool) -> DecoderLayer:
     return stack(count, lambda rngs: DecoderLayer(config, rngs, moe), rngs)
+
+
+def _as_jax(*ids: Ids) -> tuple[Int[Array, "B T"], ...]:
+    return tuple(jnp.asarray(array) for array in ids)
 
 
 def positions_in_segments(segment_ids_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:

@@ -1,4 +1,5 @@
-"""Strict settings for every test: no silent dtype or rank promotion, every warning an error."""
+"""Strict settings for every test: no silent dtype or rank promotion, every warning an error, and
+shapes and dtypes at the boundaries of modules checked as they are annotated."""
 
 import os
 
@@ -10,6 +11,14 @@ os.environ.setdefault(
 )
 
 import jax
+from jaxtyping import install_import_hook
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+CHECKED_MODULES = [
+    *(f"mtp_model.{name}" for name in ("attention", "block", "dispatch", "grouped", "layers")),
+    *(f"mtp_model.{name}" for name in ("model", "moe", "mtp", "rope", "rows")),
+    *("finetune.losses", "finetune.acceptance"),
+]
+install_import_hook(CHECKED_MODULES, "beartype.beartype")

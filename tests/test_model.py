@@ -99,7 +99,7 @@ def two_modules(tmp_path_factory):
     model = load_float32(import_tiny(folder, "f32", num_mtp=2))
     ref = open_reference(folder / "source")
     x = np.random.default_rng(1).normal(size=(2, 24, model.config.hidden_size))
-    return model, ref, x.astype(np.float32)
+    return model, ref, jnp.asarray(x, jnp.float32)
 
 
 def check_module(ours, theirs, what):
@@ -112,9 +112,9 @@ def test_each_module(two_modules):
     model, ref, x = two_modules
     config, layer = ref.config, take_layer(model.moe_layers, 1)
     get = under(ref.get, f"model.layers.{config['first_k_dense_replace'] + 1}")
-    x_torch, segments = torch.tensor(x), np.ones((2, 24), np.int32)
-    places = ref.places(torch.tensor(segments))
-    positions = np.tile(np.arange(24, dtype=np.int32), (2, 1))
+    x_torch, segments = torch.tensor(np.asarray(x)), jnp.ones((2, 24), jnp.int32)
+    places = ref.places(torch.ones((2, 24), dtype=torch.int32))
+    positions = jnp.tile(jnp.arange(24, dtype=jnp.int32), (2, 1))
 
     norm = reference.rms_norm(x_torch, get("input_layernorm.weight"), config["rms_norm_eps"])
     check_module(layer.input_layernorm(x), norm, "norm")
@@ -133,7 +133,7 @@ def test_router_and_load(two_modules):
     model, ref, x = two_modules
     layer = take_layer(model.moe_layers, 0)
     get = under(ref.get, f"model.layers.{ref.config['first_k_dense_replace']}.mlp.gate")
-    flat = torch.tensor(x).reshape(-1, x.shape[-1])
+    flat = torch.tensor(np.asarray(x)).reshape(-1, x.shape[-1])
     chosen, weights = reference.route(
         flat, get("weight"), get("e_score_correction_bias"), ref.config
     )
@@ -145,7 +145,7 @@ def test_router_and_load(two_modules):
     shares = np.take_along_axis(np.asarray(routing.weights_BTK), order, -1).reshape(theirs.shape)
     assert_close(shares, theirs, "routing weights")
 
-    counted = np.array([[1] * 20 + [0] * 4, [0] * 24], np.int32)
+    counted = jnp.array([[1] * 20 + [0] * 4, [0] * 24], jnp.int32)
     load_E = layer.mlp(x, counted)[1]
     kept = np.asarray(routing.choices_BTK)[0, :20].reshape(-1)
     np.testing.assert_array_equal(load_E, np.bincount(kept, minlength=len(load_E)))

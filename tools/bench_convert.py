@@ -3,8 +3,9 @@
     python -m tools.bench_convert FOLDER --gigabytes 4 --rounds 3 [--peer]
 
 Every conversion runs in a process of its own, in turn with the copies, so that whatever else the
-machine does hits all alike. Sources are dropped from the page cache before each run; what is written
-is on the disk when the clock stops. The limit of a run is the fastest of the copies just before it.
+machine does hits all alike. Sources are dropped from the page cache before each run; what is
+written is on the disk when the clock stops. Export reads back what it wrote: these bytes count as
+bytes in, for its copies too. Medians of all rounds are compared, with the best kind of copy.
 The clock starts with the first look at the source: starting Python and importing JAX are left out.
 """
 
@@ -19,40 +20,32 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from tools.bench_copy import Ratio, drop_from_cache, fastest_copy
+from tools.bench_copy import Ratio, drop_from_cache, timed_copies
 from tools.bench_data import Flavour, write_synthetic
-
-SAME = Ratio(reads=1, writes=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A checkpoint, the dtype to import it with, and how many bytes that writes."""
+    """A checkpoint, the dtype to import it with, and the size of that over the source's."""
 
     name: str
     flavour: Flavour
     dtype: str
-    there: Ratio = SAME
-    back: Ratio = SAME
+    growth: int = 1
 
 
 CASES = (
     Case(name="fp8 keep", flavour="fp8", dtype="keep"),
-    Case(
-        name="fp8 to bf16",
-        flavour="fp8",
-        dtype="bf16",
-        there=Ratio(reads=1, writes=2),
-        back=Ratio(reads=2, writes=1),
-    ),
+    Case(name="fp8 to bf16", flavour="fp8", dtype="bf16", growth=2),
     Case(name="bf16", flavour="bf16", dtype="keep"),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One measured conversion. of_limit: its speed over that of the fastest copy."""
+    """One measured conversion, and the seconds of each kind of copy next to it."""
 
     name: str
     bytes_in: int
@@ -60,22 +53,36 @@ class Run:
     seconds: float
     cpu_seconds: float
     peak_mib: float
-    limit_seconds: float
+    copies: dict[str, float]
 
-    @property
-    def of_limit(self) -> float:
-        return self.limit_seconds / self.seconds
 
-    @property
-    def gigabytes_in(self) -> float:
-        return self.bytes_in / 1e9
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """All rounds of one conversion; seconds are medians, the limit is the best kind of copy's."""
+
+    runs: list[Run]
 
     def __str__(self) -> str:
-        speed = f"{self.gigabytes_in:6.2f} GB in {self.bytes_out / 1e9:6.2f} GB out"
-        took = f"{self.seconds:6.2f} s, copy {self.limit_seconds:6.2f} s = {self.of_limit:4.2f}"
-        cost = f"{self.gigabytes_in / self.seconds:5.2f} GB/s in"
-        cpu = f"{self.cpu_seconds / self.gigabytes_in:5.2f} CPU s/GB, {self.peak_mib:5.0f} MiB"
-        return f"{self.name:<20} {speed}: {took}, {cost}, {cpu}"
+        first, seconds, limit = self.runs[0], self.seconds, self.limit
+        gigabytes = first.bytes_in / 1e9
+        cpu = statistics.median(run.cpu_seconds for run in self.runs) / gigabytes
+        sizes = f"{gigabytes:5.2f} GB in {first.bytes_out / 1e9:5.2f} GB out"
+        speed = f"{seconds:5.2f} s, copy {limit:5.2f} s, {limit / seconds:4.2f} of its speed"
+        cost = f"{gigabytes / seconds:4.2f} GB/s in, {cpu:4.2f} CPU s/GB, {self.peak_mib:.0f} MiB"
+        return f"{first.name:<18} {sizes}: {speed}, {cost}"
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(run.seconds for run in self.runs)
+
+    @property
+    def limit(self) -> float:
+        kinds = self.runs[0].copies
+        return min(statistics.median(run.copies[kind] for run in self.runs) for kind in kinds)
+
+    @property
+    def peak_mib(self) -> float:
+        return max(run.peak_mib for run in self.runs)
 
 
 def convert(arguments: argparse.Namespace) -> None:
@@ -101,23 +108,39 @@ def convert(arguments: argparse.Namespace) -> None:
     print(json.dumps({"seconds": seconds, "cpu_seconds": cpu, "peak_mib": after.ru_maxrss / 1024}))
 
 
-def measured(step: str, src: Path, dst: Path, case: Case, arguments: argparse.Namespace) -> Run:
-    """Copy, then run one step in a process of its own; both from a cold page cache."""
-    ratio = case.there if step == "import" else case.back
+def imported(case: Case, arguments: argparse.Namespace) -> Run:
+    """One import, after its copies."""
+    src, dst = arguments.folder / case.flavour, arguments.folder / "ckpt"
+    copies = copied([src], Ratio(reads=1, writes=case.growth), arguments)
+    took = measured("import", src, dst, case, arguments)
+    sizes = {"bytes_in": size_of(src), "bytes_out": size_of(dst)}
+    return Run(name=f"import {case.name}", copies=copies, **sizes, **took)
+
+
+def exported(case: Case, arguments: argparse.Namespace) -> Run:
+    """One export, after its copies."""
+    src, checkpoint, dst = (arguments.folder / name for name in (case.flavour, "ckpt", "out"))
+    copies = copied([checkpoint, src], Ratio(reads=case.growth + 1, writes=1), arguments)
+    took = measured("export", checkpoint, dst, case, arguments)
+    sizes = {"bytes_in": size_of(checkpoint) + size_of(dst), "bytes_out": size_of(dst)}
+    return Run(name=f"export {case.name}", copies=copies, **sizes, **took)
+
+
+def copied(sources: list[Path], ratio: Ratio, arguments: argparse.Namespace) -> dict[str, float]:
+    """Seconds of the plain copies that read all of the sources."""
     scratch = arguments.folder / "copied"
     scratch.mkdir(exist_ok=True)
-    best = fastest_copy([src], scratch, ratio)
+    return timed_copies(sources, scratch, ratio)
+
+
+def measured(
+    step: str, src: Path, dst: Path, case: Case, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """One step in a process of its own, from a cold page cache."""
     drop_from_cache(src)
     command = [sys.executable, "-m", "tools.bench_convert", str(src), "--step", step]
     command += ["--to", str(dst), "--dtype", case.dtype, "--workers", str(arguments.workers)]
-    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
-    return Run(
-        name=f"{step} {case.name}",
-        bytes_in=size_of(src),
-        bytes_out=size_of(dst),
-        limit_seconds=best,
-        **json.loads(printed),
-    )
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
 
 def size_of(folder: Path) -> int:
@@ -127,37 +150,43 @@ def size_of(folder: Path) -> int:
 
 def one_round(case: Case, arguments: argparse.Namespace) -> Iterator[Run]:
     """There and back again."""
-    src, checkpoint, out = (arguments.folder / name for name in (case.flavour, "ckpt", "out"))
-    yield measured("import", src, checkpoint, case, arguments)
-    yield measured("export", checkpoint, out, case, arguments)
-    subprocess.run(
-        ["cmp", *(str(next(folder.glob("*2-of*"))) for folder in (src, out))], check=True
-    )
-    shutil.rmtree(checkpoint)
-    shutil.rmtree(out)
+    yield imported(case, arguments)
+    yield exported(case, arguments)
+    for name in ("ckpt", "out"):
+        shutil.rmtree(arguments.folder / name)
 
 
 def bench(arguments: argparse.Namespace) -> list[Run]:
-    """All rounds of all cases, printed as they come."""
+    """All rounds of the cases, printed as they come."""
     runs = []
-    for flavour in ("fp8", "bf16"):
-        if not (arguments.folder / flavour).exists():
-            write_synthetic(arguments.folder / flavour, flavour, arguments.gigabytes)
     for number in range(arguments.rounds):
         for case in CASES:
+            if case.name not in arguments.cases:
+                continue
+            src = arguments.folder / case.flavour
+            if not src.exists():
+                write_synthetic(src, case.flavour, arguments.gigabytes)
             for run in one_round(case, arguments):
                 runs.append(run)
-                print(f"round {number + 1}: {run}", flush=True)
+                print(f"round {number + 1}: {Result(runs=[run])}", flush=True)
     return runs
 
 
-def show_medians(runs: list[Run]) -> None:
-    """One line a conversion."""
-    for name in dict.fromkeys(run.name for run in runs):
-        mine = [run for run in runs if run.name == name]
-        shares = sorted(run.of_limit for run in mine)
-        median = min(mine, key=lambda run: abs(run.of_limit - statistics.median(shares)))
-        print(f"median of {len(mine)}: {median}  (of the copy {shares[0]:.2f} to {shares[-1]:.2f})")
+def show_peer(results: dict[str, Result], arguments: argparse.Namespace) -> None:
+    """Transformers' load and save of the bf16 checkpoint, next to our import and export of it."""
+    src, dst = arguments.folder / "bf16", arguments.folder / "peer"
+    drop_from_cache(src)
+    command = [sys.executable, "-m", "tools.bench_peer", str(src), str(dst)]
+    peer = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    shutil.rmtree(dst)
+    ours = [results[f"{step} bf16"] for step in ("import", "export")]
+    seconds, memory = sum(r.seconds for r in ours), max(r.peak_mib for r in ours)
+    whole = size_of(src)
+    kept = f"{peer['bytes_out'] / 1e9:.2f} of {whole / 1e9:.2f} GB written"
+    print(f"Transformers: {peer['seconds']:.1f} s, {peer['peak_mib']:.0f} MiB, {kept}")
+    print(f"import and export: {seconds:.1f} s, {memory:.0f} MiB, all written")
+    speed = (whole / seconds) / (peer["bytes_out"] / peer["seconds"])
+    print(f"{speed:.1f} times the bytes a second, {memory / peer['peak_mib']:.3f} of the memory")
 
 
 def main() -> None:
@@ -166,6 +195,9 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=4.0, help="of each source checkpoint")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=3)
+    names = [case.name for case in CASES]
+    parser.add_argument("--cases", nargs="+", choices=names, default=names)
+    parser.add_argument("--peer", action="store_true", help="Transformers on the bf16 checkpoint")
     parser.add_argument("--json", type=Path, help="write every run here too")
     parser.add_argument("--step", choices=["import", "export"], help=argparse.SUPPRESS)
     parser.add_argument("--to", type=Path, help=argparse.SUPPRESS)
@@ -175,7 +207,12 @@ def main() -> None:
         convert(arguments)
         return
     runs = bench(arguments)
-    show_medians(runs)
+    names = dict.fromkeys(run.name for run in runs)
+    results = {name: Result(runs=[run for run in runs if run.name == name]) for name in names}
+    for result in results.values():
+        print(f"median of {arguments.rounds}: {result}")
+    if arguments.peer:
+        show_peer(results, arguments)
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(run) for run in runs], indent=1))
 

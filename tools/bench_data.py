@@ -53,7 +53,7 @@ class _Tensor:
 
 
 def write_synthetic(folder: Path, flavour: Flavour, gigabytes: float) -> int:
-    """Write the checkpoint with the most layers within `gigabytes`; its bytes."""
+    """Write the checkpoint whose size is nearest to `gigabytes`; its bytes."""
     config = _config_of_size(flavour, gigabytes * 1e9)
     folder.mkdir(parents=True)
     pool = _Pool(np.random.default_rng(0))
@@ -74,14 +74,15 @@ def write_synthetic(folder: Path, flavour: Flavour, gigabytes: float) -> int:
 
 
 def _config_of_size(flavour: Flavour, nbytes: float) -> dict[str, Any]:
+    """The config whose checkpoint is nearest to `nbytes`; every layer adds as much."""
+
     def with_layers(layers: int) -> dict[str, Any]:
         sizes = RELEASED_SIZES | {"num_hidden_layers": layers}
-        return tiny_config("fp8", num_mtp=1, q_lora=True, sizes=sizes)
+        return _of_flavour(tiny_config("fp8", num_mtp=1, q_lora=True, sizes=sizes), flavour)
 
-    layers = 2
-    while _size(_of_flavour(with_layers(layers + 1), flavour)) <= nbytes:
-        layers += 1
-    return _of_flavour(with_layers(layers), flavour)
+    smallest = _size(with_layers(2))
+    layer = _size(with_layers(3)) - smallest
+    return with_layers(2 + max(round((nbytes - smallest) / layer), 0))
 
 
 def _of_flavour(config: dict[str, Any], flavour: Flavour) -> dict[str, Any]:
