@@ -48,6 +48,7 @@ SIZES = {
 }
 NUM_FILES = 5
 PRETRAIN_STEPS, MAIN_STEPS, MTP_STEPS = 400, 150, 150
+EVALUATION_ROWS = 256
 BATCH = ["--batch.rows", "16", "--batch.row-tokens", "128"]
 NO_EVALUATION = ["--evaluation.holdout-every", "0"]
 
@@ -57,7 +58,9 @@ console = Console(highlight=False, soft_wrap=True)
 def main() -> None:
     parser = argparse.ArgumentParser(description="The whole way on a small model.")
     parser.add_argument("--out", type=Path, default=Path("demo-run"), help="folder for all files")
-    parser.add_argument("--steps-scale", type=float, default=1.0, help="of all training")
+    parser.add_argument(
+        "--steps-scale", type=float, default=1.0, help="of all training and evaluation"
+    )
     arguments = parser.parse_args()
     began = time.monotonic()
     console.print(
@@ -65,12 +68,12 @@ def main() -> None:
     )
     shutil.rmtree(arguments.out, ignore_errors=True)
     code, prose = prepare(arguments.out)
-    steps = [
-        max(1, round(steps * arguments.steps_scale))
-        for steps in (PRETRAIN_STEPS, MAIN_STEPS, MTP_STEPS)
-    ]
-    on_code = make_released(arguments.out, code, prose, *steps[:2])
-    results = use_the_product(arguments.out, prose, steps[2])
+    steps, main_steps, mtp_steps, rows = (
+        max(1, round(number * arguments.steps_scale))
+        for number in (PRETRAIN_STEPS, MAIN_STEPS, MTP_STEPS, EVALUATION_ROWS)
+    )
+    on_code = make_released(arguments.out, code, prose, steps, main_steps, rows)
+    results = use_the_product(arguments.out, prose, mtp_steps, rows)
     report(arguments.out, on_code, results, time.monotonic() - began)
 
 
@@ -110,7 +113,7 @@ def write_random_checkpoint(folder: Path) -> None:
 
 
 def make_released(
-    out: Path, code: Domain, prose: Domain, steps: int, main_steps: int
+    out: Path, code: Domain, prose: Domain, steps: int, main_steps: int, rows: int
 ) -> dict[str, Any]:
     """The checkpoint that the user gets; returns acceptance on code before the main model moved."""
     headline("A small model trained from random on code, main model and MTP module together")
@@ -121,7 +124,7 @@ def make_released(
         *("--out", out / "pretraining", "--steps", steps, "--checkpoints.every", steps),
         *("--optimizer.learning-rate", "3e-3", "--mtp-lambda", "0.3"),
     )
-    on_code = acceptance(out / "pretraining" / "final", code)
+    on_code = acceptance(out / "pretraining" / "final", code, rows)
     headline("Somebody fine-tunes its main model on prose, and forgets the MTP module")
     finetune(
         *(*train_all, "--checkpoint", out / "pretraining" / "final", "--data", prose.train),
@@ -133,7 +136,7 @@ def make_released(
     return on_code
 
 
-def use_the_product(out: Path, prose: Domain, steps: int) -> dict[str, Any]:
+def use_the_product(out: Path, prose: Domain, steps: int, rows: int) -> dict[str, Any]:
     """What a user does with a released checkpoint; returns what was measured."""
     released, checkpoint, run = out / "released", out / "checkpoint", out / "finetuning"
     headline("1. What is in the checkpoint?")
@@ -143,13 +146,13 @@ def use_the_product(out: Path, prose: Domain, steps: int) -> dict[str, Any]:
     headline("3. Is every tensor and every logit the same?")
     convert("verify", released, checkpoint, "--logits", "--report", out / "report-import")
     headline("4. Fine-tune the MTP module on prose; the main model is frozen")
-    before = acceptance(checkpoint, prose)
+    before = acceptance(checkpoint, prose, rows)
     finetune(
         *("train", "--checkpoint", checkpoint, "--data", prose.train),
         *("--eval-data", prose.held_out, "--out", run, "--steps", steps, *BATCH),
         *("--optimizer.learning-rate", "1e-3", "--evaluation.every", max(1, steps // 3)),
     )
-    after = acceptance(run / "final", prose)
+    after = acceptance(run / "final", prose, rows)
     headline("5. Export it in the format it came in, and verify again")
     convert("export", run / "final", out / "exported")
     convert(
@@ -164,9 +167,9 @@ def use_the_product(out: Path, prose: Domain, steps: int) -> dict[str, Any]:
     }
 
 
-def acceptance(checkpoint: Path, domain: Domain) -> dict[str, Any]:
+def acceptance(checkpoint: Path, domain: Domain, rows: int) -> dict[str, Any]:
     command = ("evaluate", "--checkpoint", checkpoint, "--data", domain.held_out, "--json")
-    shape = ("--draft-tokens", 3, "--rows", 16, "--row-tokens", 128, "--max-rows", 256)
+    shape = ("--draft-tokens", 3, "--rows", 16, "--row-tokens", 128, "--max-rows", rows)
     return json.loads(run_command("finetune-deepseek", *command, *shape, capture=True))
 
 
