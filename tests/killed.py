@@ -8,13 +8,13 @@ All run side by side, forked from one that has imported everything. Prints their
 
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from dying import before
 from roundtrip import run_import
 
 from converters import exporter, fp8, importer, journal
@@ -23,23 +23,6 @@ from converters.safetensors_writer import StreamWriter
 from mtp_model import destination, rawio, store_writer
 from mtp_model.cloud import CloudPath, as_path
 from mtp_model.store import open_checkpoint
-
-
-def die(*_: Any) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def before(owner: Any, name: str, count: int, last_words: Callable[..., None] = die) -> None:
-    """Die when `owner.name` is called for the count-th time."""
-    real, calls = getattr(owner, name), iter(range(1, 1 << 30))
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        if next(calls) == count:
-            last_words(*args)
-            die()
-        return real(*args, **kwargs)
-
-    setattr(owner, name, counted)
 
 
 def half_a_line(self: Any, entry: Any) -> None:
