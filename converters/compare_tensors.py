@@ -14,7 +14,11 @@ from converters.listing import Listing
 from converters.mapping import Slot
 from converters.safetensors_io import DTYPES
 from mtp_model.config import ModelConfig
+from mtp_model.rawio import AlignedBuffer
 from mtp_model.store import Checkpoint
+
+_PIECE_BYTES = 16 << 20  # of each side
+_NO_MEMORY = AlignedBuffer(0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +50,8 @@ class TensorComparer:
         self._encoder = Encoder(checkpoint, dtypes)
         self._stale = frozenset(checkpoint.provenance["stale_copies"])
         self._block = config.weight_block_size or (1, 1)
+        stored = ModelConfig.from_dict(checkpoint.config_dict).weight_block_size or (1, 1)
+        self._row_multiple = stored[0]
         self._memory = threading.local()
         self.scales = frozenset(slot.scale for slot in slots.values() if slot.scale)
 
@@ -65,7 +71,8 @@ class TensorComparer:
             for name in _with_scale(slot)
             if not self._same(name)
         ]
-        self._encoder.forget(slot.name)
+        for name in _with_scale(slot):
+            self._encoder.forget(name)
         return found
 
     def _same(self, name: str) -> bool:
@@ -82,7 +89,7 @@ class TensorComparer:
 
     def _pieces(self, name: str) -> Iterator[np.ndarray]:
         """What export writes and what the source has, uint8 [2, bytes], whole rows at a time."""
-        rows, step = self._encoder.num_rows(name), self._encoder.rows_at_once(name)
+        rows, step = self._encoder.num_rows(name), self._rows_at_once(name)
         row_bytes = self._encoder.row_bytes(name)
         file, begin = self.place(name)
         for start in range(0, rows, step):
@@ -92,16 +99,24 @@ class TensorComparer:
             self._listing.source.read_into(file, begin + start * row_bytes, pair[1])
             yield pair
 
+    def _rows_at_once(self, name: str) -> int:
+        """Rows of a piece: whole rows of blocks, at most _PIECE_BYTES if it can be."""
+        blocks = _PIECE_BYTES // (self._encoder.row_bytes(name) * self._row_multiple)
+        most = max(blocks, 1) * self._row_multiple
+        return min(most, self._encoder.rows_at_once(name))
+
     def _buffers(self, nbytes: int) -> np.ndarray:
-        """Memory [2, nbytes] that this thread uses again and again; fresh memory is slow."""
-        if getattr(self._memory, "size", 0) < nbytes:
-            self._memory.size = nbytes
-            self._memory.bytes = np.empty(2 * nbytes, np.uint8)
-        return self._memory.bytes[: 2 * nbytes].reshape(2, nbytes)
+        """Memory [2, nbytes] that this thread uses again and again; fresh memory is slow.
+
+        Pieces of all large tensors need about as much, so that no thread takes more than another.
+        """
+        if getattr(self._memory, "pair", _NO_MEMORY).capacity < 2 * nbytes:
+            self._memory.pair = AlignedBuffer(2 * max(nbytes, _PIECE_BYTES))
+        return self._memory.pair.bytes[: 2 * nbytes].reshape(2, nbytes)
 
     def _worst(self, slot: Slot) -> float:
         """As in Difference; infinite where a value or a scale is no finite number."""
-        step = self._encoder.rows_at_once(slot.name)
+        step = self._rows_at_once(slot.name)
         # Copied: the next pieces come into the same memory.
         grids = np.concatenate([*map(np.copy, self._pieces(slot.scale))], 1) if slot.scale else None
         worst, peak = [0.0], [0.0]

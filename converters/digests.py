@@ -1,9 +1,9 @@
 """Whether a checkpoint directory still holds the bytes that were written; knows no tensor."""
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from converters.in_flight import in_flight
 from converters.problems import Problem
 from mtp_model.rawio import file_digest
 from mtp_model.store import PARAMS, Checkpoint, Piece
@@ -38,25 +38,27 @@ def check_digests(
     pieces = list(checkpoint.pieces())
     total = sum(checkpoint.leaves[piece.path].chunk_bytes for piece in pieces)
     done = 0
-    for piece, fault in _faults(pieces, workers):
+    faults: dict[Piece, str] = {}
+    for piece, fault in in_flight(_fault, pieces, workers):
         if fault:
-            problems.append(Problem("digest", f"{PARAMS}/{piece.path}/{piece.coord}", fault))
+            faults[piece] = fault
         done += checkpoint.leaves[piece.path].chunk_bytes
         if progress:
             progress(done, total)
+    problems += [
+        Problem("digest", f"{PARAMS}/{piece.path}/{piece.coord}", faults[piece])
+        for piece in pieces
+        if piece in faults
+    ]
     return DigestCheck(files=len(pieces), bytes=total, problems=tuple(problems))
 
 
-def _faults(pieces: list[Piece], workers: int) -> Iterator[tuple[Piece, str | None]]:
-    with ThreadPoolExecutor(workers) as pool:
-        yield from zip(pieces, pool.map(_fault, pieces), strict=True)
-
-
-def _fault(piece: Piece) -> str | None:
+def _fault(piece: Piece) -> tuple[Piece, str | None]:
     try:
         found = file_digest(piece.file)
     except OSError as err:
-        return f"cannot be read: {err.strerror}"
+        return piece, f"cannot be read: {err.strerror}"
     if found != piece.digest:
-        return f"has other bytes than were written (xxh3-128 {found}, recorded {piece.digest})"
-    return None
+        recorded = f"(xxh3-128 {found}, recorded {piece.digest})"
+        return piece, f"has other bytes than were written {recorded}"
+    return piece, None

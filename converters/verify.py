@@ -6,7 +6,6 @@ Every tensor of the source is compared with what export writes for it, so this h
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +13,10 @@ from converters.check_headers import Comparison, compare
 from converters.compare_tensors import Difference, TensorComparer
 from converters.digests import DEFAULT_WORKERS, DigestCheck
 from converters.groups import GROUPS, group_of
+from converters.in_flight import in_flight
 from converters.listing import Listing
 from converters.logits import LogitsCheck
+from converters.mapping import Slot
 from converters.problems import Problem, raise_if_any
 from mtp_model.config import ModelConfig
 from mtp_model.model import Scope
@@ -105,13 +106,15 @@ def check_storage(
     slots.sort(key=lambda slot: comparer.place(slot.name))
     total, done = sum(map(comparer.nbytes, slots)), 0
     differences: list[Difference] = []
-    with ThreadPoolExecutor(workers) as pool:
-        futures = {pool.submit(comparer.differences, slot): slot for slot in slots}
-        for future in as_completed(futures):
-            differences += future.result()
-            done += comparer.nbytes(futures[future])
-            if progress:
-                progress(done, total)
+
+    def compared(slot: Slot) -> tuple[int, list[Difference]]:
+        return comparer.nbytes(slot), comparer.differences(slot)
+
+    for nbytes, found_there in in_flight(compared, slots, workers):
+        differences += found_there
+        done += nbytes
+        if progress:
+            progress(done, total)
     differences.sort(key=lambda difference: comparer.place(difference.name))
     return StorageCheck(
         scope=scope, parts=_parts(listing, found, differences), differences=tuple(differences)

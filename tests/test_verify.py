@@ -1,5 +1,6 @@
 """Verify says yes only where bytes, digests and logits are right, and names what is not."""
 
+import gc
 import json
 import shutil
 import sys
@@ -14,6 +15,7 @@ from imported import import_folder, import_tiny
 import converters
 from converters.check import read_config
 from converters.digests import check_digests
+from converters.encode import _Requantised
 from converters.exporter import export_checkpoint
 from converters.listing import Listing, list_checkpoint
 from converters.logits import (
@@ -162,6 +164,18 @@ def test_scope_of_the_checkpoint_is_what_is_compared(kept: Pair, tmp_path: Path,
     other = {"main": "mtp", "mtp": "main"}[scope]
     with pytest.raises(ProblemsError, match=f"imported with --scope {scope}; it cannot"):
         storage(source, tmp_path / "part", scope=other)
+
+
+def test_what_quantising_a_weight_left_in_memory_goes_once_it_was_compared(tmp_path: Path):
+    checkpoint = import_tiny(tmp_path, dtype="fp8", import_options={"dtype": "bf16"})
+    remembered: list[int] = []
+
+    def count(_done: int, _total: int) -> None:
+        remembered.append(sum(isinstance(found, _Requantised) for found in gc.get_objects()))
+
+    assert storage(tmp_path / "source", checkpoint, workers=1, progress=count).holds
+    assert len(remembered) > 100
+    assert max(remembered) <= 1
 
 
 def test_swapped_tensors_of_the_source_are_both_named(copied: Pair):
