@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from converters.hub_cache import cached
-from converters.hub_downloads import Downloads, Limits
+from converters.hub_downloads import Downloads, Limits, room_needed
 from converters.hub_errors import DEFAULT_PATIENCE, Patience, hub_error
 from converters.hub_http import Repository
 from converters.hub_listing import Entry
@@ -76,6 +76,12 @@ class HubSource:
         entry = self._entry(file)
         kind = "sha256" if entry.sha256 else "git_blob"
         return {"size": entry.size, kind: entry.digest}
+
+    def room_needed(self, reads: Mapping[str, Sequence[Read]], folder: Path) -> Mapping[Path, int]:
+        """Bytes that `staged` needs on disk at once: a few files; to keep them, all of them."""
+        return room_needed(
+            self._repository, reads, folder, keep=self._keep_downloads, limits=self._limits
+        )
 
     @contextlib.contextmanager
     def staged(self, reads: Mapping[str, Sequence[Read]], folder: Path) -> Iterator[Finish]:

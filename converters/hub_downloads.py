@@ -11,10 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub import constants
+
 from converters.hub_cache import cached, keep_in_cache
 from converters.hub_errors import StoppedError, hub_error
 from converters.hub_http import Repository
-from converters.partial_file import PartialFile, Ranges, covers, cut, merged
+from converters.partial_file import PartialFile, Ranges, covers, cut, merged, num_bytes
 from converters.staging import Read
 
 _CONNECTIONS = 4  # for each file
@@ -214,3 +216,36 @@ def _planned(reads: Mapping[str, Sequence[Read]]) -> dict[str, _File]:
         name: _File(name=name, ranges=merged(ranges), users=users[name])
         for name, ranges in wanted.items()
     }
+
+
+def room_needed(
+    repository: Repository,
+    reads: Mapping[str, Sequence[Read]],
+    folder: Path,
+    *,
+    keep: bool,
+    limits: Limits,
+) -> dict[Path, int]:
+    """About how many bytes fetching `reads` takes at once, by folder, beyond those in `folder`.
+
+    It is about that: a reader that falls behind the others holds its files for longer.
+    """
+    sizes = {
+        name: _fetched_bytes(file, repository.entries[name].size)
+        for name, file in _planned(reads).items()
+        if not cached(repository, name)
+    }
+    of_one_step = max((len({read[0] for read in step}) for step in reads.values()), default=0)
+    at_once = sum(sorted(sizes.values())[-max(limits.most_files, of_one_step) :])
+    there = sum(path.stat().st_blocks * 512 for path in folder.glob("*.part"))
+    needed = {folder: max(at_once - there, 0)}
+    if keep:
+        whole = [size for name, size in sizes.items() if size == repository.entries[name].size]
+        needed[Path(constants.HF_HUB_CACHE)] = sum(whole)
+    return needed
+
+
+def _fetched_bytes(file: _File, size: int) -> int:
+    """Bytes that a file of this size takes: all of it once most of it is wanted."""
+    wanted = num_bytes(file.ranges)
+    return size if wanted >= _WHOLE_SHARE * size else wanted

@@ -1,7 +1,8 @@
 """What an import is going to do: leaves, units, and what it all depends on; writes nothing."""
 
 import dataclasses
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,11 +15,12 @@ from converters.listing import INDEX_FILE, Listing
 from converters.mapping import TABLE_VERSION, Slot, slots
 from converters.problems import raise_if_any
 from converters.safetensors_io import DTYPES
-from converters.units import Conversion, Unit, make_units
+from converters.units import Conversion, Unit, make_units, unit_bytes
 from mtp_model.chunks import ChunkPolicy, Leaf
 from mtp_model.config import HiddenState, ModelConfig
 from mtp_model.model import Scope
 from mtp_model.rawio import digest
+from mtp_model.store import digest_of_json
 
 Dtype = Literal["keep", "bf16", "f32"]
 Copies = Literal["check", "main"]
@@ -44,6 +46,28 @@ class Plan:
     conversion: Conversion
     units: list[Unit]
     fingerprint: Fingerprint
+
+    @property
+    def digest(self) -> str:
+        """What tells this plan from every other, and from the same plan for a changed source."""
+        return digest_of_json(self.fingerprint)
+
+    def stored_bytes(self, units: Iterable[Unit]) -> int:
+        """Bytes of the chunk files that units write."""
+        written = [self.conversion.leaves[unit.path] for unit in units if not unit.is_copy]
+        return sum(leaf.chunk_bytes * leaf.num_row_chunks for leaf in written)
+
+    def share(self, worker: tuple[int, int]) -> list[Unit]:
+        """The i-th of n shares: equal in bytes, each a stretch of the source, so that n hosts
+        together fetch a file about once."""
+        index, count = worker
+        sizes = [unit_bytes(self.conversion, unit) for unit in self.units]
+        total = sum(sizes)
+        return [
+            unit
+            for unit, size, end in zip(self.units, sizes, itertools.accumulate(sizes), strict=True)
+            if (2 * end - size) * count // (2 * total) == index  # by the middle of its bytes
+        ]
 
 
 def make_plan(listing: Listing, config: ModelConfig, options: Options, policy: ChunkPolicy) -> Plan:

@@ -3,14 +3,16 @@
 Memory is bounded by the units in flight, one a worker; units.py says what a unit is.
 """
 
-import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from pathlib import Path
 from queue import SimpleQueue
 
-from converters.import_plan import Copies, Dtype, Options, Plan, make_plan, side_files, source_files
+from converters.disk_room import raise_if_full
+from converters.import_finish import finish_import
+from converters.import_plan import Copies, Dtype, Options, Plan, make_plan
 from converters.journal import (
     Journal,
     begun_by_another,
@@ -19,9 +21,7 @@ from converters.journal import (
     read_entries,
 )
 from converters.listing import Listing
-from converters.problems import Problem, raise_if_any
-from converters.provenance import source_record, tool_versions
-from converters.staging import Finish, room_for_fetched, staged
+from converters.staging import Finish, room_for_fetched, room_needed, staged
 from converters.units import (
     Buffers,
     Done,
@@ -36,11 +36,10 @@ from mtp_model.cloud import AnyPath, CloudPath, as_path
 from mtp_model.config import HiddenState, ModelConfig
 from mtp_model.destination import claim, clear, locked
 from mtp_model.model import Scope
-from mtp_model.store import COMPLETE, UNFINISHED, CheckpointError
-from mtp_model.store_writer import Digests, ParamsWriter
+from mtp_model.store import COMPLETE, UNFINISHED, CheckpointError, open_checkpoint
+from mtp_model.store_writer import ParamsWriter
 
 DEFAULT_WORKERS = 3
-_SIDE_PIECE_BYTES = 4 << 20
 _MAKING_ROOM = "setup-lock"  # within UNFINISHED: held to begin and to finish
 
 Progress = Callable[[int, int], None]
@@ -93,34 +92,40 @@ def import_checkpoint(
     hidden_state = mtp_hidden_state or config.mtp_hidden_state
     options = Options(scope=scope, dtype=dtype, copies=copies, mtp_hidden_state=hidden_state)
     plan = make_plan(listing, config, options, policy)
+    todo: list[Unit] = []
     with claim(dst, shared=worker[1] > 1):
         with locked(dst / UNFINISHED / _MAKING_ROOM, wait=True):
-            _make_room(dst, plan, overwrite)
-            opened = Journal(dst / UNFINISHED, plan.fingerprint, worker)
-        with closing(opened) as journal:
-            writer = ParamsWriter(dst, plan.conversion.leaves)
-            share = plan.units[worker[0] :: worker[1]]
-            done = _still_there(writer, plan, journal.entries)
-            todo = [unit for unit in share if unit.key not in done]
-            _raise_if_full(dst, plan, todo)
-            report = _Counter(plan, share, todo, progress)
-            reads = {unit.key: unit_reads(plan.conversion, unit) for unit in todo}
-            with (
-                room_for_fetched(dst / UNFINISHED, worker) as fetched,
-                staged(listing.source, reads, fetched) as finish,
-            ):
-                _run(plan, todo, writer, journal, workers, report, finish)
-        finished = _finish_if_last(writer, plan)
+            finished = worker[1] > 1 and not overwrite and _is_result(dst, plan)
+            opened = None if finished else _begin(dst, plan, worker, overwrite)
+        if opened:
+            with closing(opened) as journal:
+                todo = _do_share(dst, plan, worker, journal, workers, progress)
+            finished = _finish_if_last(dst, plan)
+    share = plan.share(worker)
     return ImportSummary(
         path=dst,
         worker=worker,
         finished=finished,
         num_tensors=sum(len(unit.slots) for unit in share),
         source_bytes=sum(unit_bytes(plan.conversion, unit) for unit in share),
-        stored_bytes=_stored_bytes(plan, share),
+        stored_bytes=plan.stored_bytes(share),
         num_units=len(share),
         resumed_units=len(share) - len(todo),
     )
+
+
+def _is_result(dst: AnyPath, plan: Plan) -> bool:
+    """Whether `dst` is what this very import gave when the last of its workers ended."""
+    try:
+        provenance = open_checkpoint(dst).provenance
+    except CheckpointError:
+        return False
+    return "derived" not in provenance and provenance.get("plan") == plan.digest
+
+
+def _begin(dst: AnyPath, plan: Plan, worker: tuple[int, int], overwrite: bool) -> Journal:
+    _make_room(dst, plan, overwrite)
+    return Journal(dst / UNFINISHED, plan.fingerprint, worker)
 
 
 def _make_room(dst: AnyPath, plan: Plan, overwrite: bool) -> None:
@@ -146,24 +151,33 @@ def _still_there(writer: ParamsWriter, plan: Plan, entries: Iterable[dict]) -> d
     return found
 
 
-def _raise_if_full(dst: AnyPath, plan: Plan, todo: Iterable[Unit]) -> None:
+def _do_share(
+    dst: AnyPath,
+    plan: Plan,
+    worker: tuple[int, int],
+    journal: Journal,
+    workers: int,
+    progress: Progress | None,
+) -> list[Unit]:
+    """Do what is left of a worker's share; returns that."""
+    writer = ParamsWriter(dst, plan.conversion.leaves)
+    share, source = plan.share(worker), plan.conversion.listing.source
+    done = _still_there(writer, plan, journal.entries)
+    todo = [unit for unit in share if unit.key not in done]
+    reads = {unit.key: unit_reads(plan.conversion, unit) for unit in todo}
+    with room_for_fetched(dst / UNFINISHED, worker) as fetched:
+        _raise_if_full(dst, plan.stored_bytes(todo), room_needed(source, reads, fetched))
+        report = _Counter(plan, share, todo, progress)
+        with staged(source, reads, fetched) as finish:
+            _run(plan, todo, writer, journal, workers, report, finish)
+    return todo
+
+
+def _raise_if_full(dst: AnyPath, stored_bytes: int, fetched: Mapping[Path, int]) -> None:
     if isinstance(dst, CloudPath):
-        return
-    needed, free = _stored_bytes(plan, todo), shutil.disk_usage(dst).free
-    if needed > free:
-        raise CheckpointError(
-            f"{dst} needs {needed / 1e9:.1f} GB more, its disk has {free / 1e9:.1f} GB free; "
-            "make room and run the same command again, or name another place"
-        )
-
-
-def _stored_bytes(plan: Plan, units: Iterable[Unit]) -> int:
-    leaves = plan.conversion.leaves
-    return sum(
-        leaves[unit.path].chunk_bytes * leaves[unit.path].num_row_chunks
-        for unit in units
-        if not unit.is_copy
-    )
+        raise_if_full(fetched, "set TMPDIR to a folder on another disk")
+    else:
+        raise_if_full({dst: stored_bytes, **fetched}, "name another place")
 
 
 class _Counter:
@@ -218,74 +232,20 @@ def _run(
             raise
 
 
-def _finish_if_last(writer: ParamsWriter, plan: Plan) -> bool:
+def _finish_if_last(dst: AnyPath, plan: Plan) -> bool:
     """Finish the directory when every share is done; False while other workers are at it."""
-    folder = writer.path / UNFINISHED
+    folder = dst / UNFINISHED
     try:
         with locked(folder / _MAKING_ROOM, wait=True):
-            if (writer.path / COMPLETE).is_file():
+            if (dst / COMPLETE).is_file():
                 return True
+            writer = ParamsWriter(dst, plan.conversion.leaves)
             done = _still_there(writer, plan, read_entries(folder, plan.fingerprint))
             if len(done) < len(plan.units):
                 return False
-            _finish(writer, plan, done)
+            finish_import(writer, plan, done)
             return True
     except FileNotFoundError:
-        if (writer.path / COMPLETE).is_file():
+        if (dst / COMPLETE).is_file():
             return True  # another worker finished it and took the folder of locks away
         raise
-
-
-def _finish(writer: ParamsWriter, plan: Plan, done: dict[str, Done]) -> None:
-    listing, options = plan.conversion.listing, plan.options
-    tensors = {name: value for unit in done.values() for name, value in unit.tensors.items()}
-    stale = [problem.subject for problem in _stale_copies(plan, tensors)]
-    if options.copies == "check":
-        raise_if_any(listing.source.name, _stale_copies(plan, tensors))
-    side = {
-        file: writer.write_side_file(file, _side_pieces(listing, file))
-        for file in side_files(listing)
-    }
-    raise_if_any(listing.source.name, _changed_files(plan))
-    writer.finish(
-        provenance={
-            "source": source_record(listing, tensors),
-            **asdict(options),
-            "stale_copies": stale,
-            "tools": tool_versions(),
-        },
-        digests=_digests(plan, done),
-        headers={file: header.raw.decode() for file, header in listing.headers.items()},
-        side_files=side,
-    )
-
-
-def _stale_copies(plan: Plan, tensors: dict[str, str]) -> Iterator[Problem]:
-    for slot in plan.conversion.slots.values():
-        if slot.copy_of and slot.name in tensors and tensors[slot.name] != tensors[slot.copy_of]:
-            advice = "import with --copies main to take the main model's"
-            yield Problem("copy", slot.name, f"differs from {slot.copy_of}; {advice}")
-
-
-def _side_pieces(listing: Listing, file: str) -> Iterator[bytes]:
-    size = int(listing.source.fingerprint(file)["size"])
-    for begin in range(0, size, _SIDE_PIECE_BYTES):
-        yield listing.source.read(file, begin, min(_SIDE_PIECE_BYTES, size - begin))
-
-
-def _changed_files(plan: Plan) -> Iterator[Problem]:
-    """Files that were replaced while they were read."""
-    began = plan.fingerprint["files"]
-    for file, state in source_files(plan.conversion.listing).items():
-        if any(began[file][key] != value for key, value in state.items()):
-            advice = "import it again with --overwrite"
-            yield Problem("changed", file, f"was replaced while it was read; {advice}")
-
-
-def _digests(plan: Plan, done: dict[str, Done]) -> Digests:
-    """Chunk digests by leaf, in the order of the table and of the units."""
-    found: Digests = {path: {} for path in plan.conversion.leaves}
-    for unit in plan.units:
-        if not unit.is_copy:
-            found[unit.path] |= done[unit.key].pieces
-    return found

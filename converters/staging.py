@@ -32,6 +32,22 @@ class FarSource(Protocol):
         ...
 
 
+@runtime_checkable
+class FetchingSource(Protocol):
+    """A far source that keeps what it fetches on a disk for a while."""
+
+    def room_needed(self, reads: Mapping[str, Sequence[Read]], folder: Path) -> Mapping[Path, int]:
+        """As `room_needed` below."""
+        ...
+
+
+def room_needed(
+    source: Source, reads: Mapping[str, Sequence[Read]], folder: Path
+) -> Mapping[Path, int]:
+    """About how many bytes `staged` will have on disk at once, by folder, beyond those there."""
+    return source.room_needed(reads, folder) if isinstance(source, FetchingSource) else {}
+
+
 @contextlib.contextmanager
 def staged(source: Source, reads: Mapping[str, Sequence[Read]], folder: Path) -> Iterator[Finish]:
     """While inside, the source fetches `reads`, by step and in the order of the steps.

@@ -59,3 +59,8 @@ def problem(error: pytest.ExceptionInfo[ProblemsError]) -> str:
     """The one problem of an error."""
     (found,) = error.value.problems
     return str(found)
+
+
+def fetched_bytes(hub: HubServer) -> int:
+    """Bytes of files in large file storage that were sent, since `seen` was cleared."""
+    return sum(seen.body_bytes for seen in hub.requests("^GET /[0-9a-f]{64}$"))

@@ -17,7 +17,7 @@ import numpy as np
 from dying import before
 from roundtrip import run_import
 
-from converters import exporter, fp8, importer, journal
+from converters import exporter, fp8, import_finish, journal
 from converters.exporter import export_checkpoint
 from converters.safetensors_writer import StreamWriter
 from mtp_model import destination, rawio, store_writer
@@ -45,7 +45,7 @@ POINTS: dict[str, Callable[[int], None]] = {
     "object": lambda n: before(CloudPath, "write_bytes", n),
     "metadata": lambda n: before(store_writer, "write_orbax_metadata", n),
     "layout": lambda n: before(store_writer, "_write_json", n),
-    "side file": lambda n: before(importer, "_side_pieces", n),
+    "side file": lambda n: before(import_finish, "_side_pieces", n),
     "marker": lambda n: before(destination.shutil, "rmtree", n),
     "piece": lambda n: before(StreamWriter, "write", n, half_a_piece),
     "read back": lambda n: before(exporter, "file_digest", n),

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from roundtrip import (
     tree_bytes,
 )
 
-from converters import base, base_compare, encode, export_stream, importer
+from converters import base, base_compare, encode, export_stream
 from converters.export_result import ExportSummary
 from converters.exporter import export_checkpoint
 from converters.importer import import_checkpoint
@@ -433,7 +434,7 @@ def test_the_room_that_copies_need_is_foreseen(
     class Usage:
         free = 150_000
 
-    monkeypatch.setattr(importer.shutil, "disk_usage", lambda _: Usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage)
     export(tuned, tmp_path / "out", src)
     monkeypatch.setattr("converters.exporter.can_link", lambda *_: False)
     with pytest.raises(CheckpointError, match="make room and run the same command again"):

@@ -1,7 +1,6 @@
-"""Files of the Hub fetched ahead of those who read them, and imports that do."""
+"""Files of the Hub fetched ahead of those who read them."""
 
 import errno
-import json
 import os
 import re
 import time
@@ -10,22 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_client import BYTES, REPO, lone_hub, make_default, problem, source_of
+from hub_client import BYTES, REPO, fetched_bytes, lone_hub, problem, source_of
 from hub_server import Fault, HubServer, sha256
 from huggingface_hub import try_to_load_from_cache
-from roundtrip import SMALL_CHUNKS, make_source, run_import, tree_bytes
 
-from converters import cli
 from converters.hub import HubSource
 from converters.hub_downloads import Limits
 from converters.hub_errors import Patience
-from converters.importer import ImportSummary, import_checkpoint
-from converters.listing import list_checkpoint
 from converters.partial_file import covers, cut, merged, without
 from converters.problems import ProblemsError
 from converters.source import LocalSource
-from mtp_model.config import ModelConfig
-from mtp_model.store import UNFINISHED, open_checkpoint
 
 NAMES = [f"model-{number}.safetensors" for number in range(6)]
 
@@ -58,10 +51,6 @@ def until(condition: Callable[[], Any]) -> None:
             return
         time.sleep(0.01)
     raise AssertionError("did not happen in 5 s")
-
-
-def fetched_bytes(hub: HubServer) -> int:
-    return sum(seen.body_bytes for seen in hub.requests("^GET /[0-9a-f]{64}$"))
 
 
 def test_files_are_fetched_in_order_ahead_of_the_reader_and_deleted_behind_it(hub, tmp_path):
@@ -213,106 +202,3 @@ def test_ranges():
         False,
     ]
     assert list(cut([(0, 5), (9, 10)], 2)) == [(0, 2), (2, 4), (4, 5), (9, 10)]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_source(tmp_path_factory.mktemp("source") / "fp8", num_mtp=2)
-
-
-def import_from(
-    source: HubSource, dst: Path, progress: Callable[[int, int], None] | None = None, **options: Any
-) -> ImportSummary:
-    listing = list_checkpoint(source)
-    raw = source.read("config.json", 0, source.files()["config.json"])
-    config = ModelConfig.from_dict(json.loads(raw))
-    options = {"policy": SMALL_CHUNKS, "workers": 2} | options
-    return import_checkpoint(listing, config, dst, progress=progress, **options)
-
-
-def test_an_import_from_the_hub_is_the_same_as_from_a_folder(hub, checkpoint, tmp_path):
-    hub.add(REPO, tree_bytes(checkpoint))
-    most = []
-
-    def watch(_done: int, _total: int) -> None:
-        most.append(len(list((tmp_path / "hub" / UNFINISHED).glob("*/*.part"))))
-
-    source = source_of(hub, limits=Limits(most_files=2, piece_bytes=5000))
-    import_from(source, tmp_path / "hub", watch)
-    run_import(checkpoint, tmp_path / "local")
-    found, wanted = tree_bytes(tmp_path / "hub"), tree_bytes(tmp_path / "local")
-    differing = {name for name in wanted if found[name] != wanted[name]}
-    assert found.keys() == wanted.keys()
-    assert differing <= {"provenance.json", "COMPLETE"}
-    provenance = open_checkpoint(tmp_path / "hub").provenance
-    assert provenance["source"]["name"] == source.name
-    local = open_checkpoint(tmp_path / "local").provenance
-    assert provenance["source"]["files"] == local["source"]["files"]
-    assert 1 <= max(most) <= 4
-    sizes = source.files()
-    shards = sum(size for name, size in sizes.items() if name.endswith(".safetensors"))
-    assert fetched_bytes(hub) < 1.2 * shards, "headers are read twice, all else once"
-
-
-def test_an_import_of_the_mtp_module_fetches_its_byte_ranges_only(hub, checkpoint, tmp_path):
-    hub.add(REPO, tree_bytes(checkpoint))
-    source = source_of(hub)
-    list_checkpoint(source)
-    headers = fetched_bytes(hub)
-    summary = import_from(source, tmp_path / "mtp", scope="mtp")
-    # Headers once more for the import, and once with a file that is wanted nearly whole.
-    assert fetched_bytes(hub) <= 3 * headers + summary.source_bytes
-    assert summary.source_bytes < 0.7 * sum(source.files().values())
-
-
-def test_an_interrupted_import_fetches_no_file_twice(hub, checkpoint, tmp_path):
-    hub.add(REPO, tree_bytes(checkpoint))
-
-    def interrupt(done: int, total: int) -> None:
-        if done > 0.5 * total:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        import_from(source_of(hub), tmp_path / "hub", interrupt)
-    first = fetched_bytes(hub)
-    hub.seen.clear()
-    summary = import_from(source_of(hub), tmp_path / "hub")
-    assert summary.finished
-    assert summary.resumed_units > 0
-    shards = sum(s for name, s in source_of(hub).files().items() if name.endswith("safetensors"))
-    assert first + fetched_bytes(hub) < 1.5 * shards
-    run_import(checkpoint, tmp_path / "local")
-    assert tree_bytes(tmp_path / "hub" / "params") == tree_bytes(tmp_path / "local" / "params")
-
-
-def test_an_import_that_is_continued_after_the_branch_moved_is_refused(hub, checkpoint, tmp_path):
-    files = tree_bytes(checkpoint)
-    model = hub.add(REPO, files)
-    old = model.branches["main"]
-
-    def interrupt(done: int, _total: int) -> None:
-        if done:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        import_from(source_of(hub), tmp_path / "hub", interrupt)
-    model.commit(files | {"figures/model.svg": b"<svg></svg>"})
-    with pytest.raises(ProblemsError, match=r"changed +figures/model\.svg was size 6000, git_blob"):
-        import_from(source_of(hub), tmp_path / "hub")
-    assert import_from(source_of(hub, f"{REPO}@{old}"), tmp_path / "hub").finished
-
-
-def test_the_commands_take_a_model_of_the_hub(hub, checkpoint, tmp_path, monkeypatch, capsys):
-    make_default(hub, monkeypatch)
-    hub.add(REPO, tree_bytes(checkpoint))
-    pinned = f"{REPO}@{hub.models[REPO].branches['main']}"
-    assert cli.main(["inspect", REPO, "--json"]) == 0
-    sent = sum(seen.body_bytes for seen in hub.requests("^GET /[0-9a-f]{64}$"))
-    assert sent < 0.2 * sum(map(len, tree_bytes(checkpoint).values())), "headers, not weights"
-    assert cli.main(["import", REPO, str(tmp_path / "ckpt")]) == 0
-    assert cli.main(["verify", REPO, str(tmp_path / "ckpt")]) == 0
-    assert pinned in capsys.readouterr().out
-    assert open_checkpoint(tmp_path / "ckpt").provenance["source"]["name"] == pinned
-    assert cli.main(["import", f"{REPO}@nope", str(tmp_path / "other")]) == 1
-    assert "has no such revision (404)" in capsys.readouterr().err
-    assert not (tmp_path / "other").exists()

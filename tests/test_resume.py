@@ -9,12 +9,22 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from roundtrip import assert_same_files, make_source, run_import, tree_bytes
+from roundtrip import (
+    SMALL_CHUNKS,
+    assert_same_files,
+    listed,
+    make_source,
+    run_import,
+    tree_bytes,
+)
 
 from converters.exporter import export_checkpoint
+from converters.import_plan import Options, make_plan
 from converters.problems import ProblemsError
+from converters.units import unit_bytes
 from mtp_model.destination import LOCK, claim, locked
 from mtp_model.store import UNFINISHED, Checkpoint, CheckpointError, open_checkpoint
+from mtp_model.store_writer import write_derived
 
 HERE = Path(__file__).parent
 SIZES = {"n_routed_experts": 8, "num_hidden_layers": 2, "first_k_dense_replace": 1}
@@ -146,8 +156,66 @@ def test_a_share_may_be_finished_by_one_process(src: Path, whole: Checkpoint, tm
     first = run_import(src, dst, dtype="bf16", worker=(1, 2))
     summary = run_import(src, dst, dtype="bf16")
     assert not first.finished
-    assert summary.resumed_units == first.num_units == summary.num_units // 2
+    assert summary.resumed_units == first.num_units < summary.num_units
     assert_same_files(dst, whole.path)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 1000])
+def test_shares_are_stretches_of_the_source_equal_in_bytes(src: Path, count: int):
+    listing, config = listed(src)
+    options = Options(scope="all", dtype="keep", copies="check", mtp_hidden_state="post_norm")
+    plan = make_plan(listing, config, options, SMALL_CHUNKS)
+    shares = [plan.share((index, count)) for index in range(count)]
+    assert [unit for share in shares for unit in share] == plan.units
+    sizes = [unit_bytes(plan.conversion, unit) for unit in plan.units]
+    for share in shares:
+        nbytes = sum(unit_bytes(plan.conversion, unit) for unit in share)
+        assert abs(nbytes - sum(sizes) / count) <= max(sizes)
+
+
+def test_shares_of_another_count_go_on(src: Path, whole: Checkpoint, tmp_path: Path):
+    dst = tmp_path / "ckpt"
+    for worker in ((1, 3), (0, 2)):
+        assert not run_import(src, dst, dtype="bf16", worker=worker).finished
+    summary = run_import(src, dst, dtype="bf16", worker=(1, 2))
+    assert summary.finished
+    assert 0 < summary.resumed_units < summary.num_units
+    assert_same_files(dst, whole.path)
+
+
+def test_a_worker_of_an_import_that_is_finished_has_nothing_to_do(
+    src: Path, whole: Checkpoint, tmp_path: Path
+):
+    dst = tmp_path / "ckpt"
+    for index in range(2):
+        run_import(src, dst, dtype="bf16", worker=(index, 2))
+    for worker in ((0, 2), (2, 3)):
+        again = run_import(src, dst, dtype="bf16", worker=worker)
+        assert again.finished
+        assert again.resumed_units == again.num_units
+    assert_same_files(dst, whole.path)
+    assert not (dst / UNFINISHED).exists()
+    for other in ({"dtype": "keep"}, {"dtype": "bf16", "scope": "mtp"}):
+        with pytest.raises(CheckpointError, match="is a complete checkpoint"):
+            run_import(src, dst, worker=(0, 2), **other)
+    assert not run_import(src, dst, dtype="bf16", worker=(0, 2), overwrite=True).finished
+
+
+def test_a_trained_checkpoint_is_not_taken_for_the_import_it_began_as(
+    src: Path, whole: Checkpoint, tmp_path: Path
+):
+    write_derived(whole, tmp_path / "final", {}, {})
+    with pytest.raises(CheckpointError, match="is a complete checkpoint"):
+        run_import(src, tmp_path / "final", dtype="bf16", worker=(0, 2))
+
+
+def test_a_worker_tells_a_changed_source_from_what_was_imported(tmp_path: Path):
+    src = make_source(tmp_path / "src", sizes=SIZES)
+    for index in range(2):
+        run_import(src, tmp_path / "ckpt", worker=(index, 2))
+    os.utime(src / "model-00003-of-000007.safetensors", ns=(1, 1))
+    with pytest.raises(CheckpointError, match="is a complete checkpoint"):
+        run_import(src, tmp_path / "ckpt", worker=(0, 2))
 
 
 def test_the_second_process_stops(src: Path, whole: Checkpoint, tmp_path: Path):
