@@ -13,6 +13,7 @@ from converters.groups import group_of
 from converters.listing import Listing
 from converters.mapping import Slot
 from converters.safetensors_io import DTYPES
+from converters.staging import Read
 from mtp_model.config import ModelConfig
 from mtp_model.rawio import AlignedBuffer
 from mtp_model.store import Checkpoint
@@ -62,7 +63,12 @@ class TensorComparer:
 
     def nbytes(self, slot: Slot) -> int:
         """Bytes of a tensor and its scales in the source."""
-        return sum(self._listing.tensors[name].nbytes for name in _with_scale(slot))
+        return sum(nbytes for _, _, nbytes in self.reads(slot))
+
+    def reads(self, slot: Slot) -> list[Read]:
+        """Where the source stores these bytes."""
+        tensors = (self._listing.tensors[name] for name in _with_scale(slot))
+        return [(tensor.file, tensor.begin, tensor.nbytes) for tensor in tensors]
 
     def differences(self, slot: Slot) -> list[Difference]:
         """Of a tensor and its scales; together, for quantising again makes both at once."""

@@ -1,15 +1,22 @@
-"""Whether a checkpoint directory would export to a source's bytes; must not write nor print.
+"""Whether a checkpoint directory would export to a source's bytes; must not print.
+
+It writes nothing but what it fetches from a source that is far: to a temporary folder, which the
+TMPDIR of the environment places, at most a few of the source's files at once.
 
 Every tensor of the source is compared with what export writes for it, so this holds for any import
 (FP8 kept, bfloat16, float32) and for exports of trained weights that were quantised again.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from converters.check_headers import Comparison, compare
+from converters.compare_files import differing_files
 from converters.compare_tensors import Difference, TensorComparer
 from converters.digests import DEFAULT_WORKERS, DigestCheck
 from converters.groups import GROUPS, group_of
@@ -18,6 +25,8 @@ from converters.listing import Listing
 from converters.logits import LogitsCheck
 from converters.mapping import Slot
 from converters.problems import Problem, raise_if_any
+from converters.source import Source
+from converters.staging import Finish, Read, staged
 from mtp_model.config import ModelConfig
 from mtp_model.model import Scope
 from mtp_model.store import Checkpoint
@@ -39,17 +48,19 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class StorageCheck:
-    """The source's tensors against the checkpoint directory's, group by group."""
+    """The source's tensors against the checkpoint directory's, group by group; and its files."""
 
     scope: Scope
     parts: dict[str, Part]
     differences: tuple[Difference, ...]
     """In the source's order."""
+    files: tuple[Problem, ...]
+    """Headers, side files and whole files that export would write otherwise."""
 
     @property
     def holds(self) -> bool:
-        """Whether export would write every byte of the source's tensors."""
-        return all(difference.replaced for difference in self.differences)
+        """Whether export would write every byte of the source, copies that it replaces aside."""
+        return not self.files and all(difference.replaced for difference in self.differences)
 
     @property
     def total(self) -> Part:
@@ -94,7 +105,7 @@ def check_storage(
     workers: int = DEFAULT_WORKERS,
     progress: Callable[[int, int], None] | None = None,
 ) -> StorageCheck:
-    """Compare tensor by tensor, `workers` at once, a few pieces of rows in memory.
+    """Compare all files, and tensor by tensor, `workers` at once, a few pieces of rows in memory.
 
     config: the source's parsed config.json. scope: what is compared, of what the checkpoint holds.
     Raises ProblemsError for a source that is unfit or another network than the checkpoint.
@@ -104,21 +115,49 @@ def check_storage(
     comparer = TensorComparer(listing, checkpoint, found.config, found.slots)
     slots = [slot for slot in found.slots.values() if slot.name not in comparer.scales]
     slots.sort(key=lambda slot: comparer.place(slot.name))
-    total, done = sum(map(comparer.nbytes, slots)), 0
-    differences: list[Difference] = []
-
-    def compared(slot: Slot) -> tuple[int, list[Difference]]:
-        return comparer.nbytes(slot), comparer.differences(slot)
-
-    for nbytes, found_there in in_flight(compared, slots, workers):
-        differences += found_there
-        done += nbytes
-        if progress:
-            progress(done, total)
-    differences.sort(key=lambda difference: comparer.place(difference.name))
+    differences = _differences(listing.source, comparer, slots, workers, progress)
     return StorageCheck(
-        scope=scope, parts=_parts(listing, found, differences), differences=tuple(differences)
+        scope=scope,
+        parts=_parts(listing, found, differences),
+        differences=tuple(differences),
+        files=differing_files(listing, checkpoint),
     )
+
+
+def _differences(
+    source: Source,
+    comparer: TensorComparer,
+    slots: list[Slot],
+    workers: int,
+    progress: Callable[[int, int], None] | None,
+) -> list[Difference]:
+    """Of these tensors and their scales, in the source's order."""
+    total, done = sum(map(comparer.nbytes, slots)), 0
+    found: list[Difference] = []
+    with _fetched_ahead(source, {slot.name: comparer.reads(slot) for slot in slots}) as finish:
+
+        def compare_one(slot: Slot) -> tuple[int, list[Difference]]:
+            differences = comparer.differences(slot)
+            finish(slot.name)
+            return comparer.nbytes(slot), differences
+
+        with closing(in_flight(compare_one, slots, workers)) as compared:
+            for nbytes, differences in compared:
+                found += differences
+                done += nbytes
+                if progress:
+                    progress(done, total)
+    return sorted(found, key=lambda difference: comparer.place(difference.name))
+
+
+@contextmanager
+def _fetched_ahead(source: Source, reads: Mapping[str, Sequence[Read]]) -> Iterator[Finish]:
+    """As `staged`; what is fetched goes to a temporary folder."""
+    with (
+        TemporaryDirectory(prefix="convert-deepseek-") as folder,
+        staged(source, reads, Path(folder)) as finish,
+    ):
+        yield finish
 
 
 def _comparable(
