@@ -27,7 +27,9 @@ _Src = Annotated[
         help="safetensors checkpoint: a local folder, gs://bucket/folder, or org/name[@revision]",
     ),
 ]
-_Dst = Annotated[Positional[str], arg(metavar="DST", help="folder to write")]
+_Dst = Annotated[
+    Positional[str], arg(metavar="DST", help="folder to write, local or gs://bucket/folder")
+]
 _Ckpt = Annotated[
     Positional[str], arg(metavar="CKPT", help="checkpoint directory, local or gs://bucket/folder")
 ]
@@ -36,7 +38,8 @@ _Json = Annotated[bool, arg(help="print JSON instead of tables")]
 _Overwrite = Annotated[bool, arg(help="replace what DST holds, if this toolkit wrote it")]
 _BASE = (
     "what CKPT was imported from, unchanged: only files that hold changed tensors are written, the "
-    "others are hard links, reflinks or copies of SRC's (never write into a linked file). SRC also "
+    "others are hard links, reflinks or copies of SRC's (never write into a linked file), within "
+    "gs:// copies that move no bytes. SRC also "
     "gives the tensors that CKPT of --scope mtp or main does not hold"
 )
 _PUSH = (
@@ -58,9 +61,7 @@ class Import:
     """Turn a safetensors checkpoint into a checkpoint directory; run again to continue."""
 
     src: _Src
-    dst: Annotated[
-        Positional[str], arg(metavar="DST", help="folder to write, local or gs://bucket/folder")
-    ]
+    dst: _Dst
     scope: Literal["all", "main", "mtp"] = "all"
     """main: without MTP modules; mtp: only these, embedding, norm and head; see export --base"""
     dtype: Literal["keep", "bf16", "f32"] = "keep"
@@ -171,6 +172,8 @@ def _export_fault(command: Export) -> str | None:
         return f"--base keeps files as they are; with --dtype {command.dtype} none would be"
     if command.push is not None and not _MODEL.fullmatch(command.push):
         return f"--push {command.push} is no model on the Hub; needed ORG/NAME"
+    if command.push is not None and command.dst.startswith("gs://"):
+        return f"--push uploads a folder of this machine, not {command.dst}"
     return None
 
 

@@ -109,7 +109,7 @@ def run_export(command: "Export") -> int:
             progress=report,
         )
     seconds = time.monotonic() - began_s
-    pushed = _push(summary.path, command.push, checkpoint) if command.push else None
+    pushed = _push(Path(command.dst), command.push, checkpoint) if command.push else None
     plain = {
         **dataclasses.asdict(summary),
         "changed": summary.changed,

@@ -1,11 +1,11 @@
 """What an export did, for whoever shows it; does nothing itself."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from converters.encode import Requantisation
 from converters.links import How
+from mtp_model.cloud import AnyPath
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class ExportSummary:
     files that are no links. num_side_files: all others, which are always written.
     """
 
-    path: Path
+    path: AnyPath
     base: str | None
     files: tuple[ExportedFile, ...]
     num_side_files: int

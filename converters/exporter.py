@@ -1,11 +1,10 @@
 """Checkpoint directory in, safetensors out: the source's own files, byte for byte where unchanged.
 
 Files are written one after the other; a few threads prepare the pieces that come next, so memory
-is bounded by those. A file counts as written once it was read back from the disk and is the same.
+is bounded by those. A file counts as written once what is stored was proved to be the same.
 With a base, the source itself, only files that hold changed tensors are written.
 """
 
-import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -18,26 +17,22 @@ import xxhash
 from converters.base import Overlay, base_state, check_base, held_dtypes, raise_if_changed
 from converters.base_compare import Comparison
 from converters.encode import Encoder, Requantisation
-from converters.export_destination import (
-    claimed,
-    keep_record,
-    raise_if_full,
-    raise_if_within,
-)
+from converters.export_destination import claimed, keep_record, raise_if_within
+from converters.export_files import ExportFiles, export_files
 from converters.export_plan import Dtype, OutFile, Plan, make_plan
 from converters.export_result import ExportedFile, ExportSummary
 from converters.export_stream import Segments, prepared_segments
 from converters.journal import Fingerprint, Journal
-from converters.links import can_link, place
-from converters.listing import SUFFIX, Listing
+from converters.listing import Listing
 from converters.mapping import TABLE_VERSION
 from converters.problems import Problem, ProblemsError
 from converters.safetensors_io import TensorInfo
 from converters.safetensors_writer import StreamWriter
 from converters.source import LocalSource
-from mtp_model.cloud import local_path
+from mtp_model.cloud import AnyPath, as_path, is_cloud
+from mtp_model.destination import delete
 from mtp_model.rawio import file_digest, file_pieces, sync_directory, write_pieces
-from mtp_model.store import COMPLETE, UNFINISHED, Checkpoint
+from mtp_model.store import COMPLETE, CONFIG, UNFINISHED, Checkpoint
 
 DEFAULT_WORKERS = 3
 
@@ -47,7 +42,7 @@ Progress = Callable[[int, int], None]
 
 def export_checkpoint(
     checkpoint: Checkpoint,
-    dst: str | Path,
+    dst: str | AnyPath,
     *,
     dtype: Dtype = "keep",
     base: Listing | None = None,
@@ -61,38 +56,42 @@ def export_checkpoint(
     dtype: `keep` gives the source's files, `bf16` the same with all weights in bfloat16.
     base: the source that `checkpoint` was imported from. Its files without changed tensors are
     linked or copied, and it gives the tensors that `checkpoint` does not hold; for `keep` only.
-    continuable: the finished export may be run again, and does nothing, until forget_record(dst).
+    continuable: the finished export may be run again, and does nothing, until forget_record(dst);
+    only in a folder on this machine.
     Raises ProblemsError for a damaged checkpoint, one that lacks tensors of its source, or another
     base than this source; CheckpointError for a destination that is in use.
     """
-    dst = local_path(dst)
+    dst = as_path(dst)
+    files = export_files(dst)
     plan = make_plan(checkpoint, dtype, has_base=base is not None)
     if base:
-        if isinstance(base.source, LocalSource):
-            raise_if_within(dst, Path(base.source.name))
+        if isinstance(base.source, LocalSource) or is_cloud(base.source.name):
+            raise_if_within(dst, as_path(base.source.name))
         check_base(base, checkpoint)
     fingerprint = _fingerprint(checkpoint, dtype, base)
     with claimed(dst, fingerprint, overwrite=overwrite):
         with closing(Journal(dst / UNFINISHED, fingerprint)) as journal:
-            done = _still_there(dst, journal.entries)
-            export = _Export(checkpoint, dst, plan, base, journal, progress)
+            done = _still_there(files, journal.entries)
+            export = _Export(checkpoint, files, plan, base, journal, progress)
             written = done | export.run([f for f in plan.files if f.name not in done], workers)
         if base:
             raise_if_changed(base, checkpoint, fingerprint)
+        files.delete_others({file.name for file in plan.files})
         _write_side_files(checkpoint, dst, plan)
         sync_directory(dst)
         if continuable:
+            assert isinstance(dst, Path)
             keep_record(dst)
         else:
-            shutil.rmtree(dst / UNFINISHED)
-    files = tuple(written[file.name] for file in plan.files)
+            delete(dst / UNFINISHED)
+    exported = tuple(written[file.name] for file in plan.files)
     return ExportSummary(
         path=dst,
         base=base.source.name if base else None,
-        files=files,
+        files=exported,
         num_side_files=len(checkpoint.side_files()),
         num_tensors=len(plan.dtypes),
-        written_bytes=sum(file.size for file in files if file.digest),
+        written_bytes=sum(f.size for f in exported if f.how in ("written", "copy")),
         resumed_files=len(done),
         notes=plan.notes,
     )
@@ -106,30 +105,27 @@ def _fingerprint(checkpoint: Checkpoint, dtype: Dtype, base: Listing | None) -> 
     return {"options": options, "files": complete, **state}
 
 
-def _still_there(dst: Path, entries: Iterable[dict[str, Any]]) -> dict[str, ExportedFile]:
+def _still_there(files: ExportFiles, entries: Iterable[dict[str, Any]]) -> dict[str, ExportedFile]:
     """Files that were written before, and are there in full."""
-    files = [ExportedFile.from_json(entry) for entry in entries if "compared" not in entry]
-    return {
-        file.name: file
-        for file in files
-        if (dst / file.name).is_file() and (dst / file.name).stat().st_size == file.size
-    }
+    written = [ExportedFile.from_json(entry) for entry in entries if "compared" not in entry]
+    sizes = files.sizes() if written else {}
+    return {file.name: file for file in written if sizes.get(file.name) == file.size}
 
 
 class _Export:
-    """Writes the files, compares every tensor with the source's digest, reads every file back."""
+    """Writes the files, compares every tensor with the source's digest, proves what is stored."""
 
     def __init__(
         self,
         checkpoint: Checkpoint,
-        dst: Path,
+        files: ExportFiles,
         plan: Plan,
         base: Listing | None,
         journal: Journal,
         progress: Progress | None,
     ):
         self._checkpoint = checkpoint
-        self._dst = dst
+        self._files = files
         self._plan = plan
         self._base = base
         dtypes = held_dtypes(checkpoint, plan.dtypes) if base else plan.dtypes
@@ -143,18 +139,16 @@ class _Export:
 
     def run(self, todo: list[OutFile], workers: int) -> dict[str, ExportedFile]:
         """Write these files, or take those from the base that are the same there."""
-        for file in todo:
-            (self._dst / file.name).parent.mkdir(parents=True, exist_ok=True)
         self._total = sum(file.size for file in self._plan.files)
         self._done = self._total - sum(file.size for file in todo)
         if not self._base:
-            raise_if_full(self._dst, self._total - self._done)
+            self._files.raise_if_full(self._total - self._done)
             self._report(0)
             return self._write_all(todo, workers)
         kept = self._unchanged(self._base, todo, workers)
         changed = [file for file in todo if file not in kept]
-        copied = [f for f in kept if not can_link(self._base.source, f.name, self._dst)]
-        raise_if_full(self._dst, sum(file.size for file in (*changed, *copied)))
+        copied = [f for f in kept if self._files.needs_room(self._base.source, f.name)]
+        self._files.raise_if_full(sum(file.size for file in (*changed, *copied)))
         taken = {file.name: self._take(self._base, file) for file in kept}
         return taken | self._write_all(changed, workers)
 
@@ -172,16 +166,16 @@ class _Export:
 
     def _take(self, base: Listing, file: OutFile) -> ExportedFile:
         """A file of the base as it is."""
-        how, digest = place(base.source, file.name, self._dst / file.name)
+        how, digest = self._files.take(base.source, file.name)
         self._report(file.size)
-        return self._read_back(
+        return self._proved(
             ExportedFile(
                 name=file.name, size=file.size, how=how, digest=digest, same_as_source=True
             )
         )
 
     def _write_all(self, files: list[OutFile], workers: int) -> dict[str, ExportedFile]:
-        """Write files; reading one back goes on while the next is written."""
+        """Write files; one is read back while the next is written."""
         checks: list[Future[ExportedFile]] = []
         with (
             ThreadPoolExecutor(1) as checker,
@@ -189,7 +183,7 @@ class _Export:
         ):
             for file in files:
                 written = self._write(file, segments)
-                checks.append(checker.submit(self._read_back, written))
+                checks.append(checker.submit(self._proved, written))
                 for check in checks[:-1]:
                     check.result()  # one file behind at most: a failing disk is noticed at once
         return {file.name: file for file in (check.result() for check in checks)}
@@ -197,7 +191,7 @@ class _Export:
     def _write(self, file: OutFile, segments: Segments) -> ExportedFile:
         changed: list[str] = []
         costs: list[Requantisation] = []
-        with StreamWriter(self._dst / file.name, file.raw_header) as out:
+        with StreamWriter(self._files.open(file.name), file.raw_header) as out:
             self._report(out.size - sum(tensor.nbytes for tensor in file.tensors))
             for tensor in file.tensors:
                 if self._write_tensor(tensor, segments, out):
@@ -241,11 +235,11 @@ class _Export:
         where = str(self._checkpoint.path)
         raise ProblemsError(where, [Problem("damaged", tensor.name, f"{detail}; {advice}")])
 
-    def _read_back(self, file: ExportedFile) -> ExportedFile:
-        found = file_digest(self._dst / file.name) if file.digest else None
-        if found != file.digest:
-            detail = f"reads back as {found}, {file.digest} was written: the disk is failing"
-            raise ProblemsError(str(self._dst), [Problem("file", file.name, detail)])
+    def _proved(self, file: ExportedFile) -> ExportedFile:
+        """The same once what is stored is what was written; then it counts."""
+        fault = self._files.fault(file.name, file.digest) if file.digest else None
+        if fault:
+            raise ProblemsError(str(self._files.folder), [Problem("file", file.name, fault)])
         self._journal.append(asdict(file))
         return file
 
@@ -266,12 +260,10 @@ def _source_digests(plan: Plan, checkpoint: Checkpoint) -> dict[str, str | None]
     }
 
 
-def _write_side_files(checkpoint: Checkpoint, dst: Path, plan: Plan) -> None:
-    """Everything but tensors; without it nobody takes what is there for a checkpoint."""
-    for stale in {path.name for path in dst.glob("*" + SUFFIX)} - {f.name for f in plan.files}:
-        (dst / stale).unlink()
+def _write_side_files(checkpoint: Checkpoint, dst: AnyPath, plan: Plan) -> None:
+    """Everything but tensors, config.json last: without it nobody takes this for a checkpoint."""
     digests = checkpoint.side_file_digests()
-    for name in checkpoint.side_files():
+    for name in sorted(checkpoint.side_files(), key=lambda name: name == CONFIG):
         file = dst / name
         file.parent.mkdir(parents=True, exist_ok=True)
         if name in plan.replaced:

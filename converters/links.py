@@ -15,21 +15,23 @@ from converters.problems import Problem, ProblemsError
 from converters.source import LocalSource, Source
 from mtp_model.rawio import TMP_SUFFIX, write_pieces
 
-How = Literal["hard link", "reflink", "copy"]
+How = Literal["hard link", "reflink", "copy", "copy in the cloud"]
+Taken = tuple[How, str | None]
+"""How a file was taken over, and the xxh3-128 of what was copied through this machine."""
 
 _FICLONE = 0x40049409  # of linux/fs.h; the fcntl module has it from Python 3.12 on
 _PIECE_BYTES = 32 << 20
 
 
-def place(source: Source, file: str, target: Path) -> tuple[How, str | None]:
-    """Put `file` at `target`, replacing what is there; how, and the xxh3-128 of what was copied."""
+def place(source: Source, file: str, target: Path) -> Taken:
+    """Put `file` at `target`, replacing what is there."""
     if isinstance(source, LocalSource):
         path = source.path(file)
         if _hard_link(path, target):
             return "hard link", None
         if _reflink(path, target):
             return "reflink", None
-    return "copy", write_pieces(target, _pieces(source, file))
+    return "copy", write_pieces(target, source_pieces(source, file))
 
 
 def can_link(source: Source, file: str, folder: Path) -> bool:
@@ -62,7 +64,7 @@ def _reflink(path: Path, target: Path) -> bool:
     return True
 
 
-def _pieces(source: Source, file: str) -> Iterator[bytes]:
+def source_pieces(source: Source, file: str) -> Iterator[bytes]:
     """The file's bytes; proved by their sha256 where the source knows it."""
     found = source.fingerprint(file)
     size, state = int(found["size"]), hashlib.sha256()

@@ -1,40 +1,43 @@
 """Write one safetensors file from start to end; must not know what any tensor is for."""
 
-import contextlib
-import errno
-import fcntl
-import mmap
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 import numpy as np
 import xxhash
 
+from converters.appended_file import AppendedFile
 from converters.problems import Problem, ProblemsError
 from converters.safetensors_io import Header, parse_header
 from converters.source import Buffer, byte_view
+from mtp_model.cloud import AnyPath
 
-_ALIGNMENT = 4096  # of memory, file offset and length under O_DIRECT, on every common filesystem
-_STAGING_BYTES = 4 * 2**20
-_O_DIRECT = getattr(os, "O_DIRECT", 0)  # Linux has it, others write through the page cache
+
+class Appended(Protocol):
+    """Something that is written from start to end, and not there until it is whole."""
+
+    @property
+    def path(self) -> AnyPath: ...
+    def append(self, view: np.ndarray) -> None: ...
+    def finish(self) -> None: ...
+    def discard(self) -> None: ...
 
 
 class StreamWriter:
-    """A safetensors file that appears at `path` only when it is whole and on the disk.
+    """A safetensors file that appears only when it is whole and durable.
 
     As a context manager it closes at the end of the block, or discards on an exception. One thread
-    writes one file; several files may be written at once. An OSError names the unfinished file.
+    writes one file; several files may be written at once.
     """
 
-    def __init__(self, path: str | Path, raw_header: bytes):
+    def __init__(self, file: str | Path | Appended, raw_header: bytes):
         """`raw_header` is the header text without its length, as in Header.raw."""
-        self._path = Path(path)
-        self._header = parse_header(raw_header, self._path.name, str(path))
+        self._path = Path(file) if isinstance(file, str | Path) else file.path
+        self._header = parse_header(raw_header, self._path.name, str(self._path))
         self._hash = xxhash.xxh3_128()
-        self._file = _AppendedFile(self._path.with_name(self._path.name + ".partial"))
+        is_local = isinstance(file, str | Path)
+        self._file: Appended = AppendedFile(Path(file)) if is_local else file
         self._position = 0
         self.size = self._header.size
         """Of the finished file, in bytes."""
@@ -51,11 +54,11 @@ class StreamWriter:
         self._position += len(view)
 
     def close(self) -> str:
-        """Finish the file: flush to disk, rename into place; its xxh3-128 as 32 hex digits."""
+        """Finish the file: make it durable and visible; its xxh3-128 as 32 hex digits."""
         if self._position != self.size:
             self.discard()
             raise self._error(self._what_lacks(self._header))
-        self._file.finish(self._path)
+        self._file.finish()
         return self.digest
 
     def discard(self) -> None:
@@ -89,98 +92,3 @@ class StreamWriter:
 
     def _error(self, detail: str) -> ProblemsError:
         return ProblemsError(str(self._path), [Problem("file", self._path.name, detail)])
-
-
-class _AppendedFile:
-    """Appends through one aligned, reused buffer, past the page cache where that is possible.
-
-    Direct writes ran 3 times as fast as buffered ones. They need aligned memory, offsets and
-    lengths, and tensors have none of these: the bytes are copied once.
-    """
-
-    def __init__(self, path: Path):
-        self._path = path
-        self._staging = np.frombuffer(mmap.mmap(-1, _STAGING_BYTES), np.uint8)  # page-aligned
-        self._filled = 0
-        self._written = 0
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        try:
-            self._fd = os.open(path, flags | _O_DIRECT, 0o666)
-            self._direct = bool(_O_DIRECT)
-        except OSError as err:
-            if err.errno != errno.EINVAL:
-                raise
-            self._fd = os.open(path, flags, 0o666)
-            self._direct = False
-
-    def append(self, view: np.ndarray) -> None:
-        while len(view):
-            piece = view[: len(self._staging) - self._filled]
-            self._staging[self._filled : self._filled + len(piece)] = piece
-            self._filled += len(piece)
-            view = view[len(piece) :]
-            if self._filled == len(self._staging):
-                self._flush()
-
-    def finish(self, path: Path) -> None:
-        if self._filled % _ALIGNMENT:
-            self._go_buffered()
-        self._flush()
-        with self._or_discarded():
-            os.fsync(self._fd)
-        self._close()
-        self._path.replace(path)
-        _sync_folder(path.parent)
-
-    def discard(self) -> None:
-        if self._fd >= 0:
-            self._close()
-            self._path.unlink(missing_ok=True)
-
-    def _flush(self) -> None:
-        done = 0
-        with self._or_discarded():
-            while done < self._filled:
-                done += self._write(self._staging[done : self._filled].data, self._written + done)
-        self._written += done
-        self._filled = 0
-
-    def _write(self, piece: memoryview, begin: int) -> int:
-        try:
-            return os.pwrite(self._fd, piece, begin)
-        except OSError as err:
-            if not (self._direct and err.errno == errno.EINVAL):
-                raise
-        self._go_buffered()  # opened, but this filesystem wants another alignment
-        return os.pwrite(self._fd, piece, begin)
-
-    @contextlib.contextmanager
-    def _or_discarded(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as err:
-            self.discard()
-            raise OSError(err.errno, err.strerror, str(self._path)) from err
-        except BaseException:
-            self.discard()
-            raise
-
-    def _go_buffered(self) -> None:
-        if self._direct:
-            flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
-            fcntl.fcntl(self._fd, fcntl.F_SETFL, flags & ~_O_DIRECT)
-            self._direct = False
-
-    def _close(self) -> None:
-        os.close(self._fd)
-        self._fd = -1  # the number may be another file's from here on
-
-
-def _sync_folder(path: Path) -> None:
-    """Make a rename in the folder survive a power cut, where the filesystem can."""
-    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with contextlib.suppress(OSError):  # network and FUSE filesystems refuse to sync folders
-            os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -24,6 +24,17 @@ def claim(dst: AnyPath, *, shared: bool = False) -> Iterator[None]:
     Several processes that split one import hold it `shared`.
     """
     raise_if_foreign(dst)
+    with held(dst, shared=shared):
+        try:
+            yield
+        finally:
+            if (dst / COMPLETE).is_file():
+                delete(dst / UNFINISHED, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def held(dst: AnyPath, *, shared: bool = False) -> Iterator[None]:
+    """Mark a folder as unfinished and hold it; CheckpointError when another process does."""
     (dst / UNFINISHED).mkdir(parents=True, exist_ok=True)
     if isinstance(dst, CloudPath):
         (dst / UNFINISHED / _BEGUN).write_bytes(b"")  # no folder is there with nothing in it
@@ -34,11 +45,7 @@ def claim(dst: AnyPath, *, shared: bool = False) -> Iterator[None]:
             raise CheckpointError(
                 f"another process is writing {dst}{who}; wait for it, or end it and run this again"
             )
-        try:
-            yield
-        finally:
-            if (dst / COMPLETE).is_file():
-                _delete(dst / UNFINISHED, ignore_errors=True)
+        yield
 
 
 @contextlib.contextmanager
@@ -66,10 +73,11 @@ def clear(dst: AnyPath, *, overwrite: bool) -> None:
         (dst / COMPLETE).unlink()
     for entry in dst.iterdir():
         if entry.name != UNFINISHED:
-            _delete(entry)
+            delete(entry)
 
 
-def _delete(entry: AnyPath, *, ignore_errors: bool = False) -> None:
+def delete(entry: AnyPath, *, ignore_errors: bool = False) -> None:
+    """Delete a file, or a folder with all that is in it."""
     if isinstance(entry, CloudPath):
         entry.delete_tree()
     elif entry.is_dir() and not entry.is_symlink():

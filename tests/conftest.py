@@ -2,6 +2,8 @@
 shapes and dtypes at the boundaries of modules checked as they are annotated."""
 
 import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
@@ -11,6 +13,7 @@ os.environ.setdefault(
 )
 
 import jax
+import pytest
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -21,4 +24,26 @@ CHECKED_MODULES = [
     *(f"mtp_model.{name}" for name in ("model", "moe", "mtp", "rope", "rows")),
     *("finetune.losses", "finetune.acceptance"),
 ]
+if TYPE_CHECKING:
+    from gcs_server import GcsServer
+
 install_import_hook(CHECKED_MODULES, "beartype.beartype")
+
+
+@pytest.fixture(scope="module")
+def gcs() -> "Iterator[GcsServer]":
+    """Google Cloud Storage on loopback."""
+    from gcs_server import gcs_server  # imports what is checked: after the hook
+
+    with gcs_server() as server:
+        yield server
+
+
+@pytest.fixture
+def url(gcs: "GcsServer", request: pytest.FixtureRequest) -> Iterator[str]:
+    """A folder of its own for a test."""
+    from gcs_server import BUCKET
+
+    yield f"gs://{BUCKET}/{request.node.name}"
+    for key in gcs.keys(request.node.name):
+        gcs.delete(key)

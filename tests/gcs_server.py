@@ -1,7 +1,8 @@
 """A Google Cloud Storage server on loopback: the emulator of PyPI, and what it leaves out.
 
 Added here, as the real service does it: generations in the headers of a download and as conditions
-of writes and deletions (412), key ranges and pages of listings, 416 for a range past the end.
+of writes and deletions (412), key ranges and pages of listings, 416 for a range past the end, no
+more than 32 objects joined at once. tensorstore and google-cloud-storage both talk to it.
 """
 
 import contextlib
@@ -19,11 +20,13 @@ from gcp_storage_emulator.handlers import buckets, objects
 from gcp_storage_emulator.server import RequestHandler
 from gcp_storage_emulator.storage import Storage
 
+from converters import cloud_objects
 from mtp_model import cloud
 
 BUCKET = "bucket"
 _OBJECTS = "/storage/v1/b/"
 _PAGE = 100
+_MOST_JOINED = 32
 
 
 class _Storage(Storage):
@@ -36,7 +39,8 @@ class _Storage(Storage):
 class GcsServer:
     """What a test may look at and break. `log` holds (method, key) of every request.
 
-    The next write of an object in `lost` is done and answered by 503.
+    The next write of an object in `lost` is done and answered by 503. What is written to an object
+    in `damaged` is stored with its first byte changed, once.
     """
 
     def __init__(self) -> None:
@@ -44,6 +48,7 @@ class GcsServer:
         self.lock = threading.RLock()
         self.log: list[tuple[str, str]] = []
         self.lost: set[str] = set()
+        self.damaged: set[str] = set()
         buckets.create_bucket(BUCKET, self.storage)
 
     def keys(self, folder: str = "") -> list[str]:
@@ -103,9 +108,18 @@ class _Handler(RequestHandler):
                 super().do_GET()
 
     def do_POST(self) -> None:  # noqa: N802
+        key, _, verb = self._key().rpartition("/")
         with self.gcs.lock:
-            self.gcs.log.append(("POST", self._query("name")))
-            self._change(self._query("name"), super().do_POST)
+            if verb == "compose":
+                self.gcs.log.append(("COMPOSE", key))
+                self._compose(key)
+            elif "/rewriteTo/" in self._key():
+                target = self._key().partition(f"/rewriteTo/b/{BUCKET}/o/")[2]
+                self.gcs.log.append(("REWRITE", target))
+                self._change(target, super().do_POST)
+            else:
+                self.gcs.log.append(("POST", self._query("name")))
+                self._change(self._query("name"), super().do_POST)
 
     def do_DELETE(self) -> None:  # noqa: N802
         with self.gcs.lock:
@@ -117,18 +131,38 @@ class _Handler(RequestHandler):
         if self.command == "GET" and self._key():
             self.send_header("x-goog-generation", self.gcs.generation(self._key()))
 
+    def _compose(self, key: str) -> None:
+        parts = [part["name"] for part in json.loads(self._body())["sourceObjects"]]
+        if len(parts) > _MOST_JOINED:
+            self._answer(400, b"too many source components")
+            return
+        missing = [part for part in parts if self.gcs.generation(part) == "0"]
+        if missing:
+            self._answer(404, b"no such object")
+            return
+        self.gcs.put(key, b"".join(self.gcs.content(part) for part in parts))
+        self._finish_change(key)
+
+    def _finish_change(self, key: str) -> None:
+        """Answer for an object that was written."""
+        if key in self.gcs.damaged:
+            self.gcs.damaged.remove(key)
+            whole = self.gcs.content(key)
+            self.gcs.put(key, bytes([whole[0] ^ 1]) + whole[1:])
+        if key in self.gcs.lost:
+            self.gcs.lost.remove(key)
+            self._answer(503, b"")
+        else:
+            self._answer(200, json.dumps(self.gcs.storage.objects[BUCKET][key]).encode())
+
     def _change(self, key: str, do: Any) -> None:
         needed = self._query("ifGenerationMatch")
         if needed and needed != self.gcs.generation(key):
             self._body()
             self._answer(412, b"conditionNotMet")
-        elif key in self.gcs.lost:
-            self.gcs.lost.remove(key)
-            self.gcs.put(key, self._body())
-            self._answer(503, b"")
-        elif self.command == "POST" and self.headers.get("Content-Length") == "0":
-            self.gcs.put(key, b"")  # the emulator takes no empty object
-            self._answer(200, json.dumps(self.gcs.storage.objects[BUCKET][key]).encode())
+        elif self.command == "POST" and self._query("uploadType") == "media":
+            self.gcs.put(key, self._body())  # the emulator itself takes no empty object
+            self._finish_change(key)
         else:
             do()
 
@@ -161,21 +195,27 @@ class _Handler(RequestHandler):
         self.wfile.write(body)
 
 
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 128  # clients that are not accepted at once wait for a second
+
+
 @contextlib.contextmanager
 def gcs_server() -> Iterator[GcsServer]:
-    """A server that tensorstore, in this process and in those that it starts, takes for GCS."""
+    """A server that this process and those that it starts take for Google Cloud Storage."""
     gcs = GcsServer()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, gcs))
+    server = _Server(("127.0.0.1", 0), partial(_Handler, gcs))
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = {
         "TENSORSTORE_GCS_HTTP_URL": f"http://127.0.0.1:{server.server_port}",
         "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",
+        "STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{server.server_port}",
     }
     try:
         with mock.patch.dict(os.environ, address):
             yield gcs
     finally:
         cloud._store.cache_clear()
+        cloud_objects._client.cache_clear()
         server.shutdown()
         server.server_close()

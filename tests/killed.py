@@ -9,6 +9,7 @@ All run side by side, forked from one that has imported everything. Prints their
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 from dying import before
 from roundtrip import run_import
 
-from converters import exporter, fp8, import_finish, journal
+from converters import appended_object, export_files, exporter, fp8, import_finish, journal
 from converters.exporter import export_checkpoint
 from converters.safetensors_writer import StreamWriter
 from mtp_model import destination, rawio, store_writer
@@ -48,19 +49,20 @@ POINTS: dict[str, Callable[[int], None]] = {
     "side file": lambda n: before(import_finish, "_side_pieces", n),
     "marker": lambda n: before(destination.shutil, "rmtree", n),
     "piece": lambda n: before(StreamWriter, "write", n, half_a_piece),
-    "read back": lambda n: before(exporter, "file_digest", n),
+    "read back": lambda n: before(export_files, "file_digest", n),
     "exported side file": lambda n: before(exporter, "write_pieces", n),
-    "exported marker": lambda n: before(exporter.shutil, "rmtree", n),
+    "joined object": lambda n: before(appended_object, "join", n),
 }
 
 
 def run(command: str, src: str, dst: str, point: str, count: int, worker: tuple[int, int]) -> None:
     os.fsync = lambda _: None  # a killed process loses nothing that it wrote
+    appended_object._PART_BYTES = 1000  # as in the tests
     POINTS[point](count)
     if command == "import":
         run_import(Path(src), as_path(dst), dtype="bf16", worker=worker)
     else:
-        export_checkpoint(open_checkpoint(src), dst)
+        export_checkpoint(open_checkpoint(src), as_path(dst))
 
 
 def forked(arguments: list[Any]) -> int:
@@ -71,6 +73,8 @@ def forked(arguments: list[Any]) -> int:
         try:
             run(*arguments)
             status = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(status)
     return child

@@ -252,7 +252,7 @@ def test_a_push_that_fails_is_continued_by_the_same_command(
     assert " kB is not on the Hub yet; the same command continues" in err
     sent = len(hub.requests("^PUT "))
     hub.clear_faults()
-    monkeypatch.setattr("converters.exporter.place", None)
+    monkeypatch.setattr("converters.export_files.place", None)
     monkeypatch.setattr("converters.exporter.StreamWriter", None)
     status, out, err = run(capsys, *command, "--json")
     assert status == 0, err

@@ -436,7 +436,7 @@ def test_the_room_that_copies_need_is_foreseen(
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage)
     export(tuned, tmp_path / "out", src)
-    monkeypatch.setattr("converters.exporter.can_link", lambda *_: False)
+    monkeypatch.setattr("converters.export_files.can_link", lambda *_: False)
     with pytest.raises(CheckpointError, match="make room and run the same command again"):
         export(tuned, tmp_path / "out2", src)
 

@@ -24,7 +24,7 @@ from roundtrip import (
     tree_bytes,
 )
 
-from converters import encode, export_stream, exporter
+from converters import encode, export_files, export_stream
 from converters.encode import Encoder
 from converters.exporter import export_checkpoint
 from converters.fp8 import block_scales, quantise
@@ -341,16 +341,16 @@ def test_damage_is_not_exported(kept: Checkpoint, tmp_path: Path):
 def test_a_disk_that_forgets_is_noticed(
     kept: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    real = exporter.file_digest
+    real = export_files.file_digest
 
     def wrong(path: Path) -> str:
         return "0" * 32 if path.name.startswith("model-00003") else real(path)
 
-    monkeypatch.setattr(exporter, "file_digest", wrong)
+    monkeypatch.setattr(export_files, "file_digest", wrong)
     with pytest.raises(ProblemsError, match=r"model-00003.* the disk is failing"):
         export_checkpoint(kept, tmp_path / "out")
     assert (tmp_path / "out/.unfinished").is_dir()
-    monkeypatch.setattr(exporter, "file_digest", real)
+    monkeypatch.setattr(export_files, "file_digest", real)
     assert export_checkpoint(kept, tmp_path / "out").resumed_files >= 2
 
 

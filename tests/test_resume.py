@@ -115,7 +115,7 @@ EXPORT_POINTS = [
     ("piece", 100),
     ("read back", 4),
     ("exported side file", 1),
-    ("exported marker", 1),
+    ("marker", 1),
 ]
 
 

@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 import xxhash
 
-from converters import safetensors_writer
+from converters import appended_file, safetensors_writer
 from converters.problems import ProblemsError
 from converters.safetensors_io import make_header
 from converters.safetensors_writer import StreamWriter
@@ -25,7 +25,7 @@ WHOLE = len(RAW).to_bytes(8, "little") + RAW + A.tobytes() + B.tobytes()
 @pytest.fixture(params=["direct", "refused at open", "refused at write", "no O_DIRECT"])
 def _filesystem(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The ways in which filesystems take O_DIRECT; buffers small enough for several flushes."""
-    monkeypatch.setattr(safetensors_writer, "_STAGING_BYTES", 4096)
+    monkeypatch.setattr(appended_file, "_STAGING_BYTES", 4096)
     os_open, os_pwrite, direct = os.open, os.pwrite, os.O_DIRECT
     refusal = OSError(errno.EINVAL, "Invalid argument")
 
@@ -35,7 +35,7 @@ def _filesystem(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         return os_open(path, flags, *mode)
 
     def refuse_write(fd: int, data: memoryview, at: int) -> int:
-        if safetensors_writer.fcntl.fcntl(fd, safetensors_writer.fcntl.F_GETFL) & direct:
+        if appended_file.fcntl.fcntl(fd, appended_file.fcntl.F_GETFL) & direct:
             raise refusal
         return os_pwrite(fd, data, at)
 
@@ -44,7 +44,7 @@ def _filesystem(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     elif request.param == "refused at write":
         monkeypatch.setattr(os, "pwrite", refuse_write)
     elif request.param == "no O_DIRECT":
-        monkeypatch.setattr(safetensors_writer, "_O_DIRECT", 0)
+        monkeypatch.setattr(appended_file, "O_DIRECT", 0)
 
 
 @pytest.mark.usefixtures("_filesystem")
@@ -72,7 +72,7 @@ def write(path: Path, *buffers: np.ndarray | bytes) -> None:
 
 
 def test_a_file_of_whole_pages_and_one_without_tensors(tmp_path, monkeypatch):
-    monkeypatch.setattr(safetensors_writer, "_STAGING_BYTES", 4096)
+    monkeypatch.setattr(appended_file, "_STAGING_BYTES", 4096)
     raw = make_header([("a", "U8", (8192 - 88,))], {})
     raw += b" " * (80 - len(raw))
     for name, header, data in (("pages", raw, bytes(8192 - 88)), ("empty", b"{}", b"")):
@@ -114,7 +114,7 @@ def test_a_full_disk_leaves_no_file_and_names_it(tmp_path, monkeypatch, call, st
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(safetensors_writer, "_STAGING_BYTES", staging_bytes)
+    monkeypatch.setattr(appended_file, "_STAGING_BYTES", staging_bytes)
     monkeypatch.setattr(os, call, full)
     with pytest.raises(OSError, match=r"No space left on device: '.*/x.partial'"):
         write(tmp_path / "x", A, B)
