@@ -35,13 +35,17 @@ def zarray(leaf: Leaf) -> dict:
 
 def leaf_from_zarray(metadata: dict, num_stack_dims: int) -> Leaf:
     """The leaf that zarr v2 metadata describes; ValueError for one this toolkit did not write."""
+    if not 0 <= num_stack_dims < len(metadata["shape"]):
+        raise ValueError(f"{num_stack_dims} stack dims of shape {metadata['shape']}")
     leaf = Leaf(
         shape=tuple(metadata["shape"]),
         dtype=np.dtype(metadata["dtype"]),
         num_stack_dims=num_stack_dims,
         chunk=tuple(metadata["chunks"]),
     )
-    if zarray(leaf) != metadata or leaf.chunk[num_stack_dims + 1 :] != leaf.tensor_shape[1:]:
+    whole_rows = leaf.chunk[num_stack_dims + 1 :] == leaf.tensor_shape[1:]
+    sizes = (*leaf.shape, *leaf.chunk)
+    if zarray(leaf) != metadata or not whole_rows or min(sizes, default=0) < 1:
         raise ValueError(f"chunks that are not plain whole rows: {json.dumps(metadata)}")
     return leaf
 

@@ -10,7 +10,7 @@ Weights are read as bytes from chunk files, never through jax arrays, so that no
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +20,38 @@ from mtp_model import orbax_metadata
 from mtp_model.chunks import Index, Leaf, chunk_file_name
 from mtp_model.cloud import AnyPath, as_path
 from mtp_model.rawio import digest, file_digest, read_range
+from mtp_model.records import Each, Maybe, faults
 
 FORMAT_VERSION = 1
 PARAMS, CONFIG = "params", "config.json"
 PROVENANCE, LAYOUT, COMPLETE = "provenance.json", "layout.json", "COMPLETE"
 UNFINISHED = ".unfinished"  # a folder of whoever is writing; gone once COMPLETE is there
 RESERVED_NAMES = frozenset((PARAMS, PROVENANCE, LAYOUT, COMPLETE, UNFINISHED))
+
+_SOURCE_FILE = {"size": int, "digest": Maybe(str), "header": str, "tensors": [Maybe(str)]}
+_DERIVATION = {"base": dict, "changed": [str], "by": Maybe(str), "settings": Maybe(dict)}
+_SHAPES = {
+    COMPLETE: {
+        "format_version": int,
+        "files": {PROVENANCE: str, LAYOUT: str},
+        "side_files": Each(str),
+    },
+    PROVENANCE: {
+        "source": {"name": str, "files": Each(_SOURCE_FILE)},
+        "plan": Maybe(str),
+        "scope": str,
+        "dtype": str,
+        "copies": str,
+        "mtp_hidden_state": str,
+        "stale_copies": [str],
+        "tools": Each(str),
+        "leaves": Each(int),
+        "pieces": Each(Each(str)),
+        "derived": Maybe([_DERIVATION]),
+    },
+    LAYOUT: {"headers": Each(str)},
+    CONFIG: {},
+}
 
 
 class CheckpointError(ValueError):
@@ -58,7 +84,12 @@ class Checkpoint:
 
     def layout(self) -> dict[str, str]:
         """Header text of every source file, verbatim, by file name; megabytes for a large model."""
-        return _read_json(self.path / LAYOUT)["headers"]
+        headers = _read_json(self.path, LAYOUT)["headers"]
+        differing = headers.keys() ^ self.provenance["source"]["files"].keys()
+        if differing:
+            fault = f"headers and the source's files in {PROVENANCE} differ by {min(differing)!r}"
+            raise _unreadable(self.path, LAYOUT, fault)
+        return headers
 
     def side_files(self) -> tuple[str, ...]:
         """The source's files that hold no tensors, config.json and the index among them."""
@@ -66,7 +97,7 @@ class Checkpoint:
 
     def side_file_digests(self) -> dict[str, str]:
         """Digest of every side file."""
-        return _read_json(self.path / COMPLETE)["side_files"]
+        return _read_json(self.path, COMPLETE)["side_files"]
 
     def read_rows(self, path: str, index: Index, start: int, stop: int) -> np.ndarray:
         """Rows start..stop of the tensor at a stack index of a leaf, in the leaf's dtype."""
@@ -101,7 +132,7 @@ class Checkpoint:
 
     def damaged_files(self) -> list[str]:
         """Files other than chunks whose bytes are not those that were written, or that are gone."""
-        complete = _read_json(self.path / COMPLETE)
+        complete = _read_json(self.path, COMPLETE)
         return [
             name
             for name, expected in sorted((complete["files"] | complete["side_files"]).items())
@@ -113,18 +144,15 @@ def open_checkpoint(path: str | AnyPath) -> Checkpoint:
     """Open a complete checkpoint directory; CheckpointError says what a folder is instead."""
     path = as_path(path)
     raise_unless_complete(path)
-    complete = _read_json(path / COMPLETE)
-    if complete.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format version {complete.get('format_version')!r}, this toolkit reads "
-            f"{FORMAT_VERSION}: import the source again, or use the toolkit that wrote it"
-        )
-    provenance = _read_json(path / PROVENANCE)
+    _check_version(path)
+    provenance = _read_json(path, PROVENANCE)
+    leaves = {name: _read_leaf(path, name, dims) for name, dims in provenance["leaves"].items()}
+    _check_pieces(path, leaves, provenance["pieces"])
     return Checkpoint(
         path=path,
-        config_dict=_read_json(path / CONFIG),
+        config_dict=_read_json(path, CONFIG),
         provenance=provenance,
-        leaves={name: _read_leaf(path, name, dims) for name, dims in provenance["leaves"].items()},
+        leaves=leaves,
     )
 
 
@@ -155,8 +183,33 @@ def digest_of_json(value: Any) -> str:
     return digest(json.dumps(value, sort_keys=True).encode())
 
 
+def _check_version(path: AnyPath) -> None:
+    version = _parsed(path, COMPLETE).get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {version!r}, this toolkit reads {FORMAT_VERSION}: import "
+            "the source again, or use the toolkit that wrote it"
+        )
+    _read_json(path, COMPLETE)
+
+
+def _check_pieces(
+    path: AnyPath, leaves: Mapping[str, Leaf], pieces: Mapping[str, Mapping[str, str]]
+) -> None:
+    """Raise CheckpointError unless there is a digest for each chunk of each leaf, and no other."""
+    for name in sorted(leaves.keys() | pieces.keys()):
+        leaf, found = leaves.get(name), pieces.get(name, {})
+        needed = leaf.num_chunks if leaf else 0
+        same = len(found) == needed
+        if same and leaf:
+            same = all(chunk_file_name(coord) in found for coord in leaf.coords())
+        if not same:
+            fault = f"pieces > {name} has {len(found)} pieces, not the {needed} that are stored"
+            raise _unreadable(path, PROVENANCE, fault)
+
+
 def _read_leaf(path: AnyPath, name: str, num_stack_dims: int) -> Leaf:
-    metadata = _read_json(path / PARAMS / name / orbax_metadata.ZARRAY)
+    metadata = _parsed(path, f"{PARAMS}/{name}/{orbax_metadata.ZARRAY}")
     try:
         return orbax_metadata.leaf_from_zarray(metadata, num_stack_dims)
     except (ValueError, KeyError, TypeError) as error:
@@ -165,11 +218,26 @@ def _read_leaf(path: AnyPath, name: str, num_stack_dims: int) -> Leaf:
         ) from error
 
 
-def _read_json(path: AnyPath) -> dict[str, Any]:
+def _read_json(path: AnyPath, name: str) -> dict[str, Any]:
+    """A file of the directory, with all that its readers index."""
+    value = _parsed(path, name)
+    for fault in faults(value, _SHAPES[name]):
+        raise _unreadable(path, name, fault)
+    return value
+
+
+def _parsed(path: AnyPath, name: str) -> dict[str, Any]:
     try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error}), though the checkpoint is marked complete; "
-            "copy it again, or import it again with --overwrite"
-        ) from error
+        value = json.loads((path / name).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise _unreadable(path, name, str(error)) from error
+    for fault in faults(value, dict):
+        raise _unreadable(path, name, fault)
+    return value
+
+
+def _unreadable(path: AnyPath, name: str, fault: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path / name} cannot be read ({fault}), though the checkpoint is marked complete; "
+        "copy it again, or import it again with --overwrite"
+    )

@@ -33,6 +33,20 @@ LEAVES = {
 }
 
 
+PROVENANCE = {
+    "source": {
+        "name": "here",
+        "files": {"model.safetensors": {"size": 18, "header": "0" * 32, "tensors": [None]}},
+    },
+    "scope": "all",
+    "dtype": "keep",
+    "copies": "check",
+    "mtp_hidden_state": "post_norm",
+    "stale_copies": [],
+    "tools": {"python": "3"},
+}
+
+
 def random_values(seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     return {
@@ -53,7 +67,7 @@ def write_checkpoint(path: Path, values: dict[str, np.ndarray]) -> Checkpoint:
         side = {"config.json": writer.write_side_file("config.json", [b'{"a": ', b"1}"])}
         side["sub/README.md"] = writer.write_side_file("sub/README.md", [b"hello"])
         writer.finish(
-            provenance={"source": {"name": "here"}},
+            provenance=PROVENANCE,
             digests=digests,
             headers={"model.safetensors": '{"x":{}}  '},
             side_files=side,
