@@ -85,8 +85,8 @@ class CheckpointSettings:
 class RunSettings:
     """Everything that decides what a run computes; saved as RUN/config.yaml."""
 
-    checkpoint: Path
-    """Checkpoint directory, as `convert-deepseek import` writes it."""
+    checkpoint: str
+    """Checkpoint directory, as `convert-deepseek import` writes it; local or gs://bucket/folder."""
     data: tuple[Path, ...]
     """Text files, .jsonl files, or folders of them. A line of .jsonl is {"text"}, or
     {"prompt", "completion"} (loss on the completion only), or {"input_ids", optional
@@ -170,6 +170,10 @@ def check(settings: RunSettings) -> None:
         for name in names
         if not good(values[name])
     ]
+    places = (("data", settings.data), ("eval_data", settings.eval_data), ("out", (settings.out,)))
+    for name, paths in places:
+        clouds = [path for path in paths if path.parts[:1] == ("gs:",)]
+        faults += [f"{option(name)} is {path}, needed a path on this machine" for path in clouds]
     if faults:
         raise SettingsError("settings that cannot be used", faults)
 
@@ -264,7 +268,7 @@ def _converted(value: Any, hint: Any) -> Any:
     if typing.get_origin(hint) is Literal:
         if value in typing.get_args(hint):
             return value
-    elif hint is int and type(value) is int:
+    elif hint in (int, str) and type(value) is hint:
         return value
     raise TypeError
 
@@ -278,4 +282,4 @@ def _described(hint: Any) -> str:
         return " or ".join(typing.get_args(hint))
     if isinstance(hint, types.GenericAlias):
         return "a path or a list of paths"
-    return {int: "a whole number", float: "a number", Path: "a path"}[hint]
+    return {int: "a whole number", float: "a number", str: "a path", Path: "a path"}[hint]

@@ -11,6 +11,7 @@ from finetune.corpus import Corpus, DataError, scan
 from finetune.packing import Batch, Packer
 from finetune.tokens import Documents, Encoder
 from mtp_model import ModelConfig
+from mtp_model.cloud import as_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,7 @@ class RunText:
 
 def open_run_text(settings: RunSettings, config: ModelConfig) -> RunText:
     """Scan, check and split the data of a run. Raises DataError with everything wrong with it."""
-    encoder = Encoder(settings.checkpoint)
+    encoder = Encoder(as_path(settings.checkpoint))
     train, held_out, said = _split(settings, config.vocab_size)
     documents = (Documents(each, encoder, config.vocab_size) for each in (train, held_out) if each)
     train_documents, held_out_documents = (*documents, None)[:2]
@@ -38,10 +39,10 @@ def open_run_text(settings: RunSettings, config: ModelConfig) -> RunText:
     )
 
 
-def open_documents(checkpoint: Path, data: tuple[Path, ...], config: ModelConfig) -> Documents:
+def open_documents(checkpoint: str, data: tuple[Path, ...], config: ModelConfig) -> Documents:
     """All documents under `data`, as tokens of the checkpoint's tokenizer."""
     corpus = scan(data, config.vocab_size)
-    return Documents(corpus, Encoder(checkpoint), config.vocab_size)
+    return Documents(corpus, Encoder(as_path(checkpoint)), config.vocab_size)
 
 
 def held_out_batches(documents: Documents, settings: RunSettings) -> list[Batch]:

@@ -24,8 +24,8 @@ class EvaluateSettings:
     choice would, which makes the rates exact for greedy decoding on such text.
     """
 
-    checkpoint: Path
-    """Checkpoint directory, as `convert-deepseek import` or training writes it."""
+    checkpoint: str
+    """Checkpoint directory, as `convert-deepseek import` or training writes it; local or gs://."""
     data: tuple[Path, ...]
     """Text files, .jsonl files, or folders of them, as for training."""
     draft_tokens: int | None = None

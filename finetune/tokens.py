@@ -1,13 +1,13 @@
 """Records of text as tokens with a loss mask, by the checkpoint's own tokenizer."""
 
 import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from finetune.corpus import Corpus, DataError, Exchange, Record, TokenIds
+from mtp_model.cloud import AnyPath
 
 
 class Tokens(NamedTuple):
@@ -25,7 +25,7 @@ class Encoder:
     Raises DataError for files that cannot be read.
     """
 
-    def __init__(self, checkpoint: Path):
+    def __init__(self, checkpoint: AnyPath):
         self.tokenizer = _tokenizer(checkpoint / "tokenizer.json")
         settings = _json(checkpoint / "tokenizer_config.json")
         config = _json(checkpoint / "config.json")
@@ -92,12 +92,12 @@ def _tokens(*parts: tuple[list[int], list[int]]) -> Tokens:
     return Tokens(np.array(ids, np.int32), np.array(mask, np.int32))
 
 
-def _tokenizer(file: Path) -> Tokenizer | None:
+def _tokenizer(file: AnyPath) -> Tokenizer | None:
     """The tokenizer of a checkpoint, set to give every token of a text; None without the file."""
     if not file.is_file():
         return None
     try:
-        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_buffer(file.read_bytes())
     except Exception as error:  # tokenizers raises no narrower class
         raise DataError([f"{file} is not a tokenizer: {error}"]) from error
     tokenizer.no_truncation()
@@ -105,8 +105,8 @@ def _tokenizer(file: Path) -> Tokenizer | None:
     return tokenizer
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: AnyPath) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return json.loads(path.read_bytes()) if path.is_file() else {}
     except ValueError as error:
         raise DataError([f"{path} is not JSON: {error}"]) from error

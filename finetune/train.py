@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -43,6 +44,7 @@ from finetune.weights import (
     write_final,
 )
 from mtp_model import ModelConfig
+from mtp_model.cloud import is_cloud
 from mtp_model.rawio import file_digest
 from mtp_model.store import COMPLETE, Checkpoint
 
@@ -105,12 +107,16 @@ def resolve(settings: RunSettings) -> RunSettings:
     check(settings)
     return dataclasses.replace(
         settings,
-        checkpoint=settings.checkpoint.absolute(),
+        checkpoint=_absolute(settings.checkpoint),
         data=tuple(path.absolute() for path in settings.data),
         eval_data=tuple(path.absolute() for path in settings.eval_data),
         out=settings.out.absolute(),
         compute_dtype=compute_dtype(settings.compute_dtype),
     )
+
+
+def _absolute(checkpoint: str) -> str:
+    return checkpoint if is_cloud(checkpoint) else str(Path(checkpoint).absolute())
 
 
 def _prepare(

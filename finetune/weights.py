@@ -17,7 +17,7 @@ from mtp_model.store import Checkpoint, CheckpointError, open_checkpoint
 from mtp_model.store_writer import ChangedLeaf, write_derived
 
 
-def open_trainable(path: Path) -> tuple[Checkpoint, ModelConfig]:
+def open_trainable(path: str) -> tuple[Checkpoint, ModelConfig]:
     """A checkpoint with a main model and MTP modules; CheckpointError says what it lacks."""
     checkpoint = open_checkpoint(path)
     config = checkpoint_config(checkpoint)
@@ -42,7 +42,7 @@ def compute_dtype(choice: ComputeDtype) -> ComputeDtype:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def load_for_training(path: Path, mode: TrainMode, dtype: str) -> Split:
+def load_for_training(path: str, mode: TrainMode, dtype: str) -> Split:
     """The model with float32 trainable parameters; what is frozen stays as stored, FP8 too.
 
     An FP8 weight cannot move by less than its own rounding: trained ones are dequantised.

@@ -145,14 +145,6 @@ def as_path(path: str | AnyPath) -> AnyPath:
     return CloudPath(bucket, key)
 
 
-def local_path(path: str | Path) -> Path:
-    """The same where only a file system will do; CloudError for an object store."""
-    if is_cloud(path):
-        advice = "name a folder on this machine, then copy it with `gcloud storage cp -r`"
-        raise CloudError(f"{path}: these files are not written to object stores; {advice}")
-    return Path(path)
-
-
 def read_all(paths: Iterable[CloudPath]) -> list[bytes]:
     """Contents of small objects, many requests at once."""
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:

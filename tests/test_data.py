@@ -195,7 +195,7 @@ def test_a_token_outside_the_vocabulary_names_its_line(checkpoint, tmp_path):
 
 
 def run_settings(checkpoint, data, **changes):
-    return RunSettings(checkpoint=checkpoint, data=(data,), out=Path("unused"), **changes)
+    return RunSettings(checkpoint=str(checkpoint), data=(data,), out=Path("unused"), **changes)
 
 
 def model_config(checkpoint):

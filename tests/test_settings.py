@@ -34,7 +34,7 @@ def yaml_file(tmp_path: Path, text: str) -> str:
 
 def test_three_options_are_enough():
     settings = parsed()
-    assert (settings.checkpoint, settings.out) == (Path("CKPT"), Path("RUN"))
+    assert (settings.checkpoint, settings.out) == ("CKPT", Path("RUN"))
     assert settings.data == (Path("a.txt"), Path("b"))
     check(settings)
 
@@ -58,6 +58,21 @@ def test_yaml_alone_is_enough(tmp_path):
     assert isinstance(command, TrainCommand)
     assert command.settings.data == (Path("a.txt"),)
     assert command.settings.optimizer.epsilon == 1e-6
+
+
+def test_what_is_read_and_written_is_on_this_machine_but_for_the_checkpoint(tmp_path):
+    command = [*NEEDED[:2], "gs://b/ckpt", "--data", "gs://b/text", "--out", "gs://b/run"]
+    from_words = parse(command)
+    assert isinstance(from_words, TrainCommand)
+    file = yaml_file(tmp_path, "checkpoint: gs://b/ckpt\ndata: gs://b/text\nout: gs://b/run\n")
+    for settings in (from_words.settings, read_yaml(Path(file))):
+        assert settings.checkpoint == "gs://b/ckpt"
+        with pytest.raises(SettingsError) as caught:
+            check(settings)
+        assert caught.value.faults == [
+            "--data is gs:/b/text, needed a path on this machine",
+            "--out is gs:/b/run, needed a path on this machine",
+        ]
 
 
 def test_resolved_settings_come_back(tmp_path):

@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from gcs_server import BUCKET
 from imported import import_tiny
 from rich.console import Console
+from roundtrip import tree_bytes
 
 from finetune import cli
 from finetune.config import (
@@ -59,7 +61,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def settings(checkpoint, data, tmp_path_factory):
     return RunSettings(
-        checkpoint=checkpoint,
+        checkpoint=str(checkpoint),
         data=(data,),
         out=tmp_path_factory.mktemp("runs") / "whole",
         steps=7,
@@ -147,7 +149,7 @@ def test_train_all_moves_every_parameter_and_router_bias(finished, settings, tmp
     """In bfloat16, without held-out text, on a checkpoint that training wrote."""
     every = dataclasses.replace(
         settings,
-        checkpoint=finished.run.final,
+        checkpoint=str(finished.run.final),
         out=tmp_path / "all",
         train="all",
         steps=2,
@@ -379,7 +381,7 @@ def test_what_is_wrong_with_the_input_is_said_before_anything_is_written(setting
 def test_a_checkpoint_without_mtp_cannot_be_trained(settings, tmp_path, options, message):
     lacking = import_tiny(tmp_path, dtype="bf16", sizes=SIZES, **options)
     with pytest.raises(CheckpointError, match=message):
-        train(dataclasses.replace(settings, checkpoint=lacking, out=tmp_path / "run"), QUIET)
+        train(dataclasses.replace(settings, checkpoint=str(lacking), out=tmp_path / "run"), QUIET)
 
 
 # --- commands
@@ -397,6 +399,16 @@ def test_the_train_command_prints_before_and_after_and_what_is_next(
     assert "next: convert-deepseek export whole/final DST" in out
 
 
+def test_a_checkpoint_in_the_cloud_gives_the_same_result(
+    finished, checkpoint, settings, tmp_path, gcs, url
+):
+    for name, content in tree_bytes(checkpoint).items():
+        gcs.put(f"{url.removeprefix(f'gs://{BUCKET}/')}/{name}", content)
+    result = train(dataclasses.replace(settings, checkpoint=url, out=tmp_path / "run"), QUIET)
+    assert tree_bytes(result.run.final / "params") == tree_bytes(finished.run.final / "params")
+    assert result.after == finished.after
+
+
 def test_evaluate_prints_a_table_or_json(finished, data, capsys):
     options = ["--data", str(data), "--rows", "2", "--row-tokens", "32", "--max-rows", "4"]
     command = ["evaluate", "--checkpoint", str(finished.run.final), *options, "--draft-tokens", "2"]
@@ -411,7 +423,7 @@ def test_evaluate_prints_a_table_or_json(finished, data, capsys):
 
 
 def test_a_failure_has_status_1_and_one_message(settings, tmp_path, capsys):
-    argv = arguments(dataclasses.replace(settings, checkpoint=tmp_path), tmp_path / "run")
+    argv = arguments(dataclasses.replace(settings, checkpoint=str(tmp_path)), tmp_path / "run")
     assert cli.run(argv) == 1
     out, err = capsys.readouterr()
     assert err.startswith("error: ")
