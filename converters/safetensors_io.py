@@ -101,17 +101,22 @@ def read_header(source: Source, file: str) -> Header:
 
 def parse_header(raw: bytes, file: str, where: str) -> Header:
     """What header text says; `size` is then the size of the file that it needs."""
-    problems: list[Problem] = []
     entries = _entries(raw, file, where)
     metadata = entries.pop("__metadata__", {})
-    if not is_text_map(metadata):
-        metadata = {}
-        problems.append(Problem("header", shown(file), "has __metadata__ that is not text -> text"))
     data_begin = _LENGTH_BYTES + len(raw)
-    read = [_read_entry(name, entry, file, data_begin) for name, entry in entries.items()]
-    problems += [found for found in read if isinstance(found, Problem)]
-    raise_if_any(where, bounded(problems, file))
-    tensors = [found for found in read if isinstance(found, TensorInfo)]
+    tensors: list[TensorInfo] = []
+
+    def problems() -> Iterator[Problem]:
+        if not is_text_map(metadata):
+            yield Problem("header", shown(file), "has __metadata__ that is not text -> text")
+        for name, entry in entries.items():
+            found = _read_entry(name, entry, file, data_begin)
+            if isinstance(found, Problem):
+                yield found
+            else:
+                tensors.append(found)
+
+    raise_if_any(where, bounded(problems(), file))
     tensors.sort(key=lambda tensor: (tensor.begin, tensor.nbytes))
     raise_if_any(where, bounded(_layout_problems(tensors, data_begin), file))
     size = data_begin + sum(tensor.nbytes for tensor in tensors)

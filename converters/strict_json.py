@@ -6,6 +6,10 @@ import reprlib
 from collections import Counter
 from typing import NoReturn, TypeGuard
 
+MAX_VALUES = 4_000_000
+"""In one text. Python takes up to 300 bytes for a value that is three bytes of text; a header has
+8 values for a tensor, and V3's 91,991 tensors would be 736,000 in a single file."""
+
 _SHOWN_CHARACTERS = 200
 
 
@@ -17,8 +21,13 @@ def parse(raw: bytes) -> object:
     """The value of UTF-8 JSON text with unique keys and finite numbers.
 
     Raises JsonError for everything else: other encodings, lone surrogates, `NaN`, keys given twice,
-    numbers of thousands of digits, nesting deeper than Python's recursion limit.
+    numbers of thousands of digits, nesting deeper than Python's recursion limit, more than
+    MAX_VALUES values.
     """
+    # Every value but the first within its brackets has a comma before it. Those in strings count
+    # as well: no text that we read has many.
+    if (most_values := sum(map(raw.count, (b",", b"[", b"{")))) > MAX_VALUES:
+        raise JsonError(f"holds about {most_values} values, more than the {MAX_VALUES} allowed")
     try:
         return json.loads(
             raw.decode(),

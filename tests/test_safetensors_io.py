@@ -3,6 +3,7 @@
 import json
 import re
 import struct
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import safetensors.numpy
 from converters.problems import ProblemsError
 from converters.safetensors_io import DTYPES, Header, TensorInfo, make_header, read_header
 from converters.source import open_source
+from converters.strict_json import MAX_VALUES
 
 
 def read(tmp_path: Path, data: bytes) -> Header:
@@ -181,6 +183,23 @@ ENTRY_FAULTS: list[tuple[Any, str]] = [
     (entry(offsets=[0]), "offsets t in x.safetensors has data_offsets [0], needed [begin, end]"),
     (entry(offsets="02"), "offsets t in x.safetensors has data_offsets 02, needed [begin, end]"),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [b"[],", b"{},", b"0,"])
+def test_more_values_than_any_header_has_cost_no_memory(tmp_path, value):
+    raw = b'{"a":[' + value * MAX_VALUES + b"0]}"
+    read(tmp_path, file_bytes({}))  # what is loaded once
+    tracemalloc.start()
+    with pytest.raises(ProblemsError, match="values, more than the 4000000 allowed"):
+        read(tmp_path, file_bytes(raw))
+    assert tracemalloc.get_traced_memory()[1] < 5 * len(raw)
+    tracemalloc.stop()
+
+
+def test_a_release_in_a_single_file_has_far_fewer_values():
+    entries = ((f"model.layers.{n}.mlp.weight", "BF16", (16, 56)) for n in range(91_991))
+    values = make_header(entries, {"format": "pt"})
+    assert 5 * sum(map(values.count, (b",", b"[", b"{"))) < MAX_VALUES
 
 
 @pytest.mark.parametrize(("value", "report"), ENTRY_FAULTS)
