@@ -32,7 +32,7 @@ METHODS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Ratio:
-    """Bytes written for bytes read, as small whole numbers."""
+    """Bytes written for bytes read, as small whole numbers; with no writes it is only read."""
 
     reads: int
     writes: int
@@ -48,7 +48,8 @@ def drop_from_cache(folder: Path) -> None:
 
 
 def timed_copies(sources: list[Path], scratch: Path, ratio: Ratio) -> dict[str, float]:
-    """Seconds of each method; nothing is left in `scratch`."""
+    """Seconds of each method; nothing is left in `scratch`, a folder that is made if missing."""
+    scratch.mkdir(exist_ok=True)
     seconds = {}
     for name, method in METHODS.items():
         for source in sources:

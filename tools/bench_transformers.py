@@ -1,6 +1,6 @@
 """The same job by Transformers: load a checkpoint, save it; must not know our converter.
 
-    python -m tools.bench_peer SRC DST
+    python -m tools.bench_transformers SRC DST
 
 Prints seconds, CPU seconds, peak memory and the bytes that it wrote as JSON.
 """
