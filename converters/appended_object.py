@@ -13,7 +13,7 @@ from converters.cloud_objects import join, state
 from mtp_model.cloud import CloudError, CloudPath
 
 _PART_BYTES = 16 << 20
-_PARTS_AT_ONCE = 12
+_PARTS_AT_ONCE = 8
 
 
 class AppendedObject:
