@@ -116,6 +116,9 @@ def _header_fault(record: dict[str, Any] | None, base: Listing, file: str) -> st
         return "is not there"
     if digest(base.headers[file].raw) != record["header"]:
         return "has another header than what was imported: other tensors, or in other places"
+    listed = base.source.fingerprint(file).get("sha256")
+    if listed and record.get("sha256") not in (None, listed):
+        return f"is listed with sha256 {listed}, what was imported with {record['sha256']}"
     return None
 
 

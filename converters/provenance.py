@@ -13,6 +13,7 @@ from typing import Any
 from converters.listing import Listing
 from converters.mapping import TABLE_VERSION
 from converters.safetensors_io import Header
+from converters.source import Fingerprint
 from mtp_model.rawio import digest
 
 _TOOLS = ("deepseek-mtp", "numpy", "ml_dtypes", "numba", "xxhash")
@@ -24,9 +25,18 @@ def source_record(listing: Listing, tensor_digests: Mapping[str, str]) -> dict[s
         "name": listing.source.name,
         "files": {
             file: _file_record(header, [tensor_digests.get(t.name) for t in header.tensors])
+            | _listed_digest(listing.source.fingerprint(file))
             for file, header in sorted(listing.headers.items())
         },
     }
+
+
+def _listed_digest(state: Fingerprint) -> dict[str, Any]:
+    """The sha256 of a file where the source lists it, as the Hub does: it covers what isn't read.
+
+    An export takes it to tell a base by.
+    """
+    return {key: value for key, value in state.items() if key == "sha256"}
 
 
 def digest_of_safetensors(header_digest: str, tensor_digests: list[str]) -> str:

@@ -28,7 +28,13 @@ PROVENANCE, LAYOUT, COMPLETE = "provenance.json", "layout.json", "COMPLETE"
 UNFINISHED = ".unfinished"  # a folder of whoever is writing; gone once COMPLETE is there
 RESERVED_NAMES = frozenset((PARAMS, PROVENANCE, LAYOUT, COMPLETE, UNFINISHED))
 
-_SOURCE_FILE = {"size": int, "digest": Maybe(str), "header": str, "tensors": [Maybe(str)]}
+_SOURCE_FILE = {
+    "size": int,
+    "digest": Maybe(str),
+    "sha256": Maybe(str),
+    "header": str,
+    "tensors": [Maybe(str)],
+}
 _DERIVATION = {"base": dict, "changed": [str], "by": Maybe(str), "settings": Maybe(dict)}
 _SHAPES = {
     COMPLETE: {

@@ -9,17 +9,19 @@ from typing import Any
 
 import pytest
 from hub_client import REPO, fetched_bytes, lone_hub, make_default, source_of
-from hub_server import HubServer
+from hub_server import HubServer, sha256
 from huggingface_hub import constants
 from roundtrip import SMALL_CHUNKS, make_source, run_import, tree_bytes
 
 from converters import cli
+from converters.base import check_base
 from converters.hub import HubSource
 from converters.hub_downloads import Limits
 from converters.import_plan import Plan
 from converters.importer import ImportSummary, import_checkpoint
 from converters.listing import list_checkpoint
 from converters.problems import ProblemsError
+from converters.source import LocalSource
 from mtp_model.config import ModelConfig
 from mtp_model.store import UNFINISHED, CheckpointError, open_checkpoint
 
@@ -64,7 +66,9 @@ def test_an_import_from_the_hub_is_the_same_as_from_a_folder(hub, checkpoint, tm
     provenance = open_checkpoint(tmp_path / "hub").provenance
     assert provenance["source"]["name"] == source.name
     local = open_checkpoint(tmp_path / "local").provenance
-    assert provenance["source"]["files"] == local["source"]["files"]
+    records = local["source"]["files"]
+    digests = {file: {"sha256": sha256((checkpoint / file).read_bytes())} for file in records}
+    assert provenance["source"]["files"] == {f: records[f] | digests[f] for f in records}
     assert 1 <= max(most) <= 4
     sizes = source.files()
     shards = sum(size for name, size in sizes.items() if name.endswith(".safetensors"))
@@ -164,6 +168,20 @@ def test_the_commands_take_a_model_of_the_hub(hub, checkpoint, tmp_path, monkeyp
     assert cli.main(["import", f"{REPO}@nope", str(tmp_path / "other")]) == 1
     assert "has no such revision (404)" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+def test_a_base_on_the_hub_is_told_by_digests_that_it_lists(hub, checkpoint, tmp_path):
+    files = tree_bytes(checkpoint)
+    hub.add(REPO, files)
+    import_from(source_of(hub), tmp_path / "mtp", scope="mtp")
+    mtp = open_checkpoint(tmp_path / "mtp")
+    records = mtp.provenance["source"]["files"]
+    unread = next(file for file, record in records.items() if not any(record["tensors"]))
+    check_base(list_checkpoint(source_of(hub)), mtp)
+    hub.add(REPO, files | {unread: files[unread][:-1] + b"?"})
+    with pytest.raises(ProblemsError, match=rf"base +{unread} is listed with sha256 \w+, what was"):
+        check_base(list_checkpoint(source_of(hub)), mtp)
+    check_base(list_checkpoint(LocalSource(str(checkpoint))), mtp)  # a folder lists no digests
 
 
 def free_of(monkeypatch: pytest.MonkeyPatch, nbytes: int) -> None:
