@@ -2,7 +2,7 @@
 
 A second, slow and literal statement of what a checkpoint computes, for `verify --logits` to compare
 with. Weights are asked for by checkpoint name when they are used, and dropped: a matrix or two are
-in memory at a time, however large the model.
+in memory at a time, however large the model. Where they come from is in torch_weights.py.
 
 Shapes: B batch, T position, D hidden, V vocab, N heads, H head dim, R rope dim, K experts of a
 token, S tokens (B and T flattened). Sources: DeepSeek-V3 technical report (arXiv 2412.19437)
@@ -11,20 +11,17 @@ section 2, YaRN (arXiv 2309.00071); what the report leaves open is as vLLM and S
 
 import json
 import math
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 try:
     import torch
-    from safetensors import safe_open
     from torch import Tensor
     from torch.nn import functional
+
+    from converters.torch_weights import Config, Get, weights_of
 except ImportError as error:
     raise ImportError("needs torch, safetensors: pip install 'deepseek-mtp[verify]'") from error
-
-Config = Mapping[str, Any]
-Get = Callable[[str], Tensor]
 
 DROPPED_GROUP = -math.inf  # what an expert outside the kept groups scores; 0 would beat negatives
 
@@ -276,35 +273,3 @@ def open_reference(folder: str | Path, dtype: torch.dtype = torch.float32) -> To
     folder = Path(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return TorchReference(config, weights_of(folder, config), dtype)
-
-
-def weights_of(folder: Path, config: Config) -> Get:
-    """Return `get(name)`: float32, an FP8 tensor times its block scales, which may be in any file.
-
-    `get` raises ValueError for a name that no file has.
-    """
-    files = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        file = safe_open(path, framework="pt")
-        files |= dict.fromkeys(file.keys(), file)
-    block = config.get("quantization_config", {}).get("weight_block_size")
-
-    def read(name: str) -> Tensor:
-        if name not in files:
-            raise ValueError(f"{name} is in no safetensors file of {folder}")
-        return files[name].get_tensor(name)
-
-    def get(name: str) -> Tensor:
-        stored = read(name)
-        if stored.dtype == torch.float8_e4m3fn:
-            return dequantise(stored, read(f"{name}_scale_inv"), block)
-        return stored.float()
-
-    return get
-
-
-def dequantise(quantised: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
-    """Return float32 W[i, j] = q[i, j] * scale[i // rows, j // columns]; blocks may be partial."""
-    for dim, edge in enumerate(block):
-        scales = scales.repeat_interleave(edge, dim).narrow(dim, 0, quantised.shape[dim])
-    return quantised.float() * scales

@@ -14,7 +14,7 @@ FORBIDDEN = {
     "finetune": {"converters"},
 }
 TORCH_PACKAGES = {"torch", "transformers", "safetensors"}
-TORCH_MODULES = {"converters/torch_reference.py"}
+TORCH_MODULES = {"converters/torch_reference.py", "converters/torch_weights.py"}
 MODULES = [path for package in PACKAGES for path in sorted((ROOT / package).glob("**/*.py"))]
 
 

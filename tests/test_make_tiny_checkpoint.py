@@ -12,12 +12,8 @@ import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
-from tools.make_tiny_checkpoint import (
-    TINY_CONFIG,
-    is_quantised,
-    make_tiny_checkpoint,
-    weight_shapes,
-)
+from tools.make_tiny_checkpoint import TINY_CONFIG, make_tiny_checkpoint
+from tools.released_format import is_quantised, weight_shapes
 
 RELEASED_SIZES = {
     "hidden_size": 7168,
@@ -186,7 +182,7 @@ def test_router_biases_have_both_signs(tmp_path: Path):
 def test_command_line_writes_the_same_bytes(tmp_path: Path):
     sizes = {"num_hidden_layers": 3, "weight_block_size": [16, 8]}
     make_tiny_checkpoint(tmp_path / "api", dtype="fp8", num_mtp=2, sizes=sizes)
-    command = [sys.executable, "tools/make_tiny_checkpoint.py", str(tmp_path / "cli")]
+    command = [sys.executable, "-m", "tools.make_tiny_checkpoint", str(tmp_path / "cli")]
     command += "--mtp 2 --num-hidden-layers 3 --set weight_block_size=[16,8]".split()
     subprocess.run(command, check=True, cwd=Path(__file__).parents[1])
     written = {path.name: path.read_bytes() for path in (tmp_path / "cli").iterdir()}
