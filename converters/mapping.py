@@ -8,9 +8,11 @@ Source of the names: the released DeepSeek-V3 checkpoint and its README_WEIGHTS.
 """
 
 import enum
+import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from mtp_model.config import ModelConfig
 from mtp_model.model import Scope, abstract_leaves
@@ -172,7 +174,7 @@ def _plain_dtype(config: ModelConfig) -> str:
     return {"bfloat16": "BF16", "float32": "F32"}[config.dtype]
 
 
-def _row_slots(row: Row, stack: Stack, config: ModelConfig, shapes: dict) -> Iterator[Slot]:
+def _row_slots(row: Row, stack: Stack, config: ModelConfig, shapes: Mapping) -> Iterator[Slot]:
     path = row.path if row.copy_of else stack.value + row.path
     if path not in shapes:
         return  # the network has another kind of queries
@@ -190,9 +192,11 @@ def _row_slots(row: Row, stack: Stack, config: ModelConfig, shapes: dict) -> Ite
         yield Slot(scale, scale_path, place, shapes[scale_path][len(place) :], "F32")
 
 
-def leaf_shapes(config: ModelConfig, scope: Scope = "all") -> dict[str, tuple[int, ...]]:
+@functools.lru_cache(maxsize=8)  # the model is traced for it
+def leaf_shapes(config: ModelConfig, scope: Scope = "all") -> Mapping[str, tuple[int, ...]]:
     """Shape of every leaf of the module tree, by path."""
-    return {path: tuple(leaf.shape) for path, leaf in abstract_leaves(config, scope).items()}
+    leaves = abstract_leaves(config, scope)
+    return MappingProxyType({path: tuple(leaf.shape) for path, leaf in leaves.items()})
 
 
 def slots(config: ModelConfig, scope: Scope = "all") -> dict[str, Slot]:
