@@ -9,27 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from released import CONFIG
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from tools.make_tiny_checkpoint import TINY_CONFIG, make_tiny_checkpoint
 from tools.released_format import is_quantised, weight_shapes
-
-RELEASED_SIZES = {
-    "hidden_size": 7168,
-    "vocab_size": 129280,
-    "num_attention_heads": 128,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "q_lora_rank": 1536,
-    "kv_lora_rank": 512,
-    "intermediate_size": 18432,
-    "moe_intermediate_size": 2048,
-    "n_routed_experts": 256,
-    "num_hidden_layers": 61,
-    "first_k_dense_replace": 3,
-}
 
 
 def stored(folder: Path) -> dict[str, tuple[str, torch.Tensor]]:
@@ -49,7 +34,7 @@ def index_of(folder: Path) -> dict:
 
 def test_released_sizes_give_the_released_model():
     """As published: 684,489,845,504 parameters; 45,808 FP8 tensors, 45,867 F32, 316 BF16."""
-    shapes = dict(weight_shapes(TINY_CONFIG | RELEASED_SIZES, copies=True))
+    shapes = dict(weight_shapes(CONFIG, copies=True))
     assert sum(map(math.prod, shapes.values())) == 684_489_845_504
     fp8 = {name: shape for name, shape in shapes.items() if is_quantised(name, shape)}
     biases = {name: shape for name, shape in shapes.items() if name.endswith("_bias")}
@@ -67,7 +52,7 @@ def test_released_sizes_give_the_released_model():
 def test_copies_are_optional():
     """Layer 61 has 13,463,426,304 parameters, 11,610,068,224 without copies."""
     for copies, count in ((True, 13_463_426_304), (False, 11_610_068_224)):
-        shapes = weight_shapes(TINY_CONFIG | RELEASED_SIZES, copies=copies)
+        shapes = weight_shapes(CONFIG, copies=copies)
         assert sum(math.prod(shape) for name, shape in shapes if ".layers.61." in name) == count
 
 
