@@ -105,7 +105,7 @@ def _differences(base: Listing, checkpoint: Checkpoint) -> Iterator[Problem]:
     for file, recorded in checkpoint.side_file_digests().items():
         if file not in sizes:
             yield Problem("base", file, "is not there")
-        elif _file_digest(base, file, sizes[file]) != recorded:
+        elif source_file_digest(base, file, sizes[file]) != recorded:
             yield Problem("base", file, "has other bytes than what was imported")
 
 
@@ -122,7 +122,7 @@ def _header_fault(record: dict[str, Any] | None, base: Listing, file: str) -> st
     return None
 
 
-def _file_digest(base: Listing, file: str, size: int) -> str:
+def source_file_digest(base: Listing, file: str, size: int) -> str:
     state = xxhash.xxh3_128()
     for begin in range(0, size, _SIDE_PIECE_BYTES):
         state.update(base.source.read(file, begin, min(_SIDE_PIECE_BYTES, size - begin)))

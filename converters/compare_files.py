@@ -5,7 +5,7 @@ With equal tensors that is all that is left of a file: their order, their places
 
 from collections.abc import Iterator
 
-from converters.base import _file_digest
+from converters.base import source_file_digest
 from converters.export_plan import Plan, make_plan
 from converters.import_plan import side_files
 from converters.listing import Listing
@@ -54,7 +54,7 @@ def _side_files(listing: Listing, checkpoint: Checkpoint, plan: Plan) -> Iterato
             yield _unknown(file)
         elif file not in found:
             yield _missing(file)
-        elif _file_digest(listing, file, sizes[file]) != written[file]:
+        elif source_file_digest(listing, file, sizes[file]) != written[file]:
             yield Problem("file", file, "has other bytes")
 
 

@@ -19,6 +19,7 @@ from converters.check_headers import Comparison, compare
 from converters.compare_files import differing_files
 from converters.compare_tensors import Difference, TensorComparer
 from converters.digests import DEFAULT_WORKERS, DigestCheck
+from converters.disk_room import raise_if_full
 from converters.groups import GROUPS, group_of
 from converters.in_flight import in_flight
 from converters.listing import Listing
@@ -26,7 +27,7 @@ from converters.logits import LogitsCheck
 from converters.mapping import Slot
 from converters.problems import Problem, raise_if_any
 from converters.source import Source
-from converters.staging import Finish, Read, staged
+from converters.staging import Finish, Read, room_needed, staged
 from mtp_model.config import ModelConfig
 from mtp_model.model import Scope
 from mtp_model.store import Checkpoint
@@ -108,7 +109,8 @@ def check_storage(
     """Compare all files, and tensor by tensor, `workers` at once, a few pieces of rows in memory.
 
     config: the source's parsed config.json. scope: what is compared, of what the checkpoint holds.
-    Raises ProblemsError for a source that is unfit or another network than the checkpoint.
+    Raises ProblemsError for a source that is unfit or another network than the checkpoint,
+    CheckpointError where the disk of temporary files has no room for what a far source needs.
     """
     found = _comparable(listing, config, checkpoint, scope)
     assert found.config is not None
@@ -152,12 +154,12 @@ def _differences(
 
 @contextmanager
 def _fetched_ahead(source: Source, reads: Mapping[str, Sequence[Read]]) -> Iterator[Finish]:
-    """As `staged`; what is fetched goes to a temporary folder."""
-    with (
-        TemporaryDirectory(prefix="convert-deepseek-") as folder,
-        staged(source, reads, Path(folder)) as finish,
-    ):
-        yield finish
+    """As `staged`, in a temporary folder; CheckpointError where its disk has no room for that."""
+    with TemporaryDirectory(prefix="convert-deepseek-") as folder:
+        needed = room_needed(source, reads, Path(folder))
+        raise_if_full(needed, "set TMPDIR to a folder on another disk")
+        with staged(source, reads, Path(folder)) as finish:
+            yield finish
 
 
 def _comparable(

@@ -30,6 +30,15 @@ if TYPE_CHECKING:
 install_import_hook(CHECKED_MODULES, "beartype.beartype")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_power_cut() -> Iterator[None]:
+    """Without waiting for the disk, tests that write take half the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        patch.setattr(os, "fdatasync", lambda _: None)
+        yield
+
+
 @pytest.fixture(scope="module")
 def gcs() -> "Iterator[GcsServer]":
     """Google Cloud Storage on loopback."""

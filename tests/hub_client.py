@@ -1,7 +1,6 @@
 """Shared by the tests of the Hub: a server, a machine without its user's settings, sources."""
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,8 @@ BYTES = bytes(range(256)) * 40  # of a file that is large enough to be cut
 def lone_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """A Hub without models, where TOKEN opens what is closed.
 
-    Meanwhile there is nothing of this machine's user, nothing of a test before, and no waiting for
-    the disk.
+    Meanwhile there is nothing of this machine's user and nothing of a test before.
     """
-    monkeypatch.setattr(os, "fsync", lambda _: None)
-    monkeypatch.setattr(os, "fdatasync", lambda _: None)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf-cache"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))

@@ -1,7 +1,6 @@
 """`convert-deepseek export` as a user meets it: over a base, pushed to the Hub, requantised."""
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,13 +26,6 @@ COLUMNS = "weight rms error / rms weight largest error / block's largest"
 
 # How huggingface_hub 2.4 itself calls httpx2 to send a large file.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_power_cut() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda _: None)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -32,9 +32,8 @@ PART_BYTES = 1000  # so that files of some 10 kB have as many parts as files of 
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _small_parts_and_no_power_cut() -> Iterator[None]:
+def _small_parts() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda _: None)
         patch.setattr(appended_object, "_PART_BYTES", PART_BYTES)
         yield
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,9 +44,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def provenance(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     dst = tmp_path_factory.mktemp("ckpt") / "fp8"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda _: None)
-        run_import(exported, dst)
+    run_import(exported, dst)
     return open_checkpoint(dst).provenance
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +41,6 @@ from tools.make_tiny_checkpoint import NUMPY_DTYPES
 BF16 = np.dtype(ml_dtypes.bfloat16)
 BLOCK = (8, 16)
 Q_B = "self_attn.q_b_proj.weight"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_power_cut() -> Iterator[None]:
-    """Without waiting for the disk these tests take half the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda _: None)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hub_client import REPO, lone_hub, source_of
@@ -19,7 +20,7 @@ from converters.hub_downloads import Limits
 from converters.listing import list_checkpoint
 from converters.source import Source
 from converters.verify import StorageCheck, check_storage
-from mtp_model.store import open_checkpoint
+from mtp_model.store import CheckpointError, open_checkpoint
 from tools.make_tiny_checkpoint import make_tiny_checkpoint
 
 
@@ -150,3 +151,16 @@ def test_a_model_of_the_hub_is_fetched_in_large_ranges(
     assert 1 <= max(on_disk) <= 4
     assert not [*tmp_path.glob("convert-*")]
     assert requests(Near(source_of(hub))) > 300
+
+
+def test_a_full_disk_is_noticed_before_anything_is_fetched(
+    kept: Pair, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+):
+    hub.add(REPO, tree_bytes(kept[0]))
+    source = source_of(hub)
+    listing, config = list_checkpoint(source), read_config(source)
+    hub.seen.clear()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+    with pytest.raises(CheckpointError, match=r"needs .* more, .* or set TMPDIR to a folder on"):
+        check_storage(listing, config, open_checkpoint(kept[1]))
+    assert not hub.seen
