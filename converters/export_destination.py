@@ -66,7 +66,9 @@ def _take_up(dst: AnyPath, fingerprint: Fingerprint) -> None:
 
 def _raise_if_occupied(dst: AnyPath, overwrite: bool) -> None:
     names = {path.name for path in dst.iterdir()} if dst.is_dir() else set()
-    if not names and not dst.is_file():
+    is_free = not names and not dst.is_file()
+    is_begun = UNFINISHED in names and PARAMS not in names  # by another process, just now
+    if is_free or is_begun:
         return
     has_weights = any(name.endswith(SUFFIX) for name in names)
     if PARAMS in names or CONFIG not in names or not has_weights:

@@ -88,9 +88,11 @@ def delete(entry: AnyPath, *, ignore_errors: bool = False) -> None:
 
 def raise_if_foreign(dst: AnyPath) -> None:
     """Raise CheckpointError for a destination that holds anything but a checkpoint directory."""
-    if dst.is_dir() and any((dst / name).exists() for name in (COMPLETE, UNFINISHED)):
+    if not dst.exists():
         return
-    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+    # Looked at once: other workers of the same import may be making the folder just now.
+    names = {entry.name for entry in dst.iterdir()} if dst.is_dir() else {""}
+    if names and not names & {COMPLETE, UNFINISHED}:
         raise CheckpointError(
             f"{dst} is not empty and no checkpoint directory of this toolkit; nothing in it was "
             "touched; name another place, or empty it"

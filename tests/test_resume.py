@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -130,6 +131,31 @@ def test_shares_of_two_processes_give_the_same_bytes(src: Path, whole: Checkpoin
     dst = tmp_path / "ckpt"
     run_all([("import", src, dst, "none", 0, (i, 2)) for i in range(2)], 0)
     assert_same_files(dst, whole.path)
+
+
+def test_workers_may_begin_at_the_same_moment(tmp_path: Path):
+    """Each finds a folder that another one is just making."""
+    faults = []
+
+    def begin(dst: Path, together: threading.Barrier) -> None:
+        together.wait()
+        try:
+            with claim(dst, shared=True):
+                pass
+        except CheckpointError as error:
+            faults.append(error)
+
+    for number in range(50):
+        together = threading.Barrier(4)
+        threads = [
+            threading.Thread(target=begin, args=(tmp_path / str(number), together))
+            for _ in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not faults
 
 
 def test_shares_one_after_the_other(src: Path, whole: Checkpoint, tmp_path: Path):
