@@ -47,7 +47,9 @@ def round_as_exported(
         for slot in encoder.slots.values():
             if slot.path == path and not slot.copy_of:
                 values[slot.index] = _exported(encoder, slot, dtypes, block)
-                encoder.forget(slot.name)
+                for part in (slot.name, slot.scale):
+                    if part:
+                        encoder.forget(part)
         *owners, name = path.split(".")
         owner: Any = model
         for attribute in owners:

@@ -75,7 +75,8 @@ def _compose(parts: Sequence[CloudPath], target: CloudPath) -> None:
 
 
 def _state(blob: Any) -> ObjectState:
-    crc32c = int.from_bytes(base64.b64decode(blob.crc32c), "big")
+    # It is withheld from those who may list an object and not read it.
+    crc32c = int.from_bytes(base64.b64decode(blob.crc32c or ""), "big")
     return ObjectState(size=int(blob.size), crc32c=crc32c, generation=int(blob.generation))
 
 

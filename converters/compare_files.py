@@ -13,9 +13,13 @@ from converters.problems import Problem
 from mtp_model.rawio import digest
 from mtp_model.store import Checkpoint
 
+_OF_THE_HUB = frozenset({"README.md", ".gitattributes"})  # pages of a model there, no part of it
+
 
 def differing_files(listing: Listing, checkpoint: Checkpoint) -> tuple[Problem, ...]:
     """Every file of either side that export would write otherwise, whatever its tensors hold.
+
+    A model card may be another: `export --push` writes one.
 
     Scopes do not matter: the checkpoint knows the headers of tensors that it does not hold.
     """
@@ -49,7 +53,7 @@ def _side_files(listing: Listing, checkpoint: Checkpoint, plan: Plan) -> Iterato
     replaced = {file: digest(content) for file, content in plan.replaced.items()}
     written = checkpoint.side_file_digests() | replaced
     sizes, found = listing.source.files(), side_files(listing)
-    for file in sorted(written.keys() | found):
+    for file in sorted((written.keys() | found) - _OF_THE_HUB):
         if file not in written:
             yield _unknown(file)
         elif file not in found:

@@ -4,7 +4,6 @@ Memory is bounded by the units in flight, one a worker; units.py says what a uni
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from queue import SimpleQueue
 from converters.disk_room import raise_if_full
 from converters.import_finish import finish_import
 from converters.import_plan import Copies, Dtype, Options, Plan, make_plan
+from converters.in_flight import in_flight
 from converters.journal import (
     Journal,
     begun_by_another,
@@ -223,13 +223,9 @@ def _run(
         finish(unit.key)
         return unit
 
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for future in as_completed([pool.submit(work, unit) for unit in todo]):
-                report.add(future.result())
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    with closing(in_flight(work, todo, workers)) as finished:
+        for unit in finished:
+            report.add(unit)
 
 
 def _finish_if_last(dst: AnyPath, plan: Plan) -> bool:

@@ -190,6 +190,8 @@ def verification(found: Verification) -> Iterator[Section]:
         yield problem_report(found.checkpoint, found.digests.problems)
     if found.storage:
         yield from _storage(found.storage)
+        if found.storage.files:
+            yield problem_report(found.source or found.checkpoint, found.storage.files)
     if found.logits:
         yield from _logits(found.logits)
     yield Facts([("result", "; ".join(_verdicts(found)))])
@@ -250,9 +252,11 @@ def _verdicts(found: Verification) -> Iterator[str]:
     yield f"FAILED: {plural(damaged, 'damaged file')}" if damaged else "digests hold"
     if found.storage:
         total = found.storage.total
-        if found.storage.holds:
-            yield f"export writes the source's bytes for all {total.tensors:,} tensors"
-        else:
+        if total.differing:
             yield f"FAILED: {total.differing:,} of {total.tensors:,} tensors differ from the source"
+        else:
+            yield f"export writes the source's bytes for all {total.tensors:,} tensors"
+        if found.storage.files:
+            yield f"FAILED: {plural(len(found.storage.files), 'file')} would be written otherwise"
     if found.logits:
         yield "logits agree" if found.logits.holds else "FAILED: logits differ by more than allowed"

@@ -113,14 +113,20 @@ def read_direct(fd: int, out: np.ndarray, offset: int) -> int:
     pages = len(out) // ALIGNMENT * ALIGNMENT
     if pages and offset % ALIGNMENT == 0 and out.ctypes.data % ALIGNMENT == 0:
         return os.preadv(fd, [out[:pages].data], offset)
-    if not hasattr(_staging, "buffer"):
-        _staging.buffer = AlignedBuffer(_READ_BYTES)
     skip = offset % ALIGNMENT
     wanted = min(skip + len(out), _READ_BYTES)
-    got = os.preadv(fd, [_staging.buffer.bytes[: aligned(wanted)].data], offset - skip)
+    staged = _staging_memory()
+    got = os.preadv(fd, [staged[: aligned(wanted)].data], offset - skip)
     count = max(min(got, wanted) - skip, 0)
-    out[:count] = _staging.buffer.bytes[skip : skip + count]
+    out[:count] = staged[skip : skip + count]
     return count
+
+
+def _staging_memory() -> np.ndarray:
+    """This thread's aligned memory (uint8) of _READ_BYTES."""
+    if not hasattr(_staging, "buffer"):
+        _staging.buffer = AlignedBuffer(_READ_BYTES)
+    return _staging.buffer.bytes
 
 
 def file_pieces(path: AnyPath, piece_bytes: int = 4 << 20) -> Iterator[bytes]:
@@ -140,11 +146,11 @@ def file_digest(path: AnyPath) -> str:
     """
     if isinstance(path, CloudPath):
         return digest(path.read_bytes())
-    state, buffer = xxhash.xxh3_128(), AlignedBuffer(_READ_BYTES)
+    state, memory = xxhash.xxh3_128(), _staging_memory()
     with open_fd(path, os.O_RDONLY, direct=path.stat().st_size >= DIRECT_FROM_BYTES) as fd:
         offset = 0
-        while got := read_direct(fd, buffer.bytes, offset):
-            state.update(buffer.bytes[:got].data)
+        while got := read_direct(fd, memory, offset):
+            state.update(memory[:got].data)
             offset += got
     return state.hexdigest()
 

@@ -85,6 +85,16 @@ def test_every_side_file_that_differs_is_named(kept: Pair, tmp_path: Path, scope
     ]
 
 
+def test_the_hub_s_own_files_may_be_others(kept: Pair, tmp_path: Path):
+    source = tmp_path / "source"
+    shutil.copytree(kept[0], source)
+    (source / "README.md").write_text("a model card")
+    (source / ".gitattributes").write_text("*.safetensors filter=lfs")
+    assert not told_files(storage(source, kept[1]))
+    (source / "README.txt").write_text("not that one")
+    assert len(told_files(storage(source, kept[1]))) == 1
+
+
 def test_a_source_cut_into_other_files_is_another(kept: Pair, tmp_path: Path):
     make_tiny_checkpoint(tmp_path / "one", num_files=1)
     found = storage(tmp_path / "one", kept[1])
