@@ -80,6 +80,8 @@ def import_checkpoint(
 ) -> ImportSummary:
     """Write the checkpoint directory `dst`; run again after an interruption, it continues.
 
+    Run again after its end, it does nothing.
+
     dtype: what weights are stored as; `keep` as in the source, FP8 included. Scales and router
     biases stay float32. copies: `main` ignores copies that differ from the main model's tensors.
     worker: (i, n) does the i-th of n shares, for n processes with one destination; the last one
@@ -95,7 +97,7 @@ def import_checkpoint(
     todo: list[Unit] = []
     with claim(dst, shared=worker[1] > 1):
         with locked(dst / UNFINISHED / _MAKING_ROOM, wait=True):
-            finished = worker[1] > 1 and not overwrite and _is_result(dst, plan)
+            finished = not overwrite and _is_result(dst, plan)
             opened = None if finished else _begin(dst, plan, worker, overwrite)
         if opened:
             with closing(opened) as journal:
@@ -115,12 +117,17 @@ def import_checkpoint(
 
 
 def _is_result(dst: AnyPath, plan: Plan) -> bool:
-    """Whether `dst` is what this very import gave when the last of its workers ended."""
+    """Whether `dst` is what this very import gave, with every chunk in full."""
     try:
         provenance = open_checkpoint(dst).provenance
     except CheckpointError:
         return False
-    return "derived" not in provenance and provenance.get("plan") == plan.digest
+    if "derived" in provenance or provenance.get("plan") != plan.digest:
+        return False
+    is_whole = ParamsWriter(dst, plan.conversion.leaves).whole_chunks()
+    return all(
+        is_whole(path, name) for path, names in provenance["pieces"].items() for name in names
+    )
 
 
 def _begin(dst: AnyPath, plan: Plan, worker: tuple[int, int], overwrite: bool) -> Journal:

@@ -245,13 +245,26 @@ def test_two_processes_at_once_give_the_same_bytes(checkpoint: Path, source: Pat
 def test_overwrite_is_asked_for(
     checkpoint: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    for command in (("import", source), ("export", checkpoint)):
+    for command, other in (("import", source), ("--dtype", "f32")), (("export", checkpoint), ()):
         dst = tmp_path / command[0]
         assert run(capsys, *command, dst)[0] == 0
-        status, out, err = run(capsys, *command, dst)
+        status, out, err = run(capsys, *command, dst, *other)
         assert (status, out) == (1, "")
         assert "--overwrite" in err
         assert run(capsys, *command, dst, "--overwrite")[0] == 0
+
+
+def test_a_finished_import_has_nothing_to_do(source: Path, tmp_path: Path, capsys):
+    assert run(capsys, "import", source, tmp_path / "ckpt")[0] == 0
+    before = tree_bytes(tmp_path / "ckpt")
+    status, out, _ = run(capsys, "import", source, tmp_path / "ckpt")
+    assert status == 0
+    assert "pieces were there already" in out
+    assert tree_bytes(tmp_path / "ckpt") == before
+    next((tmp_path / "ckpt/params/norm.weight").glob("[0-9]*")).unlink()
+    status, _, err = run(capsys, "import", source, tmp_path / "ckpt")
+    assert status == 1, "it is damaged"
+    assert "--overwrite" in err
 
 
 def test_bf16_export_says_what_it_leaves_out(checkpoint: Path, tmp_path: Path, capsys):

@@ -116,7 +116,9 @@ def test_commands_take_addresses(
     assert main(["export", f"{url}/ckpt", str(tmp_path / "out")]) == 0
     assert_same_files(tmp_path / "out", src)
     capsys.readouterr()
-    assert main(["import", f"{url}/src", f"{url}/ckpt"]) == 1
+    assert main(["import", f"{url}/src", f"{url}/ckpt"]) == 0
+    assert "pieces were there already" in capsys.readouterr().out
+    assert main(["import", f"{url}/src", f"{url}/ckpt", "--dtype", "f32"]) == 1
     assert "is a complete checkpoint" in capsys.readouterr().err
     assert main(["inspect", f"{url}/ckpt"]) == 1
     assert "is a checkpoint directory" in capsys.readouterr().err
@@ -277,7 +279,7 @@ def test_overwrite_replaces_all_of_a_checkpoint(
     copy(gcs, stored, url)
     gcs.put(f"{key(url)}/stale.txt", b"")
     with pytest.raises(CheckpointError, match="name another or --overwrite it"):
-        run_import(src, as_path(url), dtype="bf16")
+        run_import(src, as_path(url), dtype="keep")
     run_import(src, as_path(url), dtype="bf16", overwrite=True)
     assert gcs.contents(key(url)) == tree_bytes(local)
 
