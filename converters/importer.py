@@ -125,9 +125,8 @@ def _is_result(dst: AnyPath, plan: Plan) -> bool:
     if "derived" in provenance or provenance.get("plan") != plan.digest:
         return False
     is_whole = ParamsWriter(dst, plan.conversion.leaves).whole_chunks()
-    return all(
-        is_whole(path, name) for path, names in provenance["pieces"].items() for name in names
-    )
+    pieces = provenance["pieces"].items()
+    return all(is_whole(path, name) for path, names in pieces for name in names)
 
 
 def _begin(dst: AnyPath, plan: Plan, worker: tuple[int, int], overwrite: bool) -> Journal:

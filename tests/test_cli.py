@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from roundtrip import assert_same_files
+from roundtrip import assert_same_files, tree_bytes
 
 from converters import progress
 from converters.cli import main
