@@ -3,9 +3,6 @@
 import json
 import os
 import platform
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +10,7 @@ import pytest
 from flax import nnx
 from gcs_server import BUCKET, GcsServer
 from roundtrip import SMALL_CHUNKS, assert_same_files, make_source, run_import, tree_bytes
+from side_by_side import run_all
 
 from converters.check import read_config
 from converters.cli import main
@@ -29,7 +27,6 @@ from mtp_model.sharding import make_mesh
 from mtp_model.store import COMPLETE, UNFINISHED, CheckpointError, open_checkpoint
 from mtp_model.store_writer import ChangedLeaf, write_derived
 
-HERE = Path(__file__).parent
 SIZES = {"n_routed_experts": 8, "num_hidden_layers": 2, "first_k_dense_replace": 1}
 DEAD = 2**22 + 1  # larger than any process id
 
@@ -157,7 +154,7 @@ def test_killed_anywhere_it_continues_and_ends_with_the_same_bytes(
     writes = [name for method, name in gcs.log if method == "POST" and not name.endswith("lock")]
     points = [at if at > 0 else len(writes) + 1 + at for at in KILLED_AT]
     commands = [("import", src, f"{url}/{n}", "object", n, (0, 1)) for n in points]
-    killed(commands)
+    run_all(commands)
     for n in points:
         dst = as_path(f"{url}/{n}")
         with pytest.raises(CheckpointError, match="is unfinished"):
@@ -165,18 +162,6 @@ def test_killed_anywhere_it_continues_and_ends_with_the_same_bytes(
         summary = run_import(src, dst, dtype="bf16")
         assert (summary.resumed_units > 0) == (n >= 40), n
         assert gcs.contents(key(f"{url}/{n}")) == tree_bytes(local), n
-
-
-def killed(commands: list[tuple]) -> None:
-    ran = subprocess.run(
-        [sys.executable, HERE / "killed.py", json.dumps(commands, default=str)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(HERE), str(HERE.parent)))},
-        capture_output=True,
-        timeout=100,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr.decode()
-    assert json.loads(ran.stdout) == [-signal.SIGKILL] * len(commands), ran.stderr.decode()
 
 
 def test_shares_of_several_workers_give_the_same_bytes(

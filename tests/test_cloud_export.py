@@ -1,10 +1,6 @@
 """Exports to gs:// against an emulator on loopback: the bytes of local ones, whole or not there."""
 
-import json
 import os
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +8,7 @@ import numpy as np
 import pytest
 from gcs_server import BUCKET, GcsServer
 from roundtrip import assert_same_files, make_source, run_import, tree_bytes
+from side_by_side import run_all
 
 from converters import appended_object
 from converters.appended_object import AppendedObject
@@ -26,7 +23,6 @@ from mtp_model.destination import held
 from mtp_model.store import UNFINISHED, Checkpoint, CheckpointError, open_checkpoint
 from mtp_model.store_writer import ChangedLeaf, write_derived
 
-HERE = Path(__file__).parent
 SIZES = {"n_routed_experts": 8, "num_hidden_layers": 2, "first_k_dense_replace": 1}
 PART_BYTES = 1000  # so that files of some 10 kB have as many parts as files of some GB
 
@@ -166,7 +162,7 @@ def test_killed_anywhere_it_continues_and_ends_with_the_same_bytes(
         ("export", ckpt.path, f"{url}/{number}", *point, (0, 1))
         for number, point in enumerate(points)
     ]
-    killed(commands)
+    run_all(commands)
     resumed = []
     for number, point in enumerate(points):
         dst = f"{url}/{number}"
@@ -179,18 +175,6 @@ def test_killed_anywhere_it_continues_and_ends_with_the_same_bytes(
         assert gcs.contents(key(dst)) == tree_bytes(src), point
     assert resumed[0] == 0
     assert resumed[-1] == len(list(src.glob("*.safetensors")))
-
-
-def killed(commands: list[tuple]) -> None:
-    ran = subprocess.run(
-        [sys.executable, HERE / "killed.py", json.dumps(commands, default=str)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(HERE), str(HERE.parent)))},
-        capture_output=True,
-        timeout=100,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr.decode()
-    assert json.loads(ran.stdout) == [-signal.SIGKILL] * len(commands), ran.stderr.decode()
 
 
 def test_a_file_that_went_missing_is_written_again(

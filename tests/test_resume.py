@@ -3,10 +3,7 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -18,6 +15,7 @@ from roundtrip import (
     run_import,
     tree_bytes,
 )
+from side_by_side import run_all
 
 from converters.exporter import export_checkpoint
 from converters.import_plan import Options, make_plan
@@ -27,7 +25,6 @@ from mtp_model.destination import LOCK, claim, locked
 from mtp_model.store import UNFINISHED, Checkpoint, CheckpointError, open_checkpoint
 from mtp_model.store_writer import write_derived
 
-HERE = Path(__file__).parent
 SIZES = {"n_routed_experts": 8, "num_hidden_layers": 2, "first_k_dense_replace": 1}
 
 
@@ -42,20 +39,6 @@ def whole(src: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     dst = tmp_path_factory.mktemp("whole") / "ckpt"
     run_import(src, dst, dtype="bf16")
     return open_checkpoint(dst)
-
-
-def run_all(commands: Sequence[Sequence[object]], status: int) -> None:
-    """Run commands of killed.py side by side; all have to end with this exit status."""
-    text = json.dumps(commands, default=str)
-    ran = subprocess.run(
-        [sys.executable, HERE / "killed.py", text],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(HERE), str(HERE.parent)))},
-        capture_output=True,
-        timeout=100,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr.decode()
-    assert json.loads(ran.stdout) == [status] * len(commands), ran.stderr.decode()
 
 
 def num_done(dst: Path) -> int:
@@ -96,7 +79,7 @@ def test_import_killed_anywhere_ends_with_the_same_bytes(
 
 
 def test_import_killed_after_complete_is_complete(src: Path, whole: Checkpoint, tmp_path: Path):
-    run_all([("import", src, tmp_path / "ckpt", "marker", 1, (0, 1))], -signal.SIGKILL)
+    run_all([("import", src, tmp_path / "ckpt", "marker", 1, (0, 1))])
     assert (tmp_path / "ckpt" / UNFINISHED).is_dir()
     assert open_checkpoint(tmp_path / "ckpt").damaged_files() == []
     again = run_import(src, tmp_path / "ckpt", dtype="bf16")
@@ -118,7 +101,6 @@ def test_export_killed_anywhere_ends_with_the_same_bytes(
     folders = {point: tmp_path / "-".join(map(str, point)) for point in EXPORT_POINTS}
     run_all(
         [("export", whole.path, dst, *point, (0, 1)) for point, dst in folders.items()],
-        -signal.SIGKILL,
     )
     for point, dst in folders.items():
         assert (dst / UNFINISHED).is_dir()
