@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
+from converters.appended import Appended
 from mtp_model.rawio import ALIGNMENT, O_DIRECT, TMP_SUFFIX
 
 _STAGING_BYTES = 4 * 2**20
 
 
-class AppendedFile:
+class AppendedFile(Appended[Path]):
     """Appears at `path` only when it is whole and on the disk. An OSError names what there is yet.
 
     It goes through one aligned, reused buffer, past the page cache where that is possible: direct
@@ -24,10 +25,9 @@ class AppendedFile:
     """
 
     def __init__(self, path: Path):
-        self.path = path
+        page_aligned = mmap.mmap(-1, _STAGING_BYTES)
+        super().__init__(path, np.frombuffer(page_aligned, np.uint8))
         self._partial = path.with_name(path.name + TMP_SUFFIX)
-        self._staging = np.frombuffer(mmap.mmap(-1, _STAGING_BYTES), np.uint8)  # page-aligned
-        self._filled = 0
         self._written = 0
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
         try:
@@ -38,16 +38,6 @@ class AppendedFile:
                 raise
             self._fd = os.open(self._partial, flags, 0o666)
             self._direct = False
-
-    def append(self, view: np.ndarray) -> None:
-        """Add bytes (uint8, 1-D)."""
-        while len(view):
-            piece = view[: len(self._staging) - self._filled]
-            self._staging[self._filled : self._filled + len(piece)] = piece
-            self._filled += len(piece)
-            view = view[len(piece) :]
-            if self._filled == len(self._staging):
-                self._flush()
 
     def finish(self) -> None:
         """Flush to the disk, and make it visible."""
@@ -70,7 +60,7 @@ class AppendedFile:
         done = 0
         with self._or_discarded():
             while done < self._filled:
-                done += self._write(self._staging[done : self._filled].data, self._written + done)
+                done += self._write(self._memory[done : self._filled].data, self._written + done)
         self._written += done
         self._filled = 0
 

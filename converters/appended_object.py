@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import google_crc32c
 import numpy as np
 
+from converters.appended import Appended
 from converters.cloud_objects import join, state
 from mtp_model.cloud import CloudError, CloudPath
 
@@ -16,34 +17,22 @@ _PART_BYTES = 16 << 20
 _PARTS_AT_ONCE = 8
 
 
-class AppendedObject:
+class AppendedObject(Appended[CloudPath]):
     """Appears at `path` only when it is whole. `scratch`: a folder for its parts alone."""
 
     def __init__(self, path: CloudPath, scratch: CloudPath):
-        self.path = path
+        super().__init__(path, np.empty(_PART_BYTES, np.uint8))
         self._scratch = scratch
-        self._part = np.empty(_PART_BYTES, np.uint8)
-        self._filled = 0
         self._size = 0
         self._crc32c = google_crc32c.Checksum()
         self._pool = ThreadPoolExecutor(_PARTS_AT_ONCE)
         self._sent: list[Future[None]] = []
 
-    def append(self, view: np.ndarray) -> None:
-        """Add bytes (uint8, 1-D)."""
-        while len(view):
-            piece = view[: len(self._part) - self._filled]
-            self._part[self._filled : self._filled + len(piece)] = piece
-            self._filled += len(piece)
-            view = view[len(piece) :]
-            if self._filled == len(self._part):
-                self._send()
-
     def finish(self) -> None:
         """Make it visible; CloudError, and no object, if the service has stored other bytes."""
         with self._pool:
             if self._sent:
-                self._send()
+                self._flush()
                 for sent in self._sent:
                     sent.result()
                 parts = [self._part_path(number) for number in range(len(self._sent))]
@@ -57,7 +46,7 @@ class AppendedObject:
         """Stop. Parts that were sent stay in the scratch folder. Nothing to do after finish()."""
         self._pool.shutdown(cancel_futures=True)
 
-    def _send(self) -> None:
+    def _flush(self) -> None:
         if len(self._sent) >= _PARTS_AT_ONCE:
             self._sent[-_PARTS_AT_ONCE].result()  # no more than these in memory
         if self._filled:
@@ -68,7 +57,7 @@ class AppendedObject:
         return self._scratch / f"part-{number:05}"
 
     def _taken(self) -> bytes:
-        data = self._part[: self._filled].tobytes()
+        data = self._memory[: self._filled].tobytes()
         self._crc32c.update(data)
         self._size += len(data)
         self._filled = 0

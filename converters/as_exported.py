@@ -47,9 +47,8 @@ def round_as_exported(
         for slot in encoder.slots.values():
             if slot.path == path and not slot.copy_of:
                 values[slot.index] = _exported(encoder, slot, dtypes, block)
-                for part in (slot.name, slot.scale):
-                    if part:
-                        encoder.forget(part)
+                for part in slot.with_scale:
+                    encoder.forget(part)
         *owners, name = path.split(".")
         owner: Any = model
         for attribute in owners:

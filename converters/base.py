@@ -9,16 +9,13 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from converters.encode import PIECE_BYTES, Encoder
+from converters.encode import PIECE_BYTES, Encoder, held_slots
 from converters.journal import Fingerprint
 from converters.listing import Listing
-from converters.mapping import slots
 from converters.problems import Problem, raise_if_any
-from mtp_model.config import ModelConfig
+from converters.source import read_pieces
 from mtp_model.rawio import digest
 from mtp_model.store import Checkpoint
-
-_SIDE_PIECE_BYTES = 4 << 20
 
 
 class Overlay:
@@ -86,13 +83,9 @@ def raise_if_changed(base: Listing, checkpoint: Checkpoint, began: Fingerprint) 
 
 
 def held_dtypes(checkpoint: Checkpoint, dtypes: Mapping[str, str]) -> dict[str, str]:
-    """Those of the tensors that the checkpoint has: its scope may leave out most."""
-    found = slots(ModelConfig.from_dict(checkpoint.config_dict))
-    return {
-        name: dtype
-        for name, dtype in dtypes.items()
-        if name in found and found[name].path in checkpoint.leaves
-    }
+    """Those of the tensors that the checkpoint has."""
+    held = held_slots(checkpoint)
+    return {name: dtype for name, dtype in dtypes.items() if name in held}
 
 
 def _differences(base: Listing, checkpoint: Checkpoint) -> Iterator[Problem]:
@@ -116,14 +109,16 @@ def _header_fault(record: dict[str, Any] | None, base: Listing, file: str) -> st
         return "is not there"
     if digest(base.headers[file].raw) != record["header"]:
         return "has another header than what was imported: other tensors, or in other places"
-    listed = base.source.fingerprint(file).get("sha256")
-    if listed and record.get("sha256") not in (None, listed):
-        return f"is listed with sha256 {listed}, what was imported with {record['sha256']}"
+    imported = record.get("sha256")
+    listed = imported and base.source.fingerprint(file).get("sha256")
+    if listed and listed != imported:
+        return f"is listed with sha256 {listed}, what was imported with {imported}"
     return None
 
 
 def source_file_digest(base: Listing, file: str, size: int) -> str:
+    """xxh3-128 of a file of this size."""
     state = xxhash.xxh3_128()
-    for begin in range(0, size, _SIDE_PIECE_BYTES):
-        state.update(base.source.read(file, begin, min(_SIDE_PIECE_BYTES, size - begin)))
+    for piece in read_pieces(base.source, file, size):
+        state.update(piece)
     return state.hexdigest()

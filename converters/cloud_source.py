@@ -9,11 +9,17 @@ import numpy as np
 
 from converters.cloud_objects import ObjectState, state, states
 from converters.problems import Problem, ProblemsError, raise_if_any
-from converters.source import BOOKKEEPING, Buffer, Fingerprint, byte_view, name_fault
+from converters.source import (
+    BOOKKEEPING,
+    Buffer,
+    Fingerprint,
+    byte_view,
+    kind_fault,
+    name_fault,
+)
 from converters.staging import Finish, Read
 from converters.strict_json import shown
 from mtp_model.cloud import CloudError, CloudPath, as_path
-from mtp_model.store import COMPLETE, PROVENANCE
 
 _PLACEHOLDER = "/"  # what consoles leave where somebody made a folder
 
@@ -47,10 +53,8 @@ class CloudSource:
         names = [n for n in names if not set(n.split("/")[:-1]) & set(BOOKKEEPING)]
         if not names:
             raise self._error(self.name, "holds no objects; needed config.json and safetensors")
-        if {COMPLETE, PROVENANCE} <= set(names):
-            found = "is a checkpoint directory, not a safetensors checkpoint"
-            advice = "name what it was imported from, or what `convert-deepseek export` made of it"
-            raise self._error(self.name, f"{found}; {advice}")
+        if fault := kind_fault(names):
+            raise self._error(self.name, fault)
         faults = [(name, name_fault(name)) for name in names]
         raise_if_any(self.name, [Problem("file", shown(n), f) for n, f in faults if f])
         return {name: found[name] for name in names}

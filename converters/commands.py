@@ -20,11 +20,11 @@ from converters.problems import Problem, ProblemsError, raise_if_any
 from converters.progress import progress
 from converters.report import Section, problem_report, problems_as_json, show, stdout, to_json
 from converters.report_folder import write_report
-from converters.source import Source, open_source
+from converters.source import Source, kind_fault, open_source
 from converters.staging import FarSource
 from converters.verify import Verification, check_storage
 from mtp_model.config import HiddenState, ModelConfig
-from mtp_model.store import COMPLETE, PROVENANCE, Checkpoint, open_checkpoint
+from mtp_model.store import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -182,10 +182,8 @@ def _logits(listing: Listing, config_dict: dict[str, Any], checkpoint: Checkpoin
 def _source(src: str) -> Source:
     """What SRC stands for; ProblemsError where it is not the kind of thing that is wanted."""
     source = open_source(src)
-    if {COMPLETE, PROVENANCE} <= source.files().keys():
-        found = "is a checkpoint directory, not a safetensors checkpoint"
-        advice = "name what it was imported from, or what `convert-deepseek export` made of it"
-        raise ProblemsError(source.name, [Problem("source", src, f"{found}; {advice}")])
+    if fault := kind_fault(source.files()):
+        raise ProblemsError(source.name, [Problem("source", src, fault)])
     return source
 
 

@@ -67,17 +67,15 @@ class TensorComparer:
 
     def reads(self, slot: Slot) -> list[Read]:
         """Where the source stores these bytes."""
-        tensors = (self._listing.tensors[name] for name in _with_scale(slot))
+        tensors = (self._listing.tensors[name] for name in slot.with_scale)
         return [(tensor.file, tensor.begin, tensor.nbytes) for tensor in tensors]
 
     def differences(self, slot: Slot) -> list[Difference]:
         """Of a tensor and its scales; together, for quantising again makes both at once."""
         found = [
-            self._difference(self._slots[name])
-            for name in _with_scale(slot)
-            if not self._same(name)
+            self._difference(self._slots[name]) for name in slot.with_scale if not self._same(name)
         ]
-        for name in _with_scale(slot):
+        for name in slot.with_scale:
             self._encoder.forget(name)
         return found
 
@@ -154,7 +152,3 @@ class TensorComparer:
             grid = np.ascontiguousarray(scales[side, slice(*blocks)])
             dequantise_into(values[side], stored[side], grid, self._block)
         return values
-
-
-def _with_scale(slot: Slot) -> tuple[str, ...]:
-    return (slot.name, slot.scale) if slot.scale else (slot.name,)

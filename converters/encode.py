@@ -39,6 +39,12 @@ class Requantisation:
     rms_rel_err: float
 
 
+def held_slots(checkpoint: Checkpoint) -> dict[str, Slot]:
+    """Every tensor whose leaf the checkpoint has: its scope may leave out most."""
+    found = slots(ModelConfig.from_dict(checkpoint.config_dict))
+    return {name: slot for name, slot in found.items() if slot.path in checkpoint.leaves}
+
+
 class Encoder:
     """The bytes of a checkpoint's tensors in the dtypes that a safetensors checkpoint gives them.
 
@@ -51,8 +57,7 @@ class Encoder:
         Raises ProblemsError for a tensor that the checkpoint's network does not have.
         """
         config = ModelConfig.from_dict(checkpoint.config_dict)
-        leaves = checkpoint.leaves
-        self.slots = {name: slot for name, slot in slots(config).items() if slot.path in leaves}
+        self.slots = held_slots(checkpoint)
         """Of every tensor that the checkpoint has, whatever its scope; of copies of them too."""
         unknown = (Problem("unknown", name) for name in dtypes if name not in self.slots)
         raise_if_any(str(checkpoint.path), unknown)

@@ -10,7 +10,7 @@ from pathlib import Path
 from converters.journal import Fingerprint, begun_by_another, delete_journals
 from converters.listing import SUFFIX
 from mtp_model.cloud import AnyPath, CloudPath
-from mtp_model.destination import delete, held
+from mtp_model.destination import delete, entries, held
 from mtp_model.store import CONFIG, PARAMS, UNFINISHED, CheckpointError
 
 _RECORD = Path(".cache", "deepseek-mtp")  # what is in .cache is no part of a checkpoint
@@ -65,10 +65,9 @@ def _take_up(dst: AnyPath, fingerprint: Fingerprint) -> None:
 
 
 def _raise_if_occupied(dst: AnyPath, overwrite: bool) -> None:
-    names = {path.name for path in dst.iterdir()} if dst.is_dir() else set()
-    is_free = not names and not dst.is_file()
+    names = entries(dst)
     is_begun = UNFINISHED in names and PARAMS not in names  # by another process, just now
-    if is_free or is_begun:
+    if not names or is_begun:
         return
     has_weights = any(name.endswith(SUFFIX) for name in names)
     if PARAMS in names or CONFIG not in names or not has_weights:

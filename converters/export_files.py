@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from converters.appended import Appended
 from converters.appended_file import AppendedFile
 from converters.appended_object import AppendedObject
 from converters.cloud_objects import copy, state, states
@@ -15,7 +16,6 @@ from converters.cloud_source import CloudSource
 from converters.disk_room import raise_if_full
 from converters.links import Taken, can_link, place, source_pieces
 from converters.listing import SUFFIX
-from converters.safetensors_writer import Appended
 from converters.source import Source, byte_view
 from mtp_model.cloud import AnyPath, CloudError, CloudPath
 from mtp_model.rawio import file_digest
@@ -52,10 +52,6 @@ class ExportFiles(Protocol):
         """What is wrong with a file that was written. digest: xxh3-128 of the bytes."""
         ...
 
-    def delete_others(self, names: set[str]) -> None:
-        """Delete the safetensors files with other names."""
-        ...
-
 
 def export_files(dst: AnyPath) -> ExportFiles:
     """Those of a destination."""
@@ -89,10 +85,6 @@ class LocalFiles:
         if found != digest:
             return f"reads back as {found}, {digest} was written: the disk is failing"
         return None
-
-    def delete_others(self, names: set[str]) -> None:
-        for stale in {path.name for path in self.folder.glob("*" + SUFFIX)} - names:
-            (self.folder / stale).unlink()
 
     def _made(self, name: str) -> Path:
         path = self.folder / name
@@ -132,11 +124,6 @@ class CloudFiles:
 
     def fault(self, name: str, digest: str) -> None:
         """None: AppendedObject leaves no object whose checksum is not that of what was sent."""
-
-    def delete_others(self, names: set[str]) -> None:
-        for stale in self.folder.iterdir():
-            if stale.name.endswith(SUFFIX) and stale.name not in names:
-                stale.unlink()
 
     def _copied(self, old: CloudPath, new: CloudPath) -> Taken:
         copy(old, new)

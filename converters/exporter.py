@@ -23,7 +23,7 @@ from converters.export_plan import Dtype, OutFile, Plan, make_plan
 from converters.export_result import ExportedFile, ExportSummary
 from converters.export_stream import Segments, prepared_segments
 from converters.journal import Fingerprint, Journal
-from converters.listing import Listing
+from converters.listing import SUFFIX, Listing
 from converters.mapping import TABLE_VERSION
 from converters.problems import Problem, ProblemsError
 from converters.safetensors_io import TensorInfo
@@ -76,7 +76,7 @@ def export_checkpoint(
             written = done | export.run([f for f in plan.files if f.name not in done], workers)
         if base:
             raise_if_changed(base, checkpoint, fingerprint)
-        files.delete_others({file.name for file in plan.files})
+        _delete_others(dst, plan)
         _write_side_files(checkpoint, dst, plan)
         sync_directory(dst)
         if continuable:
@@ -258,6 +258,14 @@ def _source_digests(plan: Plan, checkpoint: Checkpoint) -> dict[str, str | None]
         if file.is_source_file
         for tensor, digest in zip(file.tensors, records[file.name]["tensors"], strict=True)
     }
+
+
+def _delete_others(dst: AnyPath, plan: Plan) -> None:
+    """Safetensors files of an earlier checkpoint."""
+    names = {file.name for file in plan.files}
+    for stale in list(dst.iterdir()):
+        if stale.name.endswith(SUFFIX) and stale.name not in names:
+            stale.unlink()
 
 
 def _write_side_files(checkpoint: Checkpoint, dst: AnyPath, plan: Plan) -> None:

@@ -7,10 +7,9 @@ from converters.import_plan import Plan, side_files, source_files
 from converters.listing import Listing
 from converters.problems import Problem, raise_if_any
 from converters.provenance import source_record, tool_versions
+from converters.source import read_pieces
 from converters.units import Done
 from mtp_model.store_writer import Digests, ParamsWriter
-
-_SIDE_PIECE_BYTES = 4 << 20
 
 
 def finish_import(writer: ParamsWriter, plan: Plan, done: Mapping[str, Done]) -> None:
@@ -51,8 +50,7 @@ def _stale_copies(plan: Plan, tensors: Mapping[str, str]) -> Iterator[Problem]:
 
 def _side_pieces(listing: Listing, file: str) -> Iterator[bytes]:
     size = int(listing.source.fingerprint(file)["size"])
-    for begin in range(0, size, _SIDE_PIECE_BYTES):
-        yield listing.source.read(file, begin, min(_SIDE_PIECE_BYTES, size - begin))
+    return read_pieces(listing.source, file, size)
 
 
 def _changed_files(plan: Plan) -> Iterator[Problem]:

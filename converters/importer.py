@@ -94,6 +94,7 @@ def import_checkpoint(
     hidden_state = mtp_hidden_state or config.mtp_hidden_state
     options = Options(scope=scope, dtype=dtype, copies=copies, mtp_hidden_state=hidden_state)
     plan = make_plan(listing, config, options, policy)
+    share = plan.share(worker)
     todo: list[Unit] = []
     with claim(dst, shared=worker[1] > 1):
         with locked(dst / UNFINISHED / _MAKING_ROOM, wait=True):
@@ -101,9 +102,8 @@ def import_checkpoint(
             opened = None if finished else _begin(dst, plan, worker, overwrite)
         if opened:
             with closing(opened) as journal:
-                todo = _do_share(dst, plan, worker, journal, workers, progress)
+                todo = _do_share(dst, plan, share, worker, journal, workers, progress)
             finished = _finish_if_last(dst, plan)
-    share = plan.share(worker)
     return ImportSummary(
         path=dst,
         worker=worker,
@@ -160,6 +160,7 @@ def _still_there(writer: ParamsWriter, plan: Plan, entries: Iterable[dict]) -> d
 def _do_share(
     dst: AnyPath,
     plan: Plan,
+    share: list[Unit],
     worker: tuple[int, int],
     journal: Journal,
     workers: int,
@@ -167,7 +168,7 @@ def _do_share(
 ) -> list[Unit]:
     """Do what is left of a worker's share; returns that."""
     writer = ParamsWriter(dst, plan.conversion.leaves)
-    share, source = plan.share(worker), plan.conversion.listing.source
+    source = plan.conversion.listing.source
     done = _still_there(writer, plan, journal.entries)
     todo = [unit for unit in share if unit.key not in done]
     reads = {unit.key: unit_reads(plan.conversion, unit) for unit in todo}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from converters.problems import Problem, ProblemsError
-from converters.source import LocalSource, Source
+from converters.source import LocalSource, Source, read_pieces
 from mtp_model.rawio import TMP_SUFFIX, write_pieces
 
 How = Literal["hard link", "reflink", "copy", "copy in the cloud"]
@@ -68,8 +68,7 @@ def source_pieces(source: Source, file: str) -> Iterator[bytes]:
     """The file's bytes; proved by their sha256 where the source knows it."""
     found = source.fingerprint(file)
     size, state = int(found["size"]), hashlib.sha256()
-    for begin in range(0, size, _PIECE_BYTES):
-        piece = source.read(file, begin, min(_PIECE_BYTES, size - begin))
+    for piece in read_pieces(source, file, size, _PIECE_BYTES):
         if "sha256" in found:
             state.update(piece)
         yield piece

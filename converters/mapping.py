@@ -158,6 +158,11 @@ class Slot:
     scale: str | None = None
     copy_of: str | None = None
 
+    @property
+    def with_scale(self) -> tuple[str, ...]:
+        """Its name, and that of its scales if it has any."""
+        return (self.name, self.scale) if self.scale else (self.name,)
+
 
 def _indices(row: Row, stack: Stack, config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Checkpoint name and leading indices of every tensor of a row in a stack."""

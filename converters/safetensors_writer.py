@@ -2,26 +2,15 @@
 
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
-import numpy as np
 import xxhash
 
+from converters.appended import Appended
 from converters.appended_file import AppendedFile
 from converters.problems import Problem, ProblemsError
 from converters.safetensors_io import Header, parse_header
 from converters.source import Buffer, byte_view
-from mtp_model.cloud import AnyPath
-
-
-class Appended(Protocol):
-    """Something that is written from start to end, and not there until it is whole."""
-
-    @property
-    def path(self) -> AnyPath: ...
-    def append(self, view: np.ndarray) -> None: ...
-    def finish(self) -> None: ...
-    def discard(self) -> None: ...
 
 
 class StreamWriter:
@@ -33,10 +22,10 @@ class StreamWriter:
 
     def __init__(self, file: str | Path | Appended, raw_header: bytes):
         """`raw_header` is the header text without its length, as in Header.raw."""
-        self._path = Path(file) if isinstance(file, str | Path) else file.path
+        is_local = isinstance(file, str | Path)
+        self._path = Path(file) if is_local else file.path
         self._header = parse_header(raw_header, self._path.name, str(self._path))
         self._hash = xxhash.xxh3_128()
-        is_local = isinstance(file, str | Path)
         self._file: Appended = AppendedFile(Path(file)) if is_local else file
         self._position = 0
         self.size = self._header.size

@@ -5,7 +5,7 @@ import re
 import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +16,7 @@ from converters.problems import Problem, ProblemsError, raise_if_any
 from converters.strict_json import shown
 from mtp_model.cloud import is_cloud
 from mtp_model.rawio import DIRECT_FROM_BYTES, open_direct, read_cached, read_direct
+from mtp_model.store import COMPLETE, PROVENANCE
 
 Buffer = bytes | bytearray | memoryview | np.ndarray
 Fingerprint = dict[str, int | str]
@@ -27,7 +28,17 @@ HUB_ID = re.compile(
 """`org/name` or `org/name@revision`, a branch, a tag or a commit."""
 
 _OPEN_FILES = 32
+_PIECE_BYTES = 4 << 20
 BOOKKEEPING = (".git", ".cache")  # of git and of huggingface_hub: copies of the files around them
+
+
+def kind_fault(files: Collection[str]) -> str | None:
+    """What a set of files is instead of a safetensors checkpoint, and what to do."""
+    if {COMPLETE, PROVENANCE} - set(files):
+        return None
+    found = "is a checkpoint directory, not a safetensors checkpoint"
+    advice = "name what it was imported from, or what `convert-deepseek export` made of it"
+    return f"{found}; {advice}"
 
 
 class Source(Protocol):
@@ -54,6 +65,14 @@ class Source(Protocol):
     def fingerprint(self, file: str) -> Fingerprint:
         """Equal as long as the file is the same, asked anew every time."""
         ...
+
+
+def read_pieces(
+    source: Source, file: str, size: int, piece_bytes: int = _PIECE_BYTES
+) -> Iterator[bytes]:
+    """The first `size` bytes of a file, piece by piece."""
+    for begin in range(0, size, piece_bytes):
+        yield source.read(file, begin, min(piece_bytes, size - begin))
 
 
 def open_source(src: str, *, keep_downloads: bool = False) -> Source:

@@ -136,8 +136,10 @@ def is_cloud(path: object) -> bool:
 
 def as_path(path: str | AnyPath) -> AnyPath:
     """The place that the user's words mean; CloudError for an address that is none."""
-    if isinstance(path, CloudPath) or not is_cloud(path):
-        return path if isinstance(path, CloudPath) else Path(path)
+    if isinstance(path, CloudPath):
+        return path
+    if not is_cloud(path):
+        return Path(path)
     bucket, _, key = str(path).removeprefix(SCHEME).partition("/")
     key = key.rstrip("/")
     if not bucket or (key and {"", ".", ".."} & set(key.split("/"))):

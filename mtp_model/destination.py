@@ -86,12 +86,19 @@ def delete(entry: AnyPath, *, ignore_errors: bool = False) -> None:
         entry.unlink()
 
 
+def entries(dst: AnyPath) -> set[str]:
+    """Names of all that is directly in a folder; none where nothing is, "" for a file.
+
+    Another process may be making the folder just now: what is said was so at one moment.
+    """
+    if not dst.exists():
+        return set()
+    return {entry.name for entry in dst.iterdir()} if dst.is_dir() else {""}
+
+
 def raise_if_foreign(dst: AnyPath) -> None:
     """Raise CheckpointError for a destination that holds anything but a checkpoint directory."""
-    if not dst.exists():
-        return
-    # Looked at once: other workers of the same import may be making the folder just now.
-    names = {entry.name for entry in dst.iterdir()} if dst.is_dir() else {""}
+    names = entries(dst)
     if names and not names & {COMPLETE, UNFINISHED}:
         raise CheckpointError(
             f"{dst} is not empty and no checkpoint directory of this toolkit; nothing in it was "
