@@ -14,14 +14,14 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from finetune.config import RunSettings, SettingsError, blank, read_yaml
-from finetune.corpus import DataError
+from finetune.data.corpus import DataError
 from finetune.evaluate import EvaluateSettings, evaluate
-from finetune.report import comparison_table, evaluation_table
-from finetune.rundir import RunError
+from finetune.run.directory import RunError
+from finetune.run.report import comparison_table, evaluation_table
+from finetune.settings import RunSettings, SettingsError, blank, read_yaml
 from finetune.train import Result, StoppedError, train
 from mtp_model import ConfigError
-from mtp_model.store import CheckpointError
+from mtp_model.checkpoint.directory import CheckpointError
 
 FAILURES = (DataError, RunError, StoppedError, CheckpointError, ConfigError, OSError)
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TimeElapsedColumn
 
-from finetune.config import ComputeDtype, SettingsError
-from finetune.data import open_documents
-from finetune.metrics import Summary, add_up, summarise
-from finetune.packing import Packer
+from finetune.data.packing import Packer
+from finetune.data.run_text import open_documents
+from finetune.run.metrics import Summary, add_up, summarise
+from finetune.settings import ComputeDtype, SettingsError
 from finetune.state import Split, make_measure_step
 from finetune.weights import compute_dtype, open_trainable
 from mtp_model.load import load

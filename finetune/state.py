@@ -15,9 +15,9 @@ import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from finetune.config import OptimizerSettings, RunSettings, TrainMode
-from finetune.losses import ExpertLoad, Measured, measure, objective
-from finetune.packing import Batch
+from finetune.data.packing import Batch
+from finetune.objective.losses import ExpertLoad, Measured, measure, objective
+from finetune.settings import OptimizerSettings, RunSettings, TrainMode
 from mtp_model import DeepSeekV3, RouterBias
 
 _IN_MTP = nnx.PathContains("mtp")

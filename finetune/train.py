@@ -17,15 +17,15 @@ import jax
 from flax import nnx
 from rich.console import Console
 
-from finetune.checkpoints import Checkpoints, Progress
-from finetune.config import RunSettings, SettingsError, as_plain, check
-from finetune.data import RunText, held_out_batches, open_run_text
-from finetune.metrics import RunLog, Summary, add_up, read_rows, summarise
-from finetune.packing import Batch, Packer, Position
-from finetune.plots import draw_curves
-from finetune.progress import ProgressBar
-from finetune.report import evaluation_sentence
-from finetune.rundir import RunDirectory, RunError
+from finetune.data.packing import Batch, Packer, Position
+from finetune.data.run_text import RunText, held_out_batches, open_run_text
+from finetune.run.checkpoints import Checkpoints, Progress
+from finetune.run.directory import RunDirectory, RunError
+from finetune.run.metrics import RunLog, Summary, add_up, read_rows, summarise
+from finetune.run.plots import draw_curves
+from finetune.run.progress import ProgressBar
+from finetune.run.report import evaluation_sentence
+from finetune.settings import RunSettings, SettingsError, as_plain, check
 from finetune.state import (
     Split,
     StepResult,
@@ -44,9 +44,9 @@ from finetune.weights import (
     write_final,
 )
 from mtp_model import ModelConfig
-from mtp_model.cloud import is_cloud
-from mtp_model.rawio import file_digest
-from mtp_model.store import COMPLETE, Checkpoint
+from mtp_model.checkpoint.directory import COMPLETE, Checkpoint
+from mtp_model.files.local import file_digest
+from mtp_model.files.objects import is_cloud
 
 
 class StoppedError(ValueError):

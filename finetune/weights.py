@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from finetune.config import ComputeDtype, TrainMode
+from finetune.settings import ComputeDtype, TrainMode
 from finetune.state import TRAINABLE, Split, TrainState
 from mtp_model import ModelConfig
+from mtp_model.checkpoint.directory import Checkpoint, CheckpointError, open_checkpoint
+from mtp_model.checkpoint.writer import ChangedLeaf, write_derived
 from mtp_model.load import cast_weights, checkpoint_config, load
-from mtp_model.store import Checkpoint, CheckpointError, open_checkpoint
-from mtp_model.store_writer import ChangedLeaf, write_derived
 
 
 def open_trainable(path: str) -> tuple[Checkpoint, ModelConfig]:

@@ -8,12 +8,12 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
-from mtp_model.cloud import AnyPath, CloudPath
+from mtp_model.checkpoint.directory import Checkpoint, open_checkpoint
 from mtp_model.config import ModelConfig
+from mtp_model.files.objects import AnyPath, CloudPath
 from mtp_model.layers import FP8, dequantise
 from mtp_model.model import DeepSeekV3, Scope
 from mtp_model.sharding import require_axes, stored_spec
-from mtp_model.store import Checkpoint, open_checkpoint
 
 CONCURRENT_READ_GB = 4  # host memory that a restore may have in flight
 

@@ -22,7 +22,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 CHECKED_MODULES = [
     *(f"mtp_model.{name}" for name in ("attention", "block", "dispatch", "grouped", "layers")),
     *(f"mtp_model.{name}" for name in ("model", "moe", "mtp", "rope", "rows")),
-    *("finetune.losses", "finetune.acceptance"),
+    *("finetune.objective.losses", "finetune.objective.acceptance"),
 ]
 if TYPE_CHECKING:
     from gcs_server import GcsServer

@@ -14,7 +14,7 @@ FORBIDDEN = {
     "finetune": {"converters"},
 }
 TORCH_PACKAGES = {"torch", "transformers", "safetensors"}
-TORCH_MODULES = {"converters/torch_reference.py", "converters/torch_weights.py"}
+TORCH_MODULES = {"converters/verifying/torch_reference.py", "converters/verifying/torch_weights.py"}
 MODULES = [path for package in PACKAGES for path in sorted((ROOT / package).glob("**/*.py"))]
 
 
@@ -48,11 +48,11 @@ def test_imports_point_one_way(path):
 @pytest.mark.parametrize(
     ("module", "line"),
     [
-        ("mtp_model/model.py", "import converters.mapping"),
-        ("converters/cli.py", "from finetune.train import train"),
+        ("mtp_model/model.py", "import converters.format.mapping"),
+        ("converters/cli/main.py", "from finetune.train import train"),
         ("finetune/train.py", "def f():\n    import converters"),
         ("mtp_model/load.py", "import torch"),
-        ("converters/check.py", "from transformers import AutoConfig"),
+        ("converters/format/check.py", "from transformers import AutoConfig"),
     ],
 )
 def test_a_wrong_import_would_be_noticed(module, line):

@@ -14,10 +14,10 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
-from converters.fp8 import Block
-from converters.mapping import SCALE_SUFFIX
-from converters.safetensors_io import DTYPES, make_header
-from converters.safetensors_writer import StreamWriter
+from converters.format.fp8 import Block
+from converters.format.header import DTYPES, make_header
+from converters.format.mapping import SCALE_SUFFIX
+from converters.format.writer import StreamWriter
 from tools.make_tiny_checkpoint import is_quantised, tiny_config, weight_shapes
 
 Flavour = Literal["fp8", "bf16"]

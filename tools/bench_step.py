@@ -12,16 +12,16 @@ import resource
 import time
 from pathlib import Path
 
-from converters import fp8_kernels  # noqa: F401  numba before the clock starts
-from converters.check import read_config
-from converters.digests import check_digests
-from converters.exporter import export_checkpoint
-from converters.importer import import_checkpoint
-from converters.listing import list_checkpoint
-from converters.source import open_source
-from converters.verify import check_storage
+from converters.exporting.exporter import export_checkpoint
+from converters.format import fp8_kernels  # noqa: F401  numba before the clock starts
+from converters.format.check import read_config
+from converters.format.listing import list_checkpoint
+from converters.importing.importer import import_checkpoint
+from converters.sources.source import open_source
+from converters.verifying.digests import check_digests
+from converters.verifying.verify import check_storage
+from mtp_model.checkpoint.directory import open_checkpoint
 from mtp_model.config import ModelConfig
-from mtp_model.store import open_checkpoint
 
 
 def run_import(src: Path, dst: Path, arguments: argparse.Namespace) -> None:

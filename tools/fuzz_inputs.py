@@ -20,12 +20,12 @@ import safetensors
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
-from converters.listing import INDEX_FILE, list_checkpoint
-from converters.problems import ProblemsError
-from converters.safetensors_io import DTYPES, read_header
-from converters.source import open_source
-from converters.strict_json import JsonError, parse
+from converters.format.header import DTYPES, read_header
+from converters.format.listing import INDEX_FILE, list_checkpoint
+from converters.sources.source import open_source
 from mtp_model.config import ConfigError, ModelConfig
+from mtp_model.files.untrusted_json import JsonError, parse
+from mtp_model.problems import ProblemsError
 from tools.make_tiny_checkpoint import TINY_CONFIG
 
 FILES = ("a.safetensors", "b.safetensors")

@@ -1,0 +1,79 @@
+"""The folder that an export writes: whose it is, what is left there to go on from.
+
+Knows nothing of tensors.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from converters.format.listing import SUFFIX
+from mtp_model.checkpoint.claim import delete, entries, held
+from mtp_model.checkpoint.directory import CONFIG, PARAMS, UNFINISHED, CheckpointError
+from mtp_model.files.journal import Fingerprint, begun_by_another, delete_journals
+from mtp_model.files.objects import AnyPath, CloudPath
+
+_RECORD = Path(".cache", "deepseek-mtp")  # what is in .cache is no part of a checkpoint
+
+
+@contextmanager
+def claimed(dst: AnyPath, fingerprint: Fingerprint, *, overwrite: bool) -> Iterator[None]:
+    """Hold `dst`, which is empty, or of this very export, or may be overwritten."""
+    folder = dst / UNFINISHED
+    if not folder.is_dir():
+        _take_up(dst, fingerprint)
+    if not folder.is_dir() or (dst / PARAMS).exists():
+        _raise_if_occupied(dst, overwrite)
+    with held(dst):
+        forget_record(dst)
+        if overwrite and begun_by_another(folder, fingerprint):
+            delete_journals(folder)
+        yield
+
+
+def keep_record(dst: Path) -> None:
+    """Finish `dst`, but keep the journal: the same command finds there what it need not redo."""
+    (dst / _RECORD).parent.mkdir(exist_ok=True)
+    (dst / UNFINISHED).rename(dst / _RECORD)
+
+
+def forget_record(dst: AnyPath) -> None:
+    """Undo keep_record, for what is a finished checkpoint and nothing else."""
+    if isinstance(dst, Path) and (dst / _RECORD).is_dir():
+        delete(dst / _RECORD)
+        with suppress(OSError):  # others keep their things there too
+            (dst / _RECORD).parent.rmdir()
+
+
+def raise_if_within(dst: AnyPath, source: AnyPath) -> None:
+    """Raise CheckpointError when one of the two folders is the other, or in it."""
+    if isinstance(dst, Path) and isinstance(source, Path):
+        ours, theirs = dst.resolve().parts, source.resolve().parts
+    else:
+        ours, theirs = str(dst).split("/"), str(source).split("/")
+    shorter = min(len(ours), len(theirs))
+    if ours[:shorter] == theirs[:shorter]:
+        raise CheckpointError(f"{dst} and the base {source} overlap; name another place")
+
+
+def _take_up(dst: AnyPath, fingerprint: Fingerprint) -> None:
+    """Go on with a finished export of this very checkpoint."""
+    if isinstance(dst, CloudPath):
+        return
+    if (dst / _RECORD).is_dir() and not begun_by_another(dst / _RECORD, fingerprint):
+        (dst / _RECORD).rename(dst / UNFINISHED)
+
+
+def _raise_if_occupied(dst: AnyPath, overwrite: bool) -> None:
+    names = entries(dst)
+    is_begun = UNFINISHED in names and PARAMS not in names  # by another process, just now
+    if not names or is_begun:
+        return
+    has_weights = any(name.endswith(SUFFIX) for name in names)
+    if PARAMS in names or CONFIG not in names or not has_weights:
+        raise CheckpointError(
+            f"{dst} is not empty and no safetensors checkpoint; nothing in it was touched; name "
+            "another place, or empty it"
+        )
+    if not overwrite:
+        raise CheckpointError(f"{dst} holds a checkpoint; name another place or --overwrite it")

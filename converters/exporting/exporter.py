@@ -1,0 +1,282 @@
+"""Checkpoint directory in, safetensors out: the source's own files, byte for byte where unchanged.
+
+Files are written one after the other; a few threads prepare the pieces that come next, so memory
+is bounded by those. A file counts as written once what is stored was proved to be the same.
+With a base, the source itself, only files that hold changed tensors are written.
+"""
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from converters.exporting.base import Overlay, base_state, check_base, held_dtypes, raise_if_changed
+from converters.exporting.base_compare import Comparison
+from converters.exporting.destination import claimed, keep_record, raise_if_within
+from converters.exporting.encode import Encoder, Requantisation
+from converters.exporting.files import ExportFiles, export_files
+from converters.exporting.plan import Dtype, OutFile, Plan, make_plan
+from converters.exporting.result import ExportedFile, ExportSummary
+from converters.exporting.stream import Segments, prepared_segments
+from converters.format.header import TensorInfo
+from converters.format.listing import SUFFIX, Listing
+from converters.format.mapping import TABLE_VERSION
+from converters.format.writer import StreamWriter
+from converters.sources.source import LocalSource
+from mtp_model.checkpoint.claim import delete
+from mtp_model.checkpoint.directory import COMPLETE, CONFIG, UNFINISHED, Checkpoint
+from mtp_model.files.journal import Fingerprint, Journal
+from mtp_model.files.local import file_digest, file_pieces, sync_directory, write_pieces
+from mtp_model.files.objects import AnyPath, as_path, is_cloud
+from mtp_model.problems import Problem, ProblemsError
+
+DEFAULT_WORKERS = 3
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes that are done, and their total."""
+
+
+def export_checkpoint(
+    checkpoint: Checkpoint,
+    dst: str | AnyPath,
+    *,
+    dtype: Dtype = "keep",
+    base: Listing | None = None,
+    workers: int = DEFAULT_WORKERS,
+    overwrite: bool = False,
+    continuable: bool = False,
+    progress: Progress | None = None,
+) -> ExportSummary:
+    """Write the safetensors checkpoint `dst`; run again after an interruption, it continues.
+
+    dtype: `keep` gives the source's files, `bf16` the same with all weights in bfloat16.
+    base: the source that `checkpoint` was imported from. Its files without changed tensors are
+    linked or copied, and it gives the tensors that `checkpoint` does not hold; for `keep` only.
+    continuable: the finished export may be run again, and does nothing, until forget_record(dst);
+    only in a folder on this machine.
+    Raises ProblemsError for a damaged checkpoint, one that lacks tensors of its source, or another
+    base than this source; CheckpointError for a destination that is in use.
+    """
+    dst = as_path(dst)
+    files = export_files(dst)
+    plan = make_plan(checkpoint, dtype, has_base=base is not None)
+    if base:
+        if isinstance(base.source, LocalSource) or is_cloud(base.source.name):
+            raise_if_within(dst, as_path(base.source.name))
+        check_base(base, checkpoint)
+    fingerprint = _fingerprint(checkpoint, dtype, base)
+    with claimed(dst, fingerprint, overwrite=overwrite):
+        with closing(Journal(dst / UNFINISHED, fingerprint)) as journal:
+            done = _still_there(files, journal.entries)
+            export = _Export(checkpoint, files, plan, base, journal, progress)
+            written = done | export.run([f for f in plan.files if f.name not in done], workers)
+        if base:
+            raise_if_changed(base, checkpoint, fingerprint)
+        _delete_others(dst, plan)
+        _write_side_files(checkpoint, dst, plan)
+        sync_directory(dst)
+        if continuable:
+            assert isinstance(dst, Path)
+            keep_record(dst)
+        else:
+            delete(dst / UNFINISHED)
+    exported = tuple(written[file.name] for file in plan.files)
+    return ExportSummary(
+        path=dst,
+        base=base.source.name if base else None,
+        files=exported,
+        num_side_files=len(checkpoint.side_files()),
+        num_tensors=len(plan.dtypes),
+        written_bytes=sum(f.size for f in exported if f.how in ("written", "copy")),
+        resumed_files=len(done),
+        notes=plan.notes,
+    )
+
+
+def _fingerprint(checkpoint: Checkpoint, dtype: Dtype, base: Listing | None) -> Fingerprint:
+    """Everything that the files depend on: COMPLETE holds the digests of all other digests."""
+    complete = {COMPLETE: {"digest": file_digest(checkpoint.path / COMPLETE)}}
+    options = {"dtype": dtype, "--base": base is not None, "table version": TABLE_VERSION}
+    state = base_state(base, checkpoint) if base else {}
+    return {"options": options, "files": complete, **state}
+
+
+def _still_there(files: ExportFiles, entries: Iterable[dict[str, Any]]) -> dict[str, ExportedFile]:
+    """Files that were written before, and are there in full."""
+    written = [ExportedFile.from_json(entry) for entry in entries if "compared" not in entry]
+    sizes = files.sizes() if written else {}
+    return {file.name: file for file in written if sizes.get(file.name) == file.size}
+
+
+class _Export:
+    """Writes the files, compares every tensor with the source's digest, proves what is stored."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        files: ExportFiles,
+        plan: Plan,
+        base: Listing | None,
+        journal: Journal,
+        progress: Progress | None,
+    ):
+        self._checkpoint = checkpoint
+        self._files = files
+        self._plan = plan
+        self._base = base
+        dtypes = held_dtypes(checkpoint, plan.dtypes) if base else plan.dtypes
+        self._encoder = Encoder(checkpoint, dtypes)
+        self._rows = Overlay(self._encoder, base) if base else self._encoder
+        self._journal = journal
+        self._progress = progress
+        self._source = _source_digests(plan, checkpoint)
+        trained = checkpoint.provenance.get("derived", [])
+        self._trained = {path for record in trained for path in record["changed"]}
+
+    def run(self, todo: list[OutFile], workers: int) -> dict[str, ExportedFile]:
+        """Write these files, or take those from the base that are the same there."""
+        self._total = sum(file.size for file in self._plan.files)
+        self._done = self._total - sum(file.size for file in todo)
+        if not self._base:
+            self._files.raise_if_full(self._total - self._done)
+            self._report(0)
+            return self._write_all(todo, workers)
+        kept = self._unchanged(self._base, todo, workers)
+        changed = [file for file in todo if file not in kept]
+        copied = [f for f in kept if self._files.needs_room(self._base.source, f.name)]
+        self._files.raise_if_full(sum(file.size for file in (*changed, *copied)))
+        taken = {file.name: self._take(self._base, file) for file in kept}
+        return taken | self._write_all(changed, workers)
+
+    def _unchanged(self, base: Listing, todo: list[OutFile], workers: int) -> list[OutFile]:
+        """Those of the files that would be written as the base has them."""
+        comparison = Comparison(base, self._checkpoint, self._encoder, self._journal)
+        left = sum(comparison.nbytes(file) for file in todo if file.name not in comparison.found)
+        compared = sum(map(comparison.nbytes, self._plan.files))
+        self._total += compared
+        self._done += compared - left
+        self._report(0)
+        comparison.run(todo, workers, self._report)
+        self._source |= comparison.digests
+        return [file for file in todo if not comparison.found[file.name].is_changed]
+
+    def _take(self, base: Listing, file: OutFile) -> ExportedFile:
+        """A file of the base as it is."""
+        how, digest = self._files.take(base.source, file.name)
+        self._report(file.size)
+        return self._proved(
+            ExportedFile(
+                name=file.name, size=file.size, how=how, digest=digest, same_as_source=True
+            )
+        )
+
+    def _write_all(self, files: list[OutFile], workers: int) -> dict[str, ExportedFile]:
+        """Write files; one is read back while the next is written."""
+        checks: list[Future[ExportedFile]] = []
+        with (
+            ThreadPoolExecutor(1) as checker,
+            closing(prepared_segments(self._rows, files, workers)) as segments,
+        ):
+            for file in files:
+                written = self._write(file, segments)
+                checks.append(checker.submit(self._proved, written))
+                for check in checks[:-1]:
+                    check.result()  # one file behind at most: a failing disk is noticed at once
+        return {file.name: file for file in (check.result() for check in checks)}
+
+    def _write(self, file: OutFile, segments: Segments) -> ExportedFile:
+        changed: list[str] = []
+        costs: list[Requantisation] = []
+        with StreamWriter(self._files.open(file.name), file.raw_header) as out:
+            self._report(out.size - sum(tensor.nbytes for tensor in file.tensors))
+            for tensor in file.tensors:
+                if self._write_tensor(tensor, segments, out):
+                    changed.append(tensor.name)
+                cost = self._encoder.requantisation(tensor.name)
+                costs += [cost] if cost else []
+                self._encoder.forget(tensor.name)
+        return ExportedFile(
+            name=file.name,
+            size=file.size,
+            digest=out.digest,
+            same_as_source=file.is_source_file and not changed,
+            changed=tuple(changed),
+            requantised=tuple(costs),
+        )
+
+    def _write_tensor(self, tensor: TensorInfo, segments: Segments, out: StreamWriter) -> bool:
+        """Write a tensor; whether it is another than the source's."""
+        state, left = xxhash.xxh3_128(), tensor.nbytes
+        while left:
+            segment = next(segments)
+            assert segment.tensor is tensor, (segment, tensor)
+            data = segment.data(self._rows)
+            state.update(data.data)
+            out.write(data)
+            self._report(len(data))
+            left -= len(data)
+        source = self._source.get(tensor.name)
+        if source is None or state.hexdigest() == source:
+            return False
+        self._raise_if_damaged(tensor)
+        return True
+
+    def _raise_if_damaged(self, tensor: TensorInfo) -> None:
+        """A tensor that nobody trained, and that is stored as it came, has to be the source's."""
+        slot = self._encoder.slots[tensor.name]
+        if slot.copy_of or slot.path in self._trained or not self._encoder.is_as_stored(slot.name):
+            return
+        detail = f"in leaf {slot.path} is not what was imported: a chunk file is damaged"
+        advice = f"`convert-deepseek verify {self._checkpoint.path}` finds it; import it again"
+        where = str(self._checkpoint.path)
+        raise ProblemsError(where, [Problem("damaged", tensor.name, f"{detail}; {advice}")])
+
+    def _proved(self, file: ExportedFile) -> ExportedFile:
+        """The same once what is stored is what was written; then it counts."""
+        fault = self._files.fault(file.name, file.digest) if file.digest else None
+        if fault:
+            raise ProblemsError(str(self._files.folder), [Problem("file", file.name, fault)])
+        self._journal.append(asdict(file))
+        return file
+
+    def _report(self, nbytes: int) -> None:
+        if self._progress:
+            self._done += nbytes
+            self._progress(self._done, self._total)
+
+
+def _source_digests(plan: Plan, checkpoint: Checkpoint) -> dict[str, str | None]:
+    """Of every tensor that is written in the source's dtype; None where import did not read it."""
+    records = checkpoint.provenance["source"]["files"]
+    return {
+        tensor.name: digest
+        for file in plan.files
+        if file.is_source_file
+        for tensor, digest in zip(file.tensors, records[file.name]["tensors"], strict=True)
+    }
+
+
+def _delete_others(dst: AnyPath, plan: Plan) -> None:
+    """Safetensors files of an earlier checkpoint."""
+    names = {file.name for file in plan.files}
+    for stale in list(dst.iterdir()):
+        if stale.name.endswith(SUFFIX) and stale.name not in names:
+            stale.unlink()
+
+
+def _write_side_files(checkpoint: Checkpoint, dst: AnyPath, plan: Plan) -> None:
+    """Everything but tensors, config.json last: without it nobody takes this for a checkpoint."""
+    digests = checkpoint.side_file_digests()
+    for name in sorted(checkpoint.side_files(), key=lambda name: name == CONFIG):
+        file = dst / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if name in plan.replaced:
+            write_pieces(file, [plan.replaced[name]])
+        elif write_pieces(file, file_pieces(checkpoint.path / name)) != digests[name]:
+            file.unlink()
+            detail = "was changed since the import; restore it, or import again with --overwrite"
+            raise ProblemsError(str(checkpoint.path), [Problem("damaged", name, detail)])

@@ -1,0 +1,236 @@
+"""Names, shapes and dtypes of a checkpoint against its config; reads no tensor.
+
+A config that contradicts the files is one problem, not one for every tensor that it mistakes.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from converters.format.header import TensorInfo
+from converters.format.listing import Listing
+from converters.format.mapping import SCALE_SUFFIX, Slot, slots
+from mtp_model.config import MODEL_TYPES, ConfigError, ModelConfig
+from mtp_model.files.untrusted_json import shown
+from mtp_model.grouping import braces
+from mtp_model.model import Scope
+from mtp_model.problems import Problem
+
+_LARGEST_NUM_TENSORS = 1 << 20  # the released checkpoints have 91,991
+_FP8 = "F8_E4M3"
+_ONLY_IN_MTP = "eh_proj.weight"
+_TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+Tensors = Mapping[str, TensorInfo]
+Slots = Mapping[str, Slot]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What the headers say of the scope."""
+
+    config: ModelConfig | None
+    """None when config.json is no network that we know; the other checks need it."""
+    slots: dict[str, Slot]
+    """Those that the files hold, in the shape and dtype needed."""
+    problems: tuple[Problem, ...]
+
+
+class _Contradiction(NamedTuple):
+    """One line of the report, and the tensors that need no line of their own for it."""
+
+    problem: Problem
+    names: set[str]
+
+
+def compare(listing: Listing, config: Mapping[str, Any], *, scope: Scope = "all") -> Comparison:
+    """All that headers and config (the parsed config.json) tell about the tensors of a scope."""
+    try:
+        cfg = ModelConfig.from_dict(config)
+        faults = [*_size_faults(cfg, scope)]
+    except ConfigError as err:
+        cfg, faults = None, err.faults
+    if cfg is None or faults:
+        problems = tuple(_config_problem(fault) for fault in faults)
+        return Comparison(config=None, slots={}, problems=problems)
+    return _compare(listing.tensors, cfg, scope)
+
+
+def _compare(tensors: Tensors, cfg: ModelConfig, scope: Scope) -> Comparison:
+    if scope == "main":
+        tensors = {name: t for name, t in tensors.items() if not _is_mtp(name, cfg)}
+    known = slots(cfg)
+    wanted = known if scope == "all" else slots(cfg, scope)
+    problems: list[Problem] = []
+    explained: set[str] = set()
+    for contradiction in _contradictions(tensors, cfg, wanted):
+        problems.append(contradiction.problem)
+        explained |= contradiction.names
+    problems += _missing(tensors, wanted, explained)
+    problems += _unknown(tensors, known, explained)
+    misfits = [*_misfits(tensors, wanted)]
+    problems += [p for p in misfits if not (p.kind == "dtype" and p.subject in explained)]
+    unfit = {problem.subject for problem in misfits}
+    sound = {name: s for name, s in wanted.items() if name in tensors and name not in unfit}
+    return Comparison(config=cfg, slots=sound, problems=tuple(problems))
+
+
+def _config_problem(fault: str) -> Problem:
+    key, _, detail = fault.partition(" ")
+    return Problem("config", key, detail)
+
+
+def _size_faults(cfg: ModelConfig, scope: Scope) -> Iterator[str]:
+    """What is wrong with sizes that are possible one by one; a table of them must fit in memory."""
+    layers = cfg.num_hidden_layers + cfg.num_nextn_predict_layers
+    count = layers * (cfg.n_routed_experts + 1)
+    if count > _LARGEST_NUM_TENSORS:
+        yield (
+            f"n_routed_experts is {cfg.n_routed_experts} in {layers} layers: {count} experts; "
+            f"this toolkit reads up to {_LARGEST_NUM_TENSORS}"
+        )
+    if scope == "mtp" and not cfg.num_nextn_predict_layers:
+        yield "num_nextn_predict_layers is 0: there is no MTP module for --scope mtp"
+
+
+def _contradictions(tensors: Tensors, cfg: ModelConfig, wanted: Slots) -> Iterator[_Contradiction]:
+    yield from _layer_contradictions(tensors, cfg, wanted)
+    yield from _quantisation_contradictions(tensors, wanted)
+    yield from _dtype_contradictions(tensors, cfg, wanted)
+
+
+def _is_mtp(name: str, cfg: ModelConfig) -> bool:
+    layer = _layer_of(name)
+    return layer is not None and layer >= cfg.num_hidden_layers
+
+
+def _layer_of(name: str) -> int | None:
+    """The layer number of `model.layers.N.rest`."""
+    match name.split(".", 3):
+        case ["model", "layers", number, _] if number.isdecimal() and len(number) < 10:
+            return int(number)
+    return None
+
+
+def _by_layer(names: Iterable[str]) -> dict[int, list[str]]:
+    found: dict[int, list[str]] = {}
+    for name in names:
+        layer = _layer_of(name)
+        if layer is not None:
+            found.setdefault(layer, []).append(name)
+    return found
+
+
+def _layer_contradictions(
+    tensors: Tensors, cfg: ModelConfig, wanted: Slots
+) -> Iterator[_Contradiction]:
+    """Layers that the config promises and no file has, and layers that it does not know of."""
+    have, need = _by_layer(tensors), _by_layer(wanted)
+    end = cfg.num_hidden_layers
+    found_mtp = [layer for layer in have if f"model.layers.{layer}.{_ONLY_IN_MTP}" in tensors]
+    if found_mtp and min(found_mtp) != end:
+        first = min(found_mtp)
+        found = f"is {end}, the first MTP module (the layer with eh_proj) is model.layers.{first}"
+        problem = Problem("config", "num_hidden_layers", f"{found}; make it {first}")
+        yield _Contradiction(problem, _names_from(min(first, end), have, need))
+        return
+    absent = [layer for layer in need if layer not in have]
+    main = [layer for layer in absent if layer < end]
+    if main:
+        found = f"is {end}, no file has a tensor of model.layers.{braces(main)}"
+        names = {name for layer in main for name in need[layer]}
+        yield _Contradiction(Problem("config", "num_hidden_layers", found), names)
+    if len(main) < len(absent):
+        yield _mtp_contradiction("no file has a tensor of", cfg, absent[len(main) :], need)
+    extra = sorted(layer for layer in have if layer >= end + cfg.num_nextn_predict_layers)
+    if extra:
+        yield _mtp_contradiction("the files also hold", cfg, extra, have)
+
+
+def _mtp_contradiction(
+    finding: str, cfg: ModelConfig, layers: list[int], names_of: dict[int, list[str]]
+) -> _Contradiction:
+    names = {name for layer in layers for name in names_of[layer]}
+    found = f"{finding} model.layers.{braces(layers)} ({len(names):,} tensors)"
+    advice = "correct config.json, or import with --scope main"
+    detail = f"is {cfg.num_nextn_predict_layers}, {found}; {advice}"
+    return _Contradiction(Problem("config", "num_nextn_predict_layers", detail), names)
+
+
+def _names_from(first: int, *groups: dict[int, list[str]]) -> set[str]:
+    """Names of all layers from `first` on."""
+    layers = (item for group in groups for item in group.items())
+    return {name for layer, names in layers if layer >= first for name in names}
+
+
+def _quantisation_contradictions(tensors: Tensors, wanted: Slots) -> Iterator[_Contradiction]:
+    """FP8 tensors under a config without quantization_config, and the reverse."""
+    stored = [name for name in wanted if name in tensors and tensors[name].dtype == _FP8]
+    needed = [slot.name for slot in wanted.values() if slot.dtype == _FP8]
+    if stored and not needed:
+        scales = {name + SCALE_SUFFIX for name in stored}
+        detail = f"is absent, the files hold {len(stored):,} {_FP8} tensors"
+        advice = "take over the source's, with its weight_block_size"
+        problem = Problem("config", "quantization_config", f"{detail}; {advice}")
+        yield _Contradiction(problem, {*stored, *scales})
+    present = [name for name in needed if name in tensors]
+    if present and not stored:
+        scales = {name + SCALE_SUFFIX for name in needed}
+        if not scales & tensors.keys():
+            detail = f"is there, none of the {len(present):,} tensors that it means is {_FP8}"
+            advice = "remove it where the weights were dequantised"
+            problem = Problem("config", "quantization_config", f"{detail}; {advice}")
+            yield _Contradiction(problem, {*present, *scales})
+
+
+def _dtype_contradictions(
+    tensors: Tensors, cfg: ModelConfig, wanted: Slots
+) -> Iterator[_Contradiction]:
+    """A torch_dtype that most tensors do not have."""
+    plain = wanted["model.embed_tokens.weight"].dtype
+    scales = {slot.scale for slot in wanted.values()}
+    plain_slots = (slot for slot in wanted.values() if slot.dtype == plain)
+    named = [s.name for s in plain_slots if s.name in tensors and s.name not in scales]
+    (common, count), *_ = Counter(tensors[name].dtype for name in named).most_common(1) or [("", 0)]
+    if common in _TORCH_DTYPES and common != plain and 2 * count > len(named):
+        detail = f"is {cfg.dtype!r}, {count:,} of {len(named):,} unquantised tensors are {common}"
+        problem = Problem("config", "torch_dtype", f"{detail}: {_TORCH_DTYPES[common]}")
+        yield _Contradiction(problem, {n for n in named if tensors[n].dtype == common})
+
+
+def _missing(tensors: Tensors, wanted: Slots, explained: set[str]) -> Iterator[Problem]:
+    weights = {slot.scale: slot.name for slot in wanted.values() if slot.scale}
+    for name, slot in wanted.items():
+        if name in tensors or name in explained or slot.copy_of:
+            continue
+        weight = tensors.get(weights.get(name, ""))
+        if slot.scale and slot.scale in tensors:
+            yield Problem("scale", slot.scale, "is there and its weight is missing")
+        elif weight is None:
+            yield Problem("missing", name)
+        elif weight.dtype == _FP8:  # the scale of another dtype is not what is wrong there
+            yield Problem("scale", weight.name, f"is {_FP8} and its {SCALE_SUFFIX} is missing")
+
+
+def _unknown(tensors: Tensors, known: Slots, explained: set[str]) -> Iterator[Problem]:
+    readable = " and ".join(MODEL_TYPES)
+    for name in tensors:
+        if name in known or name in explained:
+            continue
+        weight = name.removesuffix(SCALE_SUFFIX)
+        if weight != name and weight in known:
+            yield Problem("scale", name, "scales a tensor that is not quantised under this config")
+        else:
+            yield Problem("unknown", shown(name), f"has no rule; this toolkit reads {readable}")
+
+
+def _misfits(tensors: Tensors, wanted: Slots) -> Iterator[Problem]:
+    for name, slot in wanted.items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            continue
+        if tensor.shape != slot.shape:
+            yield Problem("shape", name, f"is {tensor.shape}, the config needs {slot.shape}")
+        if tensor.dtype != slot.dtype:
+            yield Problem("dtype", name, f"is {tensor.dtype}, the config needs {slot.dtype}")

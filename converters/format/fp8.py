@@ -1,0 +1,157 @@
+"""FP8 (e4m3fn) with one scale a block, to and from bfloat16 and float32; knows no tensor names.
+
+`weight[r, c] = cast(float32(code[r, c]) * scale[r // height, c // width])`: the scale multiplies,
+and the last block of a row or column may be partial. The block's edges come from the config
+(`weight_block_size`), never from shapes: [576, 7168] with scales [5, 56] has blocks of 128 x 128.
+https://github.com/deepseek-ai/DeepSeek-V3/blob/main/README_WEIGHTS.md
+
+A tensor may be handled in pieces whose rows begin at a multiple of the block's height.
+"""
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+FP8_MAX = 448.0
+_SMALLEST_SCALE = np.finfo(np.float32).tiny  # amax / 448 may underflow; a scale of 0 loses the sign
+
+Block = tuple[int, int]
+"""Rows and columns of a block, as in `weight_block_size`."""
+
+
+class Fp8Error(ValueError):
+    """Weights or scales that FP8 blocks cannot hold; the text reads on after the tensor's name."""
+
+
+class Requantised(NamedTuple):
+    """FP8 codes [rows, columns] as uint8 and their scales, float32 [row blocks, column blocks].
+
+    `changed` False: the scales are the stored ones and the weights come back bit for bit.
+    `max_rel_err`: the largest error of an element, divided by the largest magnitude of its block.
+    `rms_rel_err`: the root mean square of all errors, divided by that of the tensor.
+    """
+
+    codes: NDArray[np.uint8]
+    scale: NDArray[np.float32]
+    changed: bool
+    max_rel_err: float
+    rms_rel_err: float
+
+
+def dequantise_into(out: np.ndarray, codes: np.ndarray, scale: np.ndarray, block: Block) -> None:
+    """Fill `out` [rows, columns]: bfloat16 (or its bits, uint16), rounded to even, or float32.
+
+    `codes` is uint8 or float8_e4m3fn, `scale` float32. NaN codes become quiet NaN of their sign.
+    """
+    words, shift = _words(out)
+    codes = _codes(codes)
+    _check(codes.shape, out.shape, scale, block)
+    _kernels().dequantise(words, codes, scale, *block, shift)
+
+
+def quantise(weight: np.ndarray, scale: np.ndarray, block: Block) -> NDArray[np.uint8]:
+    """The codes nearest to weight / scale, ties to even; beyond 448 is 448, NaN stays NaN.
+
+    `weight` is as `out` of dequantise_into.
+    """
+    words, shift = _words(weight)
+    _check(weight.shape, weight.shape, scale, block)
+    codes = np.empty(weight.shape, np.uint8)
+    _kernels().quantise(codes, words, scale, *block, shift)
+    return codes
+
+
+def block_scales(weight: np.ndarray, block: Block) -> NDArray[np.float32]:
+    """max |weight| / 448 of every block; 1.0 for a block of zeros; Fp8Error for NaN, infinity."""
+    return _scales(_largest(weight, block))
+
+
+def requantise(weight: np.ndarray, stored_scale: np.ndarray | None, block: Block) -> Requantised:
+    """FP8 for `weight`: with `stored_scale` if that loses nothing, with new scales otherwise.
+
+    `weight` is as `out` of dequantise_into; with `stored_scale` None the scales are always new.
+    Weights that dequantise_into made come back as the codes they were made of, NaN included, as
+    long as code * scale is not subnormal. Fp8Error for other weights with NaN or infinity.
+    """
+    words, shift = _words(weight)
+    if stored_scale is not None:
+        codes = quantise(weight, stored_scale, block)
+        if _kernels().reproduces(codes, words, stored_scale, *block, shift):
+            return Requantised(codes, stored_scale, False, 0.0, 0.0)
+    largest = _largest(weight, block)
+    scale = _scales(largest)
+    codes = quantise(weight, scale, block)
+    worst = np.zeros(scale.shape, np.uint32)
+    error, power = _kernels().errors(worst, codes, words, scale, *block, shift)
+    relative = worst.view(np.float32) / np.where(largest == 0, np.float32(1), largest)
+    rms = math.sqrt(error / power) if power else 0.0
+    return Requantised(codes, scale, True, float(relative.max(initial=0)), rms)
+
+
+def _largest(weight: np.ndarray, block: Block) -> NDArray[np.float32]:
+    words, shift = _words(weight)
+    bits = np.zeros(_grid(weight.shape, block), np.uint32)
+    _kernels().largest(bits, words, *block, shift)
+    largest = bits.view(np.float32)
+    _require_finite("weights", largest, "the largest magnitude")
+    return largest
+
+
+def _scales(largest: NDArray[np.float32]) -> NDArray[np.float32]:
+    scales = np.maximum(largest / np.float32(FP8_MAX), _SMALLEST_SCALE)
+    return np.where(largest == 0, np.float32(1), scales)
+
+
+def _kernels() -> "ModuleType":
+    # Here and not above: numba takes half a second to import, and most commands need none of it.
+    from converters.format import fp8_kernels
+
+    return fp8_kernels
+
+
+def _words(array: np.ndarray) -> tuple[NDArray[Any], np.uint32]:
+    """The array as the kernels take it, and their `shift`."""
+    if array.ndim != 2 or not array.flags.c_contiguous:
+        raise Fp8Error(f"has shape {array.shape}, needed a C-contiguous array of two dimensions")
+    if array.dtype in (np.uint16, ml_dtypes.bfloat16):
+        return array.view(np.uint16), np.uint32(16)
+    if array.dtype == np.float32:
+        return array.view(np.uint32), np.uint32(0)
+    raise Fp8Error(f"is {array.dtype}, needed bfloat16, its bits as uint16, or float32")
+
+
+def _codes(array: np.ndarray) -> NDArray[np.uint8]:
+    if array.dtype not in (np.uint8, ml_dtypes.float8_e4m3fn) or not array.flags.c_contiguous:
+        raise Fp8Error(f"is {array.dtype}, needed C-contiguous float8_e4m3fn or its bits as uint8")
+    return array.view(np.uint8)
+
+
+def _check(codes: tuple[int, ...], out: tuple[int, ...], scale: np.ndarray, block: Block) -> None:
+    """The kernels index without bounds: everything has to fit before they run."""
+    if codes != out:
+        raise Fp8Error(f"has FP8 shape {codes}, needed the shape of its weights {out}")
+    if scale.dtype != np.float32 or scale.shape != _grid(out, block):
+        found = f"has scales {scale.dtype} {scale.shape}"
+        raise Fp8Error(f"{found}, needed float32 {_grid(out, block)} for {out} in blocks {block}")
+    _require_finite("scales", scale, "the scale")
+
+
+def _grid(shape: tuple[int, ...], block: Block) -> tuple[int, int]:
+    height, width = block
+    if height < 1 or width < 1:
+        raise Fp8Error(f"has blocks of {block}, needed at least one row and one column")
+    return -(-shape[0] // height), -(-shape[1] // width)
+
+
+def _require_finite(what: str, values: NDArray[np.float32], each: str) -> None:
+    wrong = np.argwhere(~np.isfinite(values))
+    if len(wrong):
+        where = tuple(int(index) for index in wrong[0])
+        found = f"{each} of block {where} is {values[where]}"
+        raise Fp8Error(f"has {what} that are not finite in {len(wrong)} blocks: {found}")

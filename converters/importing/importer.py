@@ -1,0 +1,254 @@
+"""Safetensors in, checkpoint directory out: streamed, resumable, every byte hashed on the way.
+
+Memory is bounded by the units in flight, one a worker; units.py says what a unit is.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+
+from converters.format.listing import Listing
+from converters.importing.finish import finish_import
+from converters.importing.plan import Copies, Dtype, Options, Plan, make_plan
+from converters.importing.units import (
+    Buffers,
+    Done,
+    Unit,
+    make_buffers,
+    run_unit,
+    unit_bytes,
+    unit_reads,
+)
+from converters.sources.ahead import Finish, room_for_fetched, room_needed, staged
+from mtp_model.checkpoint.chunks import DEFAULT_POLICY, ChunkPolicy
+from mtp_model.checkpoint.claim import claim, clear, locked
+from mtp_model.checkpoint.directory import COMPLETE, UNFINISHED, CheckpointError, open_checkpoint
+from mtp_model.checkpoint.writer import ParamsWriter
+from mtp_model.config import HiddenState, ModelConfig
+from mtp_model.files.disk_room import raise_if_full
+from mtp_model.files.journal import (
+    Journal,
+    begun_by_another,
+    delete_journals,
+    has_journals,
+    read_entries,
+)
+from mtp_model.files.objects import AnyPath, CloudPath, as_path
+from mtp_model.in_flight import in_flight
+from mtp_model.model import Scope
+
+DEFAULT_WORKERS = 3
+_MAKING_ROOM = "setup-lock"  # within UNFINISHED: held to begin and to finish
+
+Progress = Callable[[int, int], None]
+"""Called with the source bytes that are done, and their total."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportSummary:
+    """What this worker did of an import; `finished` False: the last of the others finishes it.
+
+    Amounts are of this worker's share: of the whole where there is one worker.
+    """
+
+    path: AnyPath
+    worker: tuple[int, int]
+    finished: bool
+    num_tensors: int
+    source_bytes: int
+    stored_bytes: int
+    num_units: int
+    resumed_units: int
+
+
+def import_checkpoint(
+    listing: Listing,
+    config: ModelConfig,
+    dst: str | AnyPath,
+    *,
+    scope: Scope = "all",
+    dtype: Dtype = "keep",
+    copies: Copies = "check",
+    workers: int = DEFAULT_WORKERS,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    worker: tuple[int, int] = (0, 1),
+    mtp_hidden_state: HiddenState | None = None,
+    policy: ChunkPolicy = DEFAULT_POLICY,
+) -> ImportSummary:
+    """Write the checkpoint directory `dst`; run again after an interruption, it continues.
+
+    Run again after its end, it does nothing.
+
+    dtype: what weights are stored as; `keep` as in the source, FP8 included. Scales and router
+    biases stay float32. copies: `main` ignores copies that differ from the main model's tensors.
+    worker: (i, n) does the i-th of n shares, for n processes with one destination; the last one
+    to end finishes the directory. mtp_hidden_state None: as the config says.
+
+    Raises ProblemsError for a source that is unfit, was changed, or holds values that cannot be
+    converted (NaN in FP8 weights or scales), CheckpointError for a destination that is in use.
+    """
+    dst = as_path(dst)
+    hidden_state = mtp_hidden_state or config.mtp_hidden_state
+    options = Options(scope=scope, dtype=dtype, copies=copies, mtp_hidden_state=hidden_state)
+    plan = make_plan(listing, config, options, policy)
+    share = plan.share(worker)
+    todo: list[Unit] = []
+    with claim(dst, shared=worker[1] > 1):
+        with locked(dst / UNFINISHED / _MAKING_ROOM, wait=True):
+            finished = not overwrite and _is_result(dst, plan)
+            opened = None if finished else _begin(dst, plan, worker, overwrite)
+        if opened:
+            with closing(opened) as journal:
+                todo = _do_share(dst, plan, share, worker, journal, workers, progress)
+            finished = _finish_if_last(dst, plan)
+    return ImportSummary(
+        path=dst,
+        worker=worker,
+        finished=finished,
+        num_tensors=sum(len(unit.slots) for unit in share),
+        source_bytes=sum(unit_bytes(plan.conversion, unit) for unit in share),
+        stored_bytes=plan.stored_bytes(share),
+        num_units=len(share),
+        resumed_units=len(share) - len(todo),
+    )
+
+
+def _is_result(dst: AnyPath, plan: Plan) -> bool:
+    """Whether `dst` is what this very import gave, with every chunk in full."""
+    try:
+        provenance = open_checkpoint(dst).provenance
+    except CheckpointError:
+        return False
+    if "derived" in provenance or provenance.get("plan") != plan.digest:
+        return False
+    is_whole = ParamsWriter(dst, plan.conversion.leaves).whole_chunks()
+    pieces = provenance["pieces"].items()
+    return all(is_whole(path, name) for path, names in pieces for name in names)
+
+
+def _begin(dst: AnyPath, plan: Plan, worker: tuple[int, int], overwrite: bool) -> Journal:
+    _make_room(dst, plan, overwrite)
+    return Journal(dst / UNFINISHED, plan.fingerprint, worker)
+
+
+def _make_room(dst: AnyPath, plan: Plan, overwrite: bool) -> None:
+    """Make `dst` ready to begin or continue; with `overwrite` whatever was there before goes."""
+    folder = dst / UNFINISHED
+    if overwrite and begun_by_another(folder, plan.fingerprint):
+        delete_journals(folder)
+    if (dst / COMPLETE).is_file() or not has_journals(folder):
+        clear(dst, overwrite=overwrite)
+
+
+def _still_there(writer: ParamsWriter, plan: Plan, entries: Iterable[dict]) -> dict[str, Done]:
+    """Finished units whose chunk files are whole: a rename may be lost when the power fails."""
+    paths = {unit.key: unit.path for unit in plan.units}
+    found = {}
+    is_whole = writer.whole_chunks()
+    for done in map(Done.from_json, entries):
+        if done.key not in paths:
+            continue  # a copy that this run does not read
+        path = paths[done.key]
+        if all(is_whole(path, name) for name in done.pieces):
+            found[done.key] = done
+    return found
+
+
+def _do_share(
+    dst: AnyPath,
+    plan: Plan,
+    share: list[Unit],
+    worker: tuple[int, int],
+    journal: Journal,
+    workers: int,
+    progress: Progress | None,
+) -> list[Unit]:
+    """Do what is left of a worker's share; returns that."""
+    writer = ParamsWriter(dst, plan.conversion.leaves)
+    source = plan.conversion.listing.source
+    done = _still_there(writer, plan, journal.entries)
+    todo = [unit for unit in share if unit.key not in done]
+    reads = {unit.key: unit_reads(plan.conversion, unit) for unit in todo}
+    with room_for_fetched(dst / UNFINISHED, worker) as fetched:
+        _raise_if_full(dst, plan.stored_bytes(todo), room_needed(source, reads, fetched))
+        report = _Counter(plan, share, todo, progress)
+        with staged(source, reads, fetched) as finish:
+            _run(plan, todo, writer, journal, workers, report, finish)
+    return todo
+
+
+def _raise_if_full(dst: AnyPath, stored_bytes: int, fetched: Mapping[Path, int]) -> None:
+    if isinstance(dst, CloudPath):
+        raise_if_full(fetched, "set TMPDIR to a folder on another disk")
+    else:
+        raise_if_full({dst: stored_bytes, **fetched}, "name another place")
+
+
+class _Counter:
+    """Counts source bytes for the progress callback."""
+
+    def __init__(self, plan: Plan, share: list[Unit], todo: list[Unit], progress: Progress | None):
+        self._bytes = {unit.key: unit_bytes(plan.conversion, unit) for unit in share}
+        self._total = sum(self._bytes.values())
+        self._done = self._total - sum(self._bytes[unit.key] for unit in todo)
+        self._progress = progress
+        self._report()
+
+    def add(self, unit: Unit) -> None:
+        """Count one more unit."""
+        self._done += self._bytes[unit.key]
+        self._report()
+
+    def _report(self) -> None:
+        if self._progress:
+            self._progress(self._done, self._total)
+
+
+def _run(
+    plan: Plan,
+    todo: list[Unit],
+    writer: ParamsWriter,
+    journal: Journal,
+    workers: int,
+    report: _Counter,
+    finish: Finish,
+) -> None:
+    idle: SimpleQueue[Buffers] = SimpleQueue()
+    for _ in range(workers):
+        idle.put(make_buffers(plan.conversion))
+
+    def work(unit: Unit) -> Unit:
+        buffers = idle.get()
+        try:
+            done = run_unit(plan.conversion, unit, writer, buffers)
+        finally:
+            idle.put(buffers)
+        journal.append(done.to_json())
+        finish(unit.key)
+        return unit
+
+    with closing(in_flight(work, todo, workers)) as finished:
+        for unit in finished:
+            report.add(unit)
+
+
+def _finish_if_last(dst: AnyPath, plan: Plan) -> bool:
+    """Finish the directory when every share is done; False while other workers are at it."""
+    folder = dst / UNFINISHED
+    try:
+        with locked(folder / _MAKING_ROOM, wait=True):
+            if (dst / COMPLETE).is_file():
+                return True
+            writer = ParamsWriter(dst, plan.conversion.leaves)
+            done = _still_there(writer, plan, read_entries(folder, plan.fingerprint))
+            if len(done) < len(plan.units):
+                return False
+            finish_import(writer, plan, done)
+            return True
+    except FileNotFoundError:
+        if (dst / COMPLETE).is_file():
+            return True  # another worker finished it and took the folder of locks away
+        raise

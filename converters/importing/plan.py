@@ -1,0 +1,143 @@
+"""What an import is going to do: leaves, units, and what it all depends on; writes nothing."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import ml_dtypes
+import numpy as np
+
+from converters.format.fit import compare
+from converters.format.header import DTYPES
+from converters.format.listing import INDEX_FILE, Listing
+from converters.format.mapping import TABLE_VERSION, Slot, slots
+from converters.importing.units import Conversion, Unit, make_units, unit_bytes
+from mtp_model.checkpoint.chunks import ChunkPolicy, Leaf
+from mtp_model.checkpoint.directory import digest_of_json
+from mtp_model.config import HiddenState, ModelConfig
+from mtp_model.files.journal import Fingerprint
+from mtp_model.files.local import digest
+from mtp_model.model import Scope
+from mtp_model.problems import raise_if_any
+
+Dtype = Literal["keep", "bf16", "f32"]
+Copies = Literal["check", "main"]
+
+_STORED = {"bf16": np.dtype(ml_dtypes.bfloat16), "f32": np.dtype(np.float32)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the user decides about an import, as import_checkpoint explains it."""
+
+    scope: Scope
+    dtype: Dtype
+    copies: Copies
+    mtp_hidden_state: HiddenState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """An import: how tensors become leaves, cut into units, and what must not change meanwhile."""
+
+    options: Options
+    conversion: Conversion
+    units: list[Unit]
+    fingerprint: Fingerprint
+
+    @property
+    def digest(self) -> str:
+        """What tells this plan from every other, and from the same plan for a changed source."""
+        return digest_of_json(self.fingerprint)
+
+    def stored_bytes(self, units: Iterable[Unit]) -> int:
+        """Bytes of the chunk files that units write."""
+        written = [self.conversion.leaves[unit.path] for unit in units if not unit.is_copy]
+        return sum(leaf.chunk_bytes * leaf.num_row_chunks for leaf in written)
+
+    def share(self, worker: tuple[int, int]) -> list[Unit]:
+        """The i-th of n shares: equal in bytes, each a stretch of the source, so that n hosts
+        together fetch a file about once."""
+        index, count = worker
+        sizes = [unit_bytes(self.conversion, unit) for unit in self.units]
+        total = sum(sizes)
+        return [
+            unit
+            for unit, size, end in zip(self.units, sizes, itertools.accumulate(sizes), strict=True)
+            if (2 * end - size) * count // (2 * total) == index  # by the middle of its bytes
+        ]
+
+
+def make_plan(listing: Listing, config: ModelConfig, options: Options, policy: ChunkPolicy) -> Plan:
+    """The plan; ProblemsError for a source whose headers do not fit the config."""
+    found = compare(listing, config.to_dict(), scope=options.scope)
+    raise_if_any(listing.source.name, found.problems)
+    if config.weight_block_size:
+        policy = policy.with_block_rows(config.weight_block_size[0])
+    conversion = Conversion(
+        listing=listing,
+        slots=found.slots,
+        leaves=_leaves(found.slots, config, options, policy),
+        block=config.weight_block_size,
+    )
+    # A whole import records the digests of whole files, so it reads copies in any case.
+    with_copies = options.scope == "all" or options.copies == "check"
+    return Plan(
+        options=options,
+        conversion=conversion,
+        units=make_units(conversion, with_copies=with_copies),
+        fingerprint=_fingerprint(listing, options, policy),
+    )
+
+
+def side_files(listing: Listing) -> tuple[str, ...]:
+    """Every file that export writes again as it was, the index among them."""
+    return (*listing.side_files, *([INDEX_FILE] if listing.index is not None else []))
+
+
+def source_files(listing: Listing) -> dict[str, dict[str, int | str]]:
+    """What tells, for every file of the source, that it is still the same."""
+    names = (*listing.headers, *side_files(listing))
+    return {file: dict(listing.source.fingerprint(file)) for file in names}
+
+
+def _leaves(
+    found: Mapping[str, Slot], config: ModelConfig, options: Options, policy: ChunkPolicy
+) -> dict[str, Leaf]:
+    always_f32 = _always_f32(found, config, options)
+    stacks: dict[str, tuple[int, ...]] = {}
+    tensors: dict[str, Slot] = {}
+    for slot in found.values():
+        if slot.copy_of:
+            continue
+        counts = tuple(i + 1 for i in slot.index)
+        stacks[slot.path] = tuple(map(max, stacks.get(slot.path, counts), counts))
+        tensors[slot.path] = slot
+    leaves = {}
+    for path, slot in tensors.items():
+        dtype = DTYPES[slot.dtype]
+        if path not in always_f32:
+            dtype = _STORED.get(options.dtype, dtype)
+        leaves[path] = Leaf.make((*stacks[path], *slot.shape), dtype, len(slot.index), policy)
+    return leaves
+
+
+def _always_f32(found: Mapping[str, Slot], config: ModelConfig, options: Options) -> set[str]:
+    """Leaves that are float32 in every policy, as in a bfloat16 checkpoint: scales, biases."""
+    if config.dtype == "float32":
+        found = slots(dataclasses.replace(config, dtype="bfloat16"), options.scope)
+    return {slot.path for slot in found.values() if slot.dtype == "F32"}
+
+
+def _fingerprint(listing: Listing, options: Options, policy: ChunkPolicy) -> Fingerprint:
+    """Everything that the chunks depend on."""
+    decided = dataclasses.asdict(options)
+    del decided["copies"]  # no chunk depends on it
+    headers = {file: {"header": digest(header.raw)} for file, header in listing.headers.items()}
+    files = source_files(listing)
+    return {
+        "options": {**decided, **dataclasses.asdict(policy), "table version": TABLE_VERSION},
+        "files": {file: headers.get(file, {}) | state for file, state in files.items()},
+    }

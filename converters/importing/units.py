@@ -1,0 +1,249 @@
+"""Work units of an import: what each reads, converts and writes; knows nothing of resuming.
+
+A unit is all chunks at one stack coordinate of a leaf: one large tensor, row block by row block, or
+many small tensors gathered in one chunk. A copy has no leaf: its unit only reads and hashes it.
+"""
+
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from converters.format import fp8
+from converters.format.header import DTYPES, TensorInfo
+from converters.format.listing import Listing
+from converters.format.mapping import Slot
+from converters.sources.ahead import Read
+from mtp_model.checkpoint.chunks import Index, Leaf, chunk_file_name
+from mtp_model.checkpoint.writer import ParamsWriter
+from mtp_model.files.local import AlignedBuffer
+from mtp_model.problems import Problem, ProblemsError
+
+_READ_BYTES = 32 << 20  # of a copy, which no chunk grid divides
+
+_NAN_CODE = np.uint64(0x7F7F7F7F7F7F7F7F)
+_ONES = np.uint64(0x0101010101010101)
+_HIGH_BITS = np.uint64(0x8080808080808080)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unit:
+    """One piece of an import. `slots` in the order in which the chunk stores them."""
+
+    key: str
+    slots: tuple[Slot, ...]
+    stack_coord: Index = ()
+    is_copy: bool = False
+
+    @property
+    def path(self) -> str:
+        """Leaf path."""
+        return self.slots[0].path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """All that units need: where bytes come from, where they go, how they change on the way."""
+
+    listing: Listing
+    slots: Mapping[str, Slot]
+    leaves: Mapping[str, Leaf]
+    block: fp8.Block | None
+
+    @functools.cached_property
+    def scales(self) -> frozenset[str]:
+        """Names of the tensors that are scales."""
+        return frozenset(slot.scale for slot in self.slots.values() if slot.scale)
+
+
+class Buffers:
+    """The memory of one thread, reused from unit to unit."""
+
+    def __init__(self, chunk_bytes: int, raw_bytes: int):
+        self.chunk = AlignedBuffer(chunk_bytes)
+        self.raw = AlignedBuffer(raw_bytes)
+
+
+@dataclass
+class Done:
+    """A finished unit: digests of its chunk files and of the source tensors that it read."""
+
+    key: str
+    pieces: dict[str, str] = field(default_factory=dict)
+    tensors: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Its line in the journal."""
+        return {"unit": self.key, "pieces": self.pieces, "tensors": self.tensors}
+
+    @classmethod
+    def from_json(cls, line: Mapping[str, Any]) -> "Done":
+        """A line of the journal."""
+        return cls(key=line["unit"], pieces=line["pieces"], tensors=line["tensors"])
+
+
+def make_units(conversion: Conversion, *, with_copies: bool) -> list[Unit]:
+    """Every unit, in the order in which the source stores what they read first."""
+    units = list(_leaf_units(conversion))
+    if with_copies:
+        units += [
+            Unit(key=f"copy {slot.name}", slots=(slot,), is_copy=True)
+            for slot in conversion.slots.values()
+            if slot.copy_of
+        ]
+    tensors = conversion.listing.tensors
+
+    def place(unit: Unit) -> tuple[str, int]:
+        first = tensors[unit.slots[0].name]
+        return first.file, first.begin
+
+    return sorted(units, key=place)
+
+
+def _leaf_units(conversion: Conversion) -> Iterator[Unit]:
+    by_place = {(s.path, s.index): s for s in conversion.slots.values() if not s.copy_of}
+    for path, leaf in conversion.leaves.items():
+        for coord in leaf.stack_coords():
+            slots = tuple(by_place[path, index] for index in leaf.indices(coord))
+            key = f"{path} {chunk_file_name(coord)}".strip()
+            yield Unit(key=key, slots=slots, stack_coord=coord)
+
+
+def unit_bytes(conversion: Conversion, unit: Unit) -> int:
+    """Bytes of the source that a unit reads."""
+    return sum(conversion.listing.tensors[slot.name].nbytes for slot in unit.slots)
+
+
+def unit_reads(conversion: Conversion, unit: Unit) -> list[Read]:
+    """The source's byte ranges that a unit reads, scales that it dequantises with included."""
+    scales = [scale for slot in unit.slots if (scale := _scale_to_apply(conversion, slot))]
+    tensors = [conversion.listing.tensors[slot.name] for slot in unit.slots]
+    return [(tensor.file, tensor.begin, tensor.nbytes) for tensor in (*tensors, *scales)]
+
+
+def _scale_to_apply(conversion: Conversion, slot: Slot) -> TensorInfo | None:
+    """The block scales of an FP8 weight that is stored as another dtype."""
+    tensors = conversion.listing.tensors
+    if not slot.scale or slot.copy_of:
+        return None
+    if conversion.leaves[slot.path].dtype == DTYPES[tensors[slot.name].dtype]:
+        return None
+    return tensors[slot.scale]
+
+
+def make_buffers(conversion: Conversion) -> Buffers:
+    """Memory that is enough for every unit."""
+    leaves = conversion.leaves.values()
+    # A source element is at most four times as large as a stored one (float32 read, FP8 stored).
+    raw = max(leaf.chunk_rows * math.prod(leaf.tensor_shape[1:]) * 4 for leaf in leaves)
+    return Buffers(max(leaf.chunk_bytes for leaf in leaves), max(raw, _READ_BYTES))
+
+
+def run_unit(conversion: Conversion, unit: Unit, writer: ParamsWriter, buffers: Buffers) -> Done:
+    """Do a unit. ProblemsError names the tensor that cannot be converted."""
+    done = Done(key=unit.key)
+    if unit.is_copy:
+        done.tensors[unit.slots[0].name] = _hash_tensor(conversion, unit.slots[0], buffers)
+        return done
+    leaf = conversion.leaves[unit.path]
+    readers = [_TensorReader(conversion, slot, buffers) for slot in unit.slots]
+    for row_chunk in range(leaf.num_row_chunks):
+        start, stop = leaf.rows_of_chunk(row_chunk)
+        nbytes = (stop - start) * leaf.row_bytes
+        end = 0
+        for reader in readers:
+            begin = leaf.tensor_offset(reader.slot.index)
+            end = begin + nbytes
+            reader.read_rows_into(start, stop, buffers.chunk.bytes[begin:end])
+        buffers.chunk.bytes[end : leaf.chunk_bytes] = 0  # an edge chunk is stored in full
+        coord = leaf.coord(unit.stack_coord, row_chunk)
+        done.pieces[chunk_file_name(coord)] = writer.write_chunk(unit.path, coord, buffers.chunk)
+    done.tensors = {reader.slot.name: reader.hash.hexdigest() for reader in readers}
+    return done
+
+
+class _TensorReader:
+    """Reads one tensor's rows in order, hashes its stored bytes and converts them to the leaf's."""
+
+    def __init__(self, conversion: Conversion, slot: Slot, buffers: Buffers):
+        self.slot = slot
+        self.hash = xxhash.xxh3_128()
+        self._conversion = conversion
+        self._tensor = conversion.listing.tensors[slot.name]
+        self._leaf = conversion.leaves[slot.path]
+        self._dtype = DTYPES[self._tensor.dtype]
+        self._raw = buffers.raw
+        scale = _scale_to_apply(conversion, slot)
+        self._scale = _read_scale(conversion, scale) if scale else None
+
+    def read_rows_into(self, start: int, stop: int, out: np.ndarray) -> None:
+        """Fill `out` (uint8) with rows start..stop in the leaf's dtype."""
+        row_bytes = self._tensor.nbytes // self._tensor.shape[0]
+        nbytes = (stop - start) * row_bytes
+        as_stored = self._leaf.dtype == self._dtype
+        raw = out if as_stored else self._raw.bytes[:nbytes]
+        source, tensor = self._conversion.listing.source, self._tensor
+        source.read_into(tensor.file, tensor.begin + start * row_bytes, raw)
+        self.hash.update(raw.data)
+        if self.slot.name in self._conversion.scales:
+            _check_scale(self._conversion, tensor.name, raw.view(np.float32))
+        if not as_stored:
+            shape = (stop - start, *tensor.shape[1:])
+            values = raw.view(self._dtype).reshape(shape)
+            self._convert(values, out.view(self._leaf.dtype).reshape(shape), start, stop)
+
+    def _convert(self, values: np.ndarray, out: np.ndarray, start: int, stop: int) -> None:
+        if self._scale is None:
+            out[...] = values.astype(out.dtype)
+            return
+        block = self._conversion.block
+        assert block is not None, self.slot
+        if holds_nan(values):
+            raise _value_error(self._conversion, self.slot.name, "holds NaN, which no weight is")
+        scale = self._scale[start // block[0] : -(-stop // block[0])]
+        fp8.dequantise_into(out, values, scale, block)
+
+
+def holds_nan(codes: np.ndarray) -> bool:
+    """Whether there is a NaN among C-contiguous float8_e4m3fn values (0x7f or 0xff)."""
+    codes = codes.reshape(-1).view(np.uint8)
+    words = codes[: len(codes) // 8 * 8].view(np.uint64)
+    scratch = np.empty(8192, np.uint64)
+    for begin in range(0, len(words), len(scratch)):
+        word = words[begin : begin + len(scratch)]
+        part = scratch[: len(word)]
+        # Without its sign only 0x7f, plus one, reaches the high bit; no byte carries into the next.
+        np.bitwise_and(word, _NAN_CODE, out=part)
+        np.add(part, _ONES, out=part)
+        if np.bitwise_or.reduce(part) & _HIGH_BITS:
+            return True
+    return bool(((codes[8 * len(words) :] & 0x7F) == 0x7F).any())
+
+
+def _read_scale(conversion: Conversion, tensor: TensorInfo) -> np.ndarray:
+    raw = conversion.listing.source.read(tensor.file, tensor.begin, tensor.nbytes)
+    scale = np.frombuffer(raw, np.float32).reshape(tensor.shape)
+    _check_scale(conversion, tensor.name, scale)
+    return scale
+
+
+def _check_scale(conversion: Conversion, name: str, scale: np.ndarray) -> None:
+    if not np.isfinite(scale).all():
+        raise _value_error(conversion, name, "holds NaN or infinity, which no scale is")
+
+
+def _value_error(conversion: Conversion, name: str, detail: str) -> ProblemsError:
+    return ProblemsError(conversion.listing.source.name, [Problem("value", name, detail)])
+
+
+def _hash_tensor(conversion: Conversion, slot: Slot, buffers: Buffers) -> str:
+    tensor, state = conversion.listing.tensors[slot.name], xxhash.xxh3_128()
+    for begin in range(0, tensor.nbytes, _READ_BYTES):
+        part = buffers.raw.bytes[: min(_READ_BYTES, tensor.nbytes - begin)]
+        conversion.listing.source.read_into(tensor.file, tensor.begin + begin, part)
+        state.update(part.data)
+    return state.hexdigest()

@@ -1,0 +1,155 @@
+"""The README.md of a pushed model: where it comes from, what changed, how to serve it.
+
+Knows provenance and config.json as plain data; must not know the Hub. It tells no path of this
+machine: who reads the card has other folders.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from converters.sources.source import HUB_ID
+
+BEGIN = "<!-- deepseek-mtp: from here to the end mark, the next push writes this anew -->"
+END = "<!-- deepseek-mtp: end -->"
+
+_FENCE = "---"
+
+
+def merged_readme(
+    existing: str | None, repo_id: str, provenance: Mapping[str, Any], config: Mapping[str, Any]
+) -> str:
+    """The card of a model as README.md.
+
+    Every line of an existing README stays. Its front matter gets the keys that it lacks; our
+    section comes after that, or in the place of our section of an earlier push.
+    """
+    front, body = _split(existing or "")
+    section = f"{BEGIN}\n{_section(repo_id, provenance, config)}\n{END}\n"
+    before, found, rest = body.partition(BEGIN)
+    if found and END in rest:
+        body = before + section + rest.partition(END)[2].removeprefix("\n")
+    else:
+        body = f"{section}\n{body}" if body else section
+    return _with_keys(front, _metadata(provenance)) + body
+
+
+def _metadata(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """What the Hub reads of a card; the licence is the author's to give."""
+    metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    base = _hub_source(provenance)
+    if base:
+        metadata["base_model"] = base[0]
+        if provenance.get("derived"):
+            metadata["base_model_relation"] = "finetune"
+    metadata["tags"] = ["deepseek-mtp", "multi-token-prediction"]
+    return metadata
+
+
+def _hub_source(provenance: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Model and commit that the weights were imported from; None for a local folder."""
+    match = HUB_ID.fullmatch(provenance["source"]["name"])
+    return (match["repo"], match["revision"]) if match and match["revision"] else None
+
+
+def _section(repo_id: str, provenance: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    parts = [f"# {repo_id.split('/')[-1]}", _origin(provenance), _table(provenance, config)]
+    parts += _acceptance(provenance.get("derived", []))
+    if depths := int(config.get("num_nextn_predict_layers") or 0):
+        parts.append(_serving(repo_id, depths))
+    return "\n\n".join(parts)
+
+
+def _origin(provenance: Mapping[str, Any]) -> str:
+    base = _hub_source(provenance)
+    source = f"`{base[0]}` at revision `{base[1]}`" if base else "a local safetensors checkpoint"
+    if provenance.get("derived"):
+        return f"Fine-tuned from {source} with deepseek-mtp."
+    return f"Exported from {source} with deepseek-mtp; nothing was trained."
+
+
+def _table(provenance: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    derived = provenance.get("derived", [])
+    rows = [("trained", _trained(record)) for record in derived]
+    rows += [("changed", _changed(derived, provenance["leaves"]))] if derived else []
+    quantised = (config.get("quantization_config") or {}).get("quant_method")
+    rows.append(("weights", str(quantised or config.get("torch_dtype", "see config.json"))))
+    rows.append(("tools", ", ".join(f"{k} {v}" for k, v in sorted(provenance["tools"].items()))))
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows)])
+
+
+def _trained(record: Mapping[str, Any]) -> str:
+    settings = record.get("settings", {})
+    said = {"--train": settings.get("train"), "steps": settings.get("steps")}
+    details = ", ".join(f"{name} {value}" for name, value in said.items() if value is not None)
+    return " ".join(part for part in (record.get("by", "another tool"), details) if part)
+
+
+def _changed(derived: Sequence[Mapping[str, Any]], leaves: Mapping[str, Any]) -> str:
+    """How much of each part of the network has other values than the source."""
+    changed = {path for record in derived for path in record["changed"]}
+    all_of = Counter(path.split(".")[0] for path in leaves)
+    of = Counter(path.split(".")[0] for path in changed)
+    parts = [f"{of[part]} of {all_of[part]} weights of `{part}`" for part in sorted(of)]
+    rest = ", ".join(f"`{part}`" for part in sorted(all_of.keys() - of.keys()))
+    return ", ".join(parts) + (f"; unchanged: {rest}" if rest else "")
+
+
+def _acceptance(derived: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Held-out measurements of the last training that has them."""
+    measured = [record["held_out"] for record in derived if record.get("held_out")]
+    if not measured:
+        return
+    before, after = measured[-1]["before"], measured[-1]["after"]
+    rows = [
+        (f"acceptance of draft {depth}", *pair)
+        for depth, pair in enumerate(
+            zip(before["acceptance"], after["acceptance"], strict=True), start=1
+        )
+    ]
+    lengths = before["mean_accepted_length"], after["mean_accepted_length"]
+    rows.append(("mean accepted length", *lengths))
+    lines = [f"| {name} | {_number(old)} | {_number(new)} |" for name, old, new in rows]
+    yield "\n".join(["| on held-out text | before | after |", "|---|---|---|", *lines])
+
+
+def _number(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.3f}"
+
+
+def _serving(repo_id: str, depths: int) -> str:
+    tokens = "one token" if depths == 1 else f"{depths} tokens"
+    return f"""Serve it with its MTP module drafting {tokens} a step:
+
+```
+vllm serve {repo_id} --speculative-config '{{"method": "mtp", "num_speculative_tokens": {depths}}}'
+python3 -m sglang.launch_server --model-path {repo_id} --speculative-algorithm EAGLE \\
+  --speculative-num-steps {depths} --speculative-eagle-topk 1 \\
+  --speculative-num-draft-tokens {depths + 1}
+```"""
+
+
+def _split(text: str) -> tuple[str, str]:
+    """Front matter, without its fences, and what follows; ("", text) when there is none."""
+    lines = text.splitlines(keepends=True)
+    if not lines or lines[0].rstrip() != _FENCE:
+        return "", text
+    for number, line in enumerate(lines[1:], start=1):
+        if line.rstrip() == _FENCE:
+            return "".join(lines[1:number]), "".join(lines[number + 1 :])
+    return "", text
+
+
+def _with_keys(front: str, metadata: Mapping[str, Any]) -> str:
+    """Front matter with the keys that it lacks; verbatim when it is not a YAML mapping."""
+    try:
+        there = yaml.safe_load(front)
+    except yaml.YAMLError:
+        there = ()
+    there = {} if there is None else there
+    if isinstance(there, dict):
+        missing = {key: value for key, value in metadata.items() if key not in there}
+        front += yaml.safe_dump(missing, sort_keys=False) if missing else ""
+    return f"{_FENCE}\n{front}{_FENCE}\n"

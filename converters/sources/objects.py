@@ -1,0 +1,102 @@
+"""A folder of Google Cloud Storage as the source of a checkpoint: `gs://bucket/folder`."""
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from converters.sources.ahead import Finish, Read
+from converters.sources.source import (
+    BOOKKEEPING,
+    Buffer,
+    Fingerprint,
+    byte_view,
+    kind_fault,
+    name_fault,
+)
+from mtp_model.files.cloud_objects import ObjectState, state, states
+from mtp_model.files.objects import CloudError, CloudPath, as_path
+from mtp_model.files.untrusted_json import shown
+from mtp_model.problems import Problem, ProblemsError, raise_if_any
+
+_PLACEHOLDER = "/"  # what consoles leave where somebody made a folder
+
+
+class CloudSource:
+    """The objects below a folder. What was replaced since is noticed by its generation."""
+
+    def __init__(self, name: str):
+        self.name = name
+        try:
+            folder = as_path(name)
+        except CloudError as error:
+            raise ProblemsError(name, [Problem("file", shown(name), str(error))]) from error
+        assert isinstance(folder, CloudPath), name
+        self._folder = folder
+
+    def path(self, file: str) -> CloudPath:
+        """Where a file is."""
+        return self._folder / file
+
+    def files(self) -> dict[str, int]:
+        return {name: found.size for name, found in self._found.items()}
+
+    @functools.cached_property
+    def _found(self) -> dict[str, ObjectState]:
+        try:
+            found = states(self._folder)
+        except CloudError as error:
+            raise self._error(self.name, f"cannot be listed: {error}") from error
+        names = [name for name in found if name and not name.endswith(_PLACEHOLDER)]
+        names = [n for n in names if not set(n.split("/")[:-1]) & set(BOOKKEEPING)]
+        if not names:
+            raise self._error(self.name, "holds no objects; needed config.json and safetensors")
+        if fault := kind_fault(names):
+            raise self._error(self.name, fault)
+        faults = [(name, name_fault(name)) for name in names]
+        raise_if_any(self.name, [Problem("file", shown(n), f) for n, f in faults if f])
+        return {name: found[name] for name in names}
+
+    def read(self, file: str, begin: int, nbytes: int) -> bytes:
+        self._check_range(file, begin, nbytes)  # before memory is taken for it
+        try:
+            return self.path(file).read_range(begin, nbytes)
+        except (CloudError, FileNotFoundError) as error:
+            raise self._error(file, f"bytes {begin} to {begin + nbytes}: {error}") from error
+
+    def read_into(self, file: str, begin: int, out: Buffer) -> None:
+        view = byte_view(out)
+        view[:] = np.frombuffer(self.read(file, begin, len(view)), np.uint8)
+
+    def fingerprint(self, file: str) -> Fingerprint:
+        try:
+            found = state(self.path(file))
+        except CloudError as error:
+            raise self._error(file, f"cannot be read: {error}") from error
+        if found is None:
+            raise self._error(file, "is not in the folder")
+        return {"size": found.size, "generation": found.generation}
+
+    @contextlib.contextmanager
+    def staged(
+        self,
+        reads: Mapping[str, Sequence[Read]],  # noqa: ARG002
+        folder: Path,  # noqa: ARG002
+    ) -> Iterator[Finish]:
+        """Nothing is fetched ahead: ranges are read from the bucket as they are needed.
+
+        To have this at all says that the source is far, and that nothing is to be read twice.
+        """
+        yield lambda _step: None
+
+    def _check_range(self, file: str, begin: int, nbytes: int) -> None:
+        if file not in self._found:
+            raise self._error(file, "is not in the folder")
+        size = self._found[file].size
+        if begin < 0 or nbytes < 0 or begin + nbytes > size:
+            raise self._error(file, f"is {size} bytes, needed bytes {begin} to {begin + nbytes}")
+
+    def _error(self, file: str, detail: str) -> ProblemsError:
+        return ProblemsError(self.name, [Problem("file", shown(file), detail)])

@@ -1,0 +1,275 @@
+"""The whole network once more, in plain torch; must not know jax, mtp_model or Transformers.
+
+A second, slow and literal statement of what a checkpoint computes, for `verify --logits` to compare
+with. Weights are asked for by checkpoint name when they are used, and dropped: a matrix or two are
+in memory at a time, however large the model. Where they come from is in torch_weights.py.
+
+Shapes: B batch, T position, D hidden, V vocab, N heads, H head dim, R rope dim, K experts of a
+token, S tokens (B and T flattened). Sources: DeepSeek-V3 technical report (arXiv 2412.19437)
+section 2, YaRN (arXiv 2309.00071); what the report leaves open is as vLLM and SGLang serve it.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+try:
+    import torch
+    from torch import Tensor
+    from torch.nn import functional
+
+    from converters.verifying.torch_weights import Config, Get, weights_of
+except ImportError as error:
+    raise ImportError("needs torch, safetensors: pip install 'deepseek-mtp[verify]'") from error
+
+DROPPED_GROUP = -math.inf  # what an expert outside the kept groups scores; 0 would beat negatives
+
+
+class MainStates(NamedTuple):
+    """The main model's last states [B, T, D]: after `model.norm`, and before it."""
+
+    hidden: Tensor
+    before_norm: Tensor
+
+
+class Places(NamedTuple):
+    """What attention needs to know of the positions of a batch."""
+
+    cos: Tensor  # [T, R/2], times the YaRN multiplier
+    sin: Tensor  # [T, R/2]
+    visible: Tensor  # bool [B, 1, T, T]: query row may see key column
+
+
+class TorchReference:
+    """DeepSeek-V3 with its MTP modules, from config.json's content and weights fetched by name.
+
+    `get(name)` returns a weight already dequantised. `dtype` float64 tells rounding from error.
+    """
+
+    def __init__(self, config: Config, get: Get, dtype: torch.dtype = torch.float32):
+        if config.get("scoring_func", "sigmoid") != "sigmoid":
+            raise ValueError(f"scoring_func {config['scoring_func']!r}: only 'sigmoid' is known")
+        self.config = config
+        self.dtype = dtype
+        self.get: Get = lambda name: get(name).to(dtype)
+
+    @torch.no_grad()
+    def main(self, tokens: Tensor, segment_ids: Tensor | None = None) -> MainStates:
+        """Run the main model on int [B, T]; documents (equal segment ids) see only themselves."""
+        segment_ids = torch.ones_like(tokens) if segment_ids is None else segment_ids
+        places = self.places(segment_ids)
+        x = self.get("model.embed_tokens.weight")[tokens]
+        for layer in range(self.config["num_hidden_layers"]):
+            is_moe = layer >= self.config["first_k_dense_replace"]
+            get = under(self.get, f"model.layers.{layer}")
+            x = decoder_layer(x, get, self.config, places, is_moe=is_moe)
+        norm = self.get("model.norm.weight")
+        return MainStates(rms_norm(x, norm, self.config["rms_norm_eps"]), x)
+
+    def first_state(self, states: MainStates) -> Tensor:
+        """Return h_0, the state that depth 1 is fed, as the config's `mtp_hidden_state` says."""
+        kind = self.config.get("mtp_hidden_state", "post_norm")
+        return {"post_norm": states.hidden, "pre_norm": states.before_norm}[kind]
+
+    @torch.no_grad()
+    def mtp(
+        self,
+        h0: Tensor,
+        tokens: Tensor,
+        segment_ids: Tensor | None = None,
+        depths: int | None = None,
+    ) -> list[Tensor]:
+        """Return h_1..h_depths [B, T, D]; row i of h_k gives the logits of token i+k+1.
+
+        Depth k is fed token i+k, or token 0 where that is another document's or past the end.
+        More depths than modules reuse the modules in turn. Default: one depth a module.
+        """
+        num_modules = self.config.get("num_nextn_predict_layers", 0)
+        if depths and not num_modules:
+            raise ValueError(f"the config has no MTP module, but {depths} depths are asked for")
+        segment_ids = torch.ones_like(tokens) if segment_ids is None else segment_ids
+        places = self.places(segment_ids)
+        states = [h0]
+        for k in range(1, 1 + (num_modules if depths is None else depths)):
+            layer = self.config["num_hidden_layers"] + (k - 1) % num_modules
+            e = self.get("model.embed_tokens.weight")[tokens_ahead(tokens, segment_ids, k)]
+            get = under(self.get, f"model.layers.{layer}")
+            states.append(mtp_module(states[-1], e, get, self.config, places))
+        return states[1:]
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return [B, T, V] from a normed state: `main(...).hidden` or one of `mtp(...)`."""
+        return functional.linear(hidden, self.get("lm_head.weight"))
+
+    def by_depth(self, tokens: Any, segment_ids: Any) -> tuple[Tensor, list[Tensor]]:
+        """Return h_0, and the logits of the main model and of each depth, for int arrays [B, T]."""
+        tokens, segment_ids = torch.as_tensor(tokens).long(), torch.as_tensor(segment_ids)
+        main = self.main(tokens, segment_ids)
+        h0, hidden = self.first_state(main), [main.hidden]
+        if self.config["num_nextn_predict_layers"]:
+            hidden += self.mtp(h0, tokens, segment_ids)
+        return h0, [self.logits(h) for h in hidden]
+
+    def places(self, segment_ids: Tensor) -> Places:
+        same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+        cos, sin = rope_table(self.config, segment_ids.shape[1], self.dtype)
+        return Places(cos, sin, visible=same.tril())
+
+
+def under(get: Get, prefix: str) -> Get:
+    """Return `get` for the names below one module."""
+    return lambda name: get(f"{prefix}.{name}")
+
+
+def tokens_ahead(tokens: Tensor, segment_ids: Tensor, k: int) -> Tensor:
+    """Return t[i+k] at i, and 0 where i+k is past the end or in another document. [B, T]"""
+    ahead = torch.zeros_like(tokens)
+    same = segment_ids[:, k:] == segment_ids[:, :-k]
+    ahead[:, :-k] = tokens[:, k:] * same
+    return ahead
+
+
+def mtp_module(h: Tensor, e: Tensor, get: Get, config: Config, places: Places) -> Tensor:
+    """Return h_k from h_{k-1} and the embedding of token i+k, both [B, T, D]."""
+    eps = config["rms_norm_eps"]
+    # Embedding first: equation 21 of the report prints the reverse, the weights need this order.
+    pair = [rms_norm(e, get("enorm.weight"), eps), rms_norm(h, get("hnorm.weight"), eps)]
+    x = functional.linear(torch.cat(pair, dim=-1), get("eh_proj.weight"))
+    y = decoder_layer(x, get, config, places, is_moe=True)
+    return rms_norm(y, get("shared_head.norm.weight"), eps)
+
+
+def decoder_layer(x: Tensor, get: Get, config: Config, places: Places, *, is_moe: bool) -> Tensor:
+    """Apply one pre-norm layer to [B, T, D]."""
+    eps = config["rms_norm_eps"]
+    a = rms_norm(x, get("input_layernorm.weight"), eps)
+    x = x + attention(a, under(get, "self_attn"), config, places)
+    m = rms_norm(x, get("post_attention_layernorm.weight"), eps)
+    return x + (moe(m, under(get, "mlp"), config) if is_moe else mlp(m, under(get, "mlp")))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def rope_frequencies(config: Config) -> Tensor:
+    """Return the angle per position of each pair, float64 [R/2], with YaRN's ramp if configured.
+
+    Pairs that turn over beta_fast times within the original length keep their frequency, those
+    below beta_slow times have it divided by `factor`; between lies a linear ramp.
+    """
+    dim, theta = config["qk_rope_head_dim"], config["rope_theta"]
+    pair = torch.arange(dim // 2, dtype=torch.float64)
+    frequency = theta ** (-2 * pair / dim)
+    yarn = config.get("rope_scaling")
+    if yarn is None:
+        return frequency
+    if yarn["type"] != "yarn":
+        raise ValueError(f"rope_scaling.type {yarn['type']!r}: only 'yarn' is known")
+
+    def pair_that_turns(times: float) -> float:
+        length = yarn["original_max_position_embeddings"]
+        return dim * math.log(length / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(pair_that_turns(yarn["beta_fast"])), 0)
+    high = min(math.ceil(pair_that_turns(yarn["beta_slow"])), dim - 1)
+    slowed = ((pair - low) / max(high - low, 0.001)).clamp(0, 1)
+    return frequency * (1 - slowed) + frequency / yarn["factor"] * slowed
+
+
+def yarn_mscale(config: Config, key: str) -> float:
+    """Return YaRN's 0.1 m ln(factor) + 1 for m under `key` of rope_scaling; 1 without YaRN."""
+    yarn = config.get("rope_scaling")
+    return 1.0 if yarn is None else 0.1 * yarn[key] * math.log(yarn["factor"]) + 1.0
+
+
+def rope_table(config: Config, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return cos and sin [T, R/2] of positions 0..T-1, times the ratio of the two mscales."""
+    angles = torch.arange(length, dtype=torch.float64)[:, None] * rope_frequencies(config)
+    ratio = yarn_mscale(config, "mscale") / yarn_mscale(config, "mscale_all_dim")
+    return (angles.cos() * ratio).to(dtype), (angles.sin() * ratio).to(dtype)
+
+
+def rotate(x: Tensor, places: Places) -> Tensor:
+    """Rotate the pairs (x[2i], x[2i+1]) of [B, N, T, R]."""
+    even, odd = x[..., 0::2], x[..., 1::2]
+    cos, sin = places.cos, places.sin
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+
+
+def attention(x: Tensor, get: Get, config: Config, places: Places) -> Tensor:
+    """Multi-head latent attention of [B, T, D]."""
+    nope, rope, v_dim = (config[f"{k}_head_dim"] for k in ("qk_nope", "qk_rope", "v"))
+    q_nope, q_rope = heads(queries(x, get, config), config).split([nope, rope], dim=-1)
+    kv_a = functional.linear(x, get("kv_a_proj_with_mqa.weight"))
+    latent, k_rope = kv_a.split([config["kv_lora_rank"], rope], dim=-1)
+    latent = rms_norm(latent, get("kv_a_layernorm.weight"), config["rms_norm_eps"])
+    kv = heads(functional.linear(latent, get("kv_b_proj.weight")), config)
+    k_nope, v = kv.split([nope, v_dim], dim=-1)
+    # One rotary key serves all heads; it is not normalised.
+    scores = rotate(q_rope, places) @ rotate(k_rope[:, None], places).mT + q_nope @ k_nope.mT
+    scale = (nope + rope) ** -0.5 * yarn_mscale(config, "mscale_all_dim") ** 2
+    weights = (scores * scale).masked_fill(~places.visible, -math.inf).softmax(dim=-1)
+    return functional.linear((weights @ v).transpose(1, 2).flatten(2), get("o_proj.weight"))
+
+
+def queries(x: Tensor, get: Get, config: Config) -> Tensor:
+    """Return [B, T, N*H], through the low-rank pair unless q_lora_rank is null."""
+    if config.get("q_lora_rank") is None:
+        return functional.linear(x, get("q_proj.weight"))
+    q_a = functional.linear(x, get("q_a_proj.weight"))
+    q_a = rms_norm(q_a, get("q_a_layernorm.weight"), config["rms_norm_eps"])
+    return functional.linear(q_a, get("q_b_proj.weight"))
+
+
+def heads(x: Tensor, config: Config) -> Tensor:
+    """[B, T, N*H] -> [B, N, T, H]"""
+    return x.unflatten(-1, (config["num_attention_heads"], -1)).transpose(1, 2)
+
+
+def mlp(x: Tensor, get: Get) -> Tensor:
+    """SwiGLU of [..., D]: a dense layer's, an expert's or the shared experts'."""
+    gate = functional.silu(functional.linear(x, get("gate_proj.weight")))
+    up = functional.linear(x, get("up_proj.weight"))
+    return functional.linear(gate * up, get("down_proj.weight"))
+
+
+def route(x: Tensor, gate: Tensor, bias: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """Return each token's experts int [S, K] and their weights [S, K] for x [S, D].
+
+    The bias chooses and does not weigh. Only experts of the topk_group groups are eligible whose
+    two best have the highest sums.
+    """
+    scores = functional.linear(x, gate).sigmoid()
+    biased = (scores + bias).unflatten(-1, (config["n_group"], -1))
+    group_scores = biased.topk(2, dim=-1).values.sum(-1)
+    kept = torch.zeros_like(group_scores, dtype=torch.bool)
+    kept.scatter_(-1, group_scores.topk(config["topk_group"], dim=-1).indices, True)
+    eligible = biased.masked_fill(~kept[..., None], DROPPED_GROUP).flatten(-2)
+    experts = eligible.topk(config["num_experts_per_tok"], dim=-1).indices
+    weights = scores.gather(-1, experts)
+    if config["norm_topk_prob"]:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return experts, weights * config["routed_scaling_factor"]
+
+
+def moe(x: Tensor, get: Get, config: Config) -> Tensor:
+    """Apply routed and shared experts to [B, T, D]; only experts that are chosen are fetched."""
+    x_SD = x.flatten(0, -2)
+    gate, bias = get("gate.weight"), get("gate.e_score_correction_bias")
+    experts, weights = route(x_SD, gate, bias, config)
+    y_SD = mlp(x_SD, under(get, "shared_experts"))
+    for expert in experts.unique().tolist():
+        row, place = torch.where(experts == expert)
+        part = mlp(x_SD[row], under(get, f"experts.{expert}"))
+        y_SD.index_add_(0, row, part * weights[row, place, None])
+    return y_SD.view_as(x)
+
+
+def open_reference(folder: str | Path, dtype: torch.dtype = torch.float32) -> TorchReference:
+    """Return the reference of a local safetensors checkpoint; reads one tensor when it is used."""
+    folder = Path(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return TorchReference(config, weights_of(folder, config), dtype)

@@ -1,0 +1,206 @@
+"""Whether a checkpoint directory would export to a source's bytes; must not print.
+
+It writes nothing but what it fetches from a source that is far: to a temporary folder, which the
+TMPDIR of the environment places, at most a few of the source's files at once.
+
+Every tensor of the source is compared with what export writes for it, so this holds for any import
+(FP8 kept, bfloat16, float32) and for exports of trained weights that were quantised again.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from converters.format.fit import Comparison, compare
+from converters.format.groups import GROUPS, group_of
+from converters.format.listing import Listing
+from converters.format.mapping import Slot
+from converters.sources.ahead import Finish, Read, room_needed, staged
+from converters.sources.source import Source
+from converters.verifying.digests import DEFAULT_WORKERS, DigestCheck
+from converters.verifying.files import differing_files
+from converters.verifying.logits import LogitsCheck
+from converters.verifying.tensors import Difference, TensorComparer
+from mtp_model.checkpoint.directory import Checkpoint
+from mtp_model.config import ModelConfig
+from mtp_model.files.disk_room import raise_if_full
+from mtp_model.in_flight import in_flight
+from mtp_model.model import Scope
+from mtp_model.problems import Problem, raise_if_any
+
+# What the same network may be stored with in one place and without in the other.
+_STORAGE_FIELDS = ("dtype", "weight_block_size", "mtp_hidden_state")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A group of tensors. `differing` leaves out copies that are replaced on purpose."""
+
+    tensors: int
+    bytes: int
+    differing: int
+    differing_bytes: int
+    worst: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorageCheck:
+    """The source's tensors against the checkpoint directory's, group by group; and its files."""
+
+    scope: Scope
+    parts: dict[str, Part]
+    differences: tuple[Difference, ...]
+    """In the source's order."""
+    files: tuple[Problem, ...]
+    """Headers, side files and whole files that export would write otherwise."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether export would write every byte of the source, copies that it replaces aside."""
+        return not self.files and all(difference.replaced for difference in self.differences)
+
+    @property
+    def total(self) -> Part:
+        """All parts together."""
+        parts = self.parts.values()
+        return Part(
+            tensors=sum(part.tensors for part in parts),
+            bytes=sum(part.bytes for part in parts),
+            differing=sum(part.differing for part in parts),
+            differing_bytes=sum(part.differing_bytes for part in parts),
+            worst=max((part.worst for part in parts), default=0.0),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """All that one `verify` looked at; what was not asked is None."""
+
+    source: str | None
+    checkpoint: str
+    digests: DigestCheck
+    storage: StorageCheck | None
+    logits: LogitsCheck | None
+
+    @property
+    def holds(self) -> bool:
+        """Whether all that was asked holds; nothing more is looked at where digests do not."""
+        parts = (self.digests, self.storage, self.logits)
+        return all(part is None or part.holds for part in parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for --json and report.json."""
+        return {**dataclasses.asdict(self), "holds": self.holds}
+
+
+def check_storage(
+    listing: Listing,
+    config: Mapping[str, Any],
+    checkpoint: Checkpoint,
+    *,
+    scope: Scope = "all",
+    workers: int = DEFAULT_WORKERS,
+    progress: Callable[[int, int], None] | None = None,
+) -> StorageCheck:
+    """Compare all files, and tensor by tensor, `workers` at once, a few pieces of rows in memory.
+
+    config: the source's parsed config.json. scope: what is compared, of what the checkpoint holds.
+    Raises ProblemsError for a source that is unfit or another network than the checkpoint,
+    CheckpointError where the disk of temporary files has no room for what a far source needs.
+    """
+    found = _comparable(listing, config, checkpoint, scope)
+    assert found.config is not None
+    comparer = TensorComparer(listing, checkpoint, found.config, found.slots)
+    slots = [slot for slot in found.slots.values() if slot.name not in comparer.scales]
+    slots.sort(key=lambda slot: comparer.place(slot.name))
+    differences = _differences(listing.source, comparer, slots, workers, progress)
+    return StorageCheck(
+        scope=scope,
+        parts=_parts(listing, found, differences),
+        differences=tuple(differences),
+        files=differing_files(listing, checkpoint),
+    )
+
+
+def _differences(
+    source: Source,
+    comparer: TensorComparer,
+    slots: list[Slot],
+    workers: int,
+    progress: Callable[[int, int], None] | None,
+) -> list[Difference]:
+    """Of these tensors and their scales, in the source's order."""
+    total, done = sum(map(comparer.nbytes, slots)), 0
+    found: list[Difference] = []
+    with _fetched_ahead(source, {slot.name: comparer.reads(slot) for slot in slots}) as finish:
+
+        def compare_one(slot: Slot) -> tuple[int, list[Difference]]:
+            differences = comparer.differences(slot)
+            finish(slot.name)
+            return comparer.nbytes(slot), differences
+
+        with closing(in_flight(compare_one, slots, workers)) as compared:
+            for nbytes, differences in compared:
+                found += differences
+                done += nbytes
+                if progress:
+                    progress(done, total)
+    return sorted(found, key=lambda difference: comparer.place(difference.name))
+
+
+@contextmanager
+def _fetched_ahead(source: Source, reads: Mapping[str, Sequence[Read]]) -> Iterator[Finish]:
+    """As `staged`, in a temporary folder; CheckpointError where its disk has no room for that."""
+    with TemporaryDirectory(prefix="convert-deepseek-") as folder:
+        needed = room_needed(source, reads, Path(folder))
+        raise_if_full(needed, "set TMPDIR to a folder on another disk")
+        with staged(source, reads, Path(folder)) as finish:
+            yield finish
+
+
+def _comparable(
+    listing: Listing, config: Mapping[str, Any], checkpoint: Checkpoint, scope: Scope
+) -> Comparison:
+    """The source's side of what both have; ProblemsError where there is nothing to compare."""
+    held: Scope = checkpoint.provenance["scope"]
+    found = compare(listing, config, scope=held if scope == "all" else scope)
+    raise_if_any(listing.source.name, found.problems)
+    assert found.config is not None
+    ours = ModelConfig.from_dict(checkpoint.config_dict)
+    raise_if_any(f"{listing.source.name} for {checkpoint.path}", _other_network(found.config, ours))
+    if scope not in ("all", held) and held != "all":
+        detail = f"was imported with --scope {held}; it cannot be verified with --scope {scope}"
+        raise_if_any(str(checkpoint.path), [Problem("scope", "the checkpoint", detail)])
+    return found
+
+
+def _other_network(source: ModelConfig, checkpoint: ModelConfig) -> Iterator[Problem]:
+    theirs, ours = dataclasses.asdict(source), dataclasses.asdict(checkpoint)
+    for key in theirs.keys() - _STORAGE_FIELDS:
+        if theirs[key] != ours[key]:
+            yield Problem("config", key, f"is {theirs[key]}, the checkpoint's is {ours[key]}")
+    blocks = source.weight_block_size, checkpoint.weight_block_size
+    if None not in blocks and blocks[0] != blocks[1]:
+        detail = f"is {blocks[0]}, the checkpoint's is {blocks[1]}"
+        yield Problem("config", "weight_block_size", detail)
+
+
+def _parts(listing: Listing, found: Comparison, differences: list[Difference]) -> dict[str, Part]:
+    members: dict[str, list[int]] = {}
+    for slot in found.slots.values():
+        members.setdefault(group_of(slot), []).append(listing.tensors[slot.name].nbytes)
+    parts = {}
+    for group in (group for group in GROUPS if group in members):
+        wrong = [d for d in differences if d.group == group and not d.replaced]
+        parts[group] = Part(
+            tensors=len(members[group]),
+            bytes=sum(members[group]),
+            differing=len(wrong),
+            differing_bytes=sum(difference.bytes for difference in wrong),
+            worst=max((difference.worst for difference in wrong), default=0.0),
+        )
+    return parts

@@ -1,0 +1,196 @@
+"""Documents packed into batches of fixed shape, and the position in them that a run resumes from.
+
+Knows documents as an indexed sequence of tokens, and nothing of files. B rows, T tokens a row.
+"""
+
+import functools
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from finetune.data.corpus import DataError
+from finetune.data.tokens import Tokens
+
+# Pieces that may wait for a later batch because they fit in no row of this one. More of them
+# fill rows better; each is encoded again when a run resumes.
+LOOKAHEAD = 32
+
+
+class Batch(NamedTuple):
+    """Packed rows, all int32 [B, T]. Segment ids count from 1 in each row; 0 is padding.
+
+    Positions begin at 0 in every segment. loss_mask belongs to the token itself.
+    """
+
+    tokens_BT: Any
+    segment_ids_BT: Any
+    positions_BT: Any
+    loss_mask_BT: Any
+
+
+class Place(NamedTuple):
+    """A token: the epoch, the document's number in that epoch's order, the token in it."""
+
+    epoch: int
+    document: int
+    token: int
+
+
+class Documents(Protocol):
+    """Documents of tokens by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, document: int, /) -> Tokens: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """Where packing goes on, in a few numbers."""
+
+    next: tuple[int, int] = (0, 0)  # epoch and document that are begun next
+    reading: tuple[Place, ...] = ()  # documents that are begun, and their next token
+    waiting: tuple[Place, ...] = ()  # pieces that have no row yet
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Position":
+        reading, waiting = (
+            tuple(Place(*place) for place in values[name]) for name in ("reading", "waiting")
+        )
+        epoch, document = values["next"]
+        return cls(next=(epoch, document), reading=reading, waiting=waiting)
+
+
+class Piece(NamedTuple):
+    """At most a row of one document, from `place` on."""
+
+    place: Place
+    tokens: Tokens
+
+
+class Packer:
+    """Iterates over (batch, position after it); the same seed and position give the same batches.
+
+    As many documents as there are rows are read in turn, so that a batch is no single document.
+    A document that fits in a row is never cut. It goes to the first row of the batch with room,
+    else waits for a later batch. A longer document is cut into full rows and a rest; each part
+    is a segment of its own. Documents are shuffled anew in each epoch.
+    epochs: stop after this many; None goes on for ever.
+    """
+
+    def __init__(
+        self,
+        documents: Documents,
+        *,
+        rows: int,
+        row_tokens: int,
+        seed: int,
+        epochs: int | None = None,
+        position: Position | None = None,
+    ):
+        position = position or Position()
+        self.documents, self.seed, self.epochs = documents, seed, epochs
+        self.rows, self.row_tokens = rows, row_tokens
+        self._order = functools.lru_cache(maxsize=2)(self._shuffled)
+        self.next = position.next
+        self.reading = [(place, self._tokens(place)) for place in position.reading]
+        self.waiting = [self._cut(place, self._tokens(place)) for place in position.waiting]
+
+    def __iter__(self) -> "Packer":
+        return self
+
+    def __next__(self) -> tuple[Batch, Position]:
+        rows = _Rows(self.rows, self.row_tokens)
+        # The longest first, so that short ones fill the gaps; but the oldest before all, so that
+        # none waits for more than LOOKAHEAD batches.
+        by_length = sorted(self.waiting[1:], key=lambda piece: -piece.tokens.ids.size)
+        taken = {piece.place for piece in (*self.waiting[:1], *by_length) if rows.take(piece)}
+        self.waiting = [piece for piece in self.waiting if piece.place not in taken]
+        while rows.have_room() and len(self.waiting) < LOOKAHEAD and (piece := self._read()):
+            if not rows.take(piece):
+                self.waiting.append(piece)
+        if rows.are_empty():
+            raise StopIteration
+        return rows.batch(), self.position
+
+    @property
+    def position(self) -> Position:
+        return Position(
+            next=self.next,
+            reading=tuple(place for place, _ in self.reading),
+            waiting=tuple(piece.place for piece in self.waiting),
+        )
+
+    def _read(self) -> Piece | None:
+        """The next piece of the documents that are read in turn, or None after the last epoch."""
+        while len(self.reading) < self.rows and (begun := self._begin()):
+            self.reading.append(begun)
+        if not self.reading:
+            return None
+        place, tokens = self.reading.pop(0)
+        piece = self._cut(place, tokens)
+        rest = place._replace(token=place.token + piece.tokens.ids.size)
+        if rest.token < tokens.ids.size:
+            self.reading.append((rest, tokens))
+        return piece
+
+    def _begin(self) -> tuple[Place, Tokens] | None:
+        """The next document, or None after the last epoch. Those without tokens are passed."""
+        for _ in range(len(self.documents) + 1):
+            epoch, document = self.next
+            if self.epochs is not None and epoch >= self.epochs:
+                return None
+            last = document + 1 == len(self.documents)
+            self.next = (epoch + 1, 0) if last else (epoch, document + 1)
+            place = Place(epoch, document, 0)
+            tokens = self._tokens(place)
+            if tokens.ids.size:
+                return place, tokens
+        raise DataError(["no document has a token"])
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, epoch)).permutation(len(self.documents))
+
+    def _tokens(self, place: Place) -> Tokens:
+        return self.documents[int(self._order(place.epoch)[place.document])]
+
+    def _cut(self, place: Place, tokens: Tokens) -> Piece:
+        part = slice(place.token, place.token + self.row_tokens)
+        return Piece(place, Tokens(tokens.ids[part], tokens.loss_mask[part]))
+
+
+class _Rows:
+    """The rows of one batch while they are filled."""
+
+    def __init__(self, rows: int, row_tokens: int):
+        self.arrays = Batch(*(np.zeros((rows, row_tokens), np.int32) for _ in Batch._fields))
+        self.used = [0] * rows
+        self.segments = [0] * rows
+
+    def have_room(self) -> bool:
+        return min(self.used) < self.arrays.tokens_BT.shape[1]
+
+    def are_empty(self) -> bool:
+        return not any(self.used)
+
+    def take(self, piece: Piece) -> bool:
+        """Put a piece in the first row with room for all of it; False where there is none."""
+        size, width = piece.tokens.ids.size, self.arrays.tokens_BT.shape[1]
+        row = next((r for r, used in enumerate(self.used) if used + size <= width), None)
+        if row is None:
+            return False
+        self.segments[row] += 1
+        part = (row, slice(self.used[row], self.used[row] + size))
+        self.arrays.tokens_BT[part] = piece.tokens.ids
+        self.arrays.segment_ids_BT[part] = self.segments[row]
+        self.arrays.positions_BT[part] = np.arange(size)
+        self.arrays.loss_mask_BT[part] = piece.tokens.loss_mask
+        self.used[row] += size
+        return True
+
+    def batch(self) -> Batch:
+        return self.arrays

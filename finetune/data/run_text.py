@@ -1,0 +1,86 @@
+"""The text of a run: what is trained on, what is held out, and both as documents of tokens."""
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from finetune.data.corpus import Corpus, DataError, scan
+from finetune.data.packing import Batch, Packer
+from finetune.data.tokens import Documents, Encoder
+from finetune.settings import RunSettings
+from mtp_model import ModelConfig
+from mtp_model.files.objects import as_path
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunText:
+    """Documents to train on and documents held out (None: no evaluation)."""
+
+    train: Documents
+    held_out: Documents | None
+    digest: str  # of all of it
+    description: str  # for the person who started the run
+
+
+def open_run_text(settings: RunSettings, config: ModelConfig) -> RunText:
+    """Scan, check and split the data of a run. Raises DataError with everything wrong with it."""
+    encoder = Encoder(as_path(settings.checkpoint))
+    train, held_out, said = _split(settings, config.vocab_size)
+    documents = (Documents(each, encoder, config.vocab_size) for each in (train, held_out) if each)
+    train_documents, held_out_documents = (*documents, None)[:2]
+    assert train_documents is not None
+    return RunText(
+        train=train_documents,
+        held_out=held_out_documents,
+        digest=train.digest + (held_out.digest if held_out else ""),
+        description=f"{len(train)} documents to train on, {said}{_left_out(train)}",
+    )
+
+
+def open_documents(checkpoint: str, data: tuple[Path, ...], config: ModelConfig) -> Documents:
+    """All documents under `data`, as tokens of the checkpoint's tokenizer."""
+    corpus = scan(data, config.vocab_size)
+    return Documents(corpus, Encoder(as_path(checkpoint)), config.vocab_size)
+
+
+def held_out_batches(documents: Documents, settings: RunSettings) -> list[Batch]:
+    """The rows of every evaluation: a fixed sample, whatever the order of training is."""
+    num_batches = max(1, settings.evaluation.rows // settings.batch.rows)
+    packer = Packer(
+        documents,
+        rows=settings.batch.rows,
+        row_tokens=settings.batch.row_tokens,
+        seed=0,
+        epochs=1,
+    )
+    return [batch for batch, _ in itertools.islice(packer, num_batches)]
+
+
+def _split(settings: RunSettings, vocab_size: int) -> tuple[Corpus, Corpus | None, str]:
+    """What to train on, what is held out, and a sentence about the latter."""
+    corpus = scan(settings.data, vocab_size)
+    if settings.eval_data:
+        held_out = scan(settings.eval_data, vocab_size)
+        return corpus, held_out, f"{len(held_out)} held out (--eval-data)"
+    every = min(settings.evaluation.holdout_every, len(corpus))
+    if not every:
+        return corpus, None, "none held out: no evaluation"
+    if every == 1:
+        raise DataError(
+            [
+                "one document only, so none can be held out: give --eval-data, more documents, "
+                "or --evaluation.holdout-every 0 to train without evaluation"
+            ]
+        )
+    chosen_N = np.arange(len(corpus)) % every == every - 1
+    held_out = corpus.select(chosen_N)
+    said = f"{len(held_out)} held out (1 of every {every}; --eval-data names others)"
+    return corpus.select(~chosen_N), held_out, said
+
+
+def _left_out(corpus: Corpus) -> str:
+    if not corpus.left_out:
+        return ""
+    return f"; {len(corpus.left_out)} files are not UTF-8 and left out, {corpus.left_out[0]} first"

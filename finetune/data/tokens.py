@@ -1,0 +1,112 @@
+"""Records of text as tokens with a loss mask, by the checkpoint's own tokenizer."""
+
+import json
+from typing import Any, NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from finetune.data.corpus import Corpus, DataError, Exchange, Record, TokenIds
+from mtp_model.files.objects import AnyPath
+
+
+class Tokens(NamedTuple):
+    """A document. loss_mask belongs to the token itself: 1 where that token is learnt."""
+
+    ids: np.ndarray  # int32 [n]
+    loss_mask: np.ndarray  # int32 [n]
+
+
+class Encoder:
+    """Encodes records: bos before each document that starts, eos after each that ends.
+
+    Which tokens those are, and whether bos is wanted (`add_bos_token`), is read from the
+    checkpoint's tokenizer_config.json and config.json. `{"input_ids"}` stays as it is.
+    Raises DataError for files that cannot be read.
+    """
+
+    def __init__(self, checkpoint: AnyPath):
+        self.tokenizer = _tokenizer(checkpoint / "tokenizer.json")
+        settings = _json(checkpoint / "tokenizer_config.json")
+        config = _json(checkpoint / "config.json")
+        wanted = settings.get("add_bos_token", True)
+        self.bos = self._special("bos_token", settings, config) if wanted else ()
+        self.eos = self._special("eos_token", settings, config)
+
+    def encode(self, record: Record) -> Tokens:
+        """Tokens of one record; text needs a tokenizer."""
+        if isinstance(record, TokenIds):
+            mask = record.loss_mask
+            ids = record.input_ids
+            return _tokens((ids, [1] * len(ids) if mask is None else mask))
+        if isinstance(record, Exchange):
+            prompt, completion = self._encode(record.prompt), self._encode(record.completion)
+            context, learnt = [*self.bos, *prompt], [*completion, *self.eos]
+            return _tokens((context, [0] * len(context)), (learnt, [1] * len(learnt)))
+        ids = [*(self.bos if record.starts else ()), *self._encode(record.text)]
+        ids += self.eos if record.ends else ()
+        return _tokens((ids, [1] * len(ids)))
+
+    def _encode(self, text: str) -> list[int]:
+        assert self.tokenizer is not None  # Documents checks it
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def _special(self, key: str, settings: dict, config: dict) -> tuple[int, ...]:
+        """The id of bos or eos as a tuple, empty where the checkpoint has none."""
+        token = settings.get(key)
+        text = token.get("content") if isinstance(token, dict) else token
+        if isinstance(text, str) and self.tokenizer is not None:
+            found = self.tokenizer.token_to_id(text)
+            if found is not None:
+                return (found,)
+        number = config.get(f"{key}_id")
+        number = number[0] if isinstance(number, list) and number else number
+        return (number,) if isinstance(number, int) else ()
+
+
+class Documents:
+    """Tokens of a corpus, document by document: what packing reads."""
+
+    def __init__(self, corpus: Corpus, encoder: Encoder, vocab_size: int):
+        if corpus.has_text and encoder.tokenizer is None:
+            raise DataError(
+                ["the checkpoint has no tokenizer.json: add it, or give .jsonl with input_ids"]
+            )
+        self.corpus, self.encoder, self.vocab_size = corpus, encoder, vocab_size
+
+    def __len__(self) -> int:
+        return len(self.corpus)
+
+    def __getitem__(self, document: int) -> Tokens:
+        """One document's tokens. Raises DataError when an id is outside the vocabulary."""
+        tokens = self.encoder.encode(self.corpus.read(document))
+        if tokens.ids.size and int(tokens.ids.max()) >= self.vocab_size:
+            found = f"{self.corpus.where(document)} gives token {int(tokens.ids.max())}"
+            needed = f"the model's vocabulary is 0 to {self.vocab_size - 1}"
+            raise DataError([f"{found}, {needed}: the tokenizer is another model's"])
+        return tokens
+
+
+def _tokens(*parts: tuple[list[int], list[int]]) -> Tokens:
+    ids, mask = ([each for part in parts for each in part[column]] for column in (0, 1))
+    return Tokens(np.array(ids, np.int32), np.array(mask, np.int32))
+
+
+def _tokenizer(file: AnyPath) -> Tokenizer | None:
+    """The tokenizer of a checkpoint, set to give every token of a text; None without the file."""
+    if not file.is_file():
+        return None
+    try:
+        tokenizer = Tokenizer.from_buffer(file.read_bytes())
+    except Exception as error:  # tokenizers raises no narrower class
+        raise DataError([f"{file} is not a tokenizer: {error}"]) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _json(path: AnyPath) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_bytes()) if path.is_file() else {}
+    except ValueError as error:
+        raise DataError([f"{path} is not JSON: {error}"]) from error

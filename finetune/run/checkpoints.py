@@ -1,0 +1,76 @@
+"""What a killed run continues from: training state and progress, saved by Orbax.
+
+Knows pytrees and paths only.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What is not an array: how far the run is, and what it was fed."""
+
+    step: int = 0
+    tokens: int = 0  # trained on, padding not counted
+    position: dict[str, Any] | None = None  # finetune.data.packing.Position, as JSON
+    inputs: dict[str, str] | None = None  # digests; other data or weights cannot continue a run
+
+
+class Checkpoints:
+    """The numbered checkpoints of a run; a half-written one is never seen."""
+
+    def __init__(self, folder: Path, keep: int):
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+            cleanup_tmp_directories=True,
+            # The next step takes over the state's buffers; on CPU an asynchronous save may still
+            # be reading them.
+            enable_async_checkpointing=False,
+        )
+        self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def save(self, state: Any, progress: Progress) -> None:
+        """Save under `progress.step`; older checkpoints beyond those to keep are deleted."""
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(_by_name(state)),
+            progress=ocp.args.JsonSave(asdict(progress)),
+        )
+        self.manager.save(progress.step, args=args, force=True)
+
+    def latest(self) -> Progress | None:
+        """Progress of the newest checkpoint, None where there is none."""
+        step = self.manager.latest_step()
+        if step is None:
+            return None
+        args = ocp.args.Composite(progress=ocp.args.JsonRestore())
+        return Progress(**self.manager.restore(step, args=args)["progress"])
+
+    def restore(self, step: int, like: T) -> T:
+        """The state of a checkpoint in the place of `like`, whose buffers are freed for it."""
+        wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, _by_name(like))
+        for leaf in jax.tree.leaves(like):
+            leaf.delete()
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
+        restored = self.manager.restore(step, args=args)["state"]
+        leaves = [restored[name] for name in _names(like)]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+    def close(self) -> None:
+        self.manager.close()
+
+
+def _names(tree: Any) -> list[str]:
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    return [jax.tree_util.keystr(path, simple=True, separator=".") for path in paths]
+
+
+def _by_name(tree: Any) -> dict[str, Any]:
+    """Leaves by dotted path: a checkpoint that says what it holds, and needs no class of ours."""
+    return dict(zip(_names(tree), jax.tree.leaves(tree), strict=True))

@@ -1,0 +1,249 @@
+"""The checkpoint directory, for reading: what it holds and its bytes; knows no safetensors names.
+
+    params/           the Orbax tree, restorable with orbax.checkpoint alone: one raw file per chunk
+    config.json       the source's, unchanged, and the source's other side files
+    provenance.json   where the weights come from, and a digest of every chunk
+    layout.json       header text of every source file, so that export can write them again
+    COMPLETE          written last, digests of the files above; without it the folder is unfinished
+
+Weights are read as bytes from chunk files, never through jax arrays, so that no bit can change.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mtp_model.checkpoint import orbax as orbax_metadata
+from mtp_model.checkpoint.chunks import Index, Leaf, chunk_file_name
+from mtp_model.files.local import digest, file_digest, read_range
+from mtp_model.files.objects import AnyPath, as_path
+from mtp_model.files.records import Each, Maybe, faults
+
+FORMAT_VERSION = 1
+PARAMS, CONFIG = "params", "config.json"
+PROVENANCE, LAYOUT, COMPLETE = "provenance.json", "layout.json", "COMPLETE"
+UNFINISHED = ".unfinished"  # a folder of whoever is writing; gone once COMPLETE is there
+RESERVED_NAMES = frozenset((PARAMS, PROVENANCE, LAYOUT, COMPLETE, UNFINISHED))
+
+_SOURCE_FILE = {
+    "size": int,
+    "digest": Maybe(str),
+    "sha256": Maybe(str),
+    "header": str,
+    "tensors": [Maybe(str)],
+}
+_DERIVATION = {"base": dict, "changed": [str], "by": Maybe(str), "settings": Maybe(dict)}
+_SHAPES = {
+    COMPLETE: {
+        "format_version": int,
+        "files": {PROVENANCE: str, LAYOUT: str},
+        "side_files": Each(str),
+    },
+    PROVENANCE: {
+        "source": {"name": str, "files": Each(_SOURCE_FILE)},
+        "plan": Maybe(str),
+        "scope": str,
+        "dtype": str,
+        "copies": str,
+        "mtp_hidden_state": str,
+        "stale_copies": [str],
+        "tools": Each(str),
+        "leaves": Each(int),
+        "pieces": Each(Each(str)),
+        "derived": Maybe([_DERIVATION]),
+    },
+    LAYOUT: {"headers": Each(str)},
+    CONFIG: {},
+}
+
+
+class CheckpointError(ValueError):
+    """A folder that is no usable checkpoint directory: what it is instead, and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """One chunk file: its leaf, its coordinate, where it is, and the digest that it must have."""
+
+    path: str
+    coord: str
+    file: AnyPath
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A complete checkpoint directory. `leaves` are by path, as `moe_layers.mlp.gate.weight`."""
+
+    path: AnyPath
+    config_dict: dict[str, Any]
+    provenance: dict[str, Any]
+    leaves: dict[str, Leaf]
+
+    @property
+    def params(self) -> AnyPath:
+        """The Orbax tree."""
+        return self.path / PARAMS
+
+    def layout(self) -> dict[str, str]:
+        """Header text of every source file, verbatim, by file name; megabytes for a large model."""
+        headers = _read_json(self.path, LAYOUT)["headers"]
+        differing = headers.keys() ^ self.provenance["source"]["files"].keys()
+        if differing:
+            fault = f"headers and the source's files in {PROVENANCE} differ by {min(differing)!r}"
+            raise _unreadable(self.path, LAYOUT, fault)
+        return headers
+
+    def side_files(self) -> tuple[str, ...]:
+        """The source's files that hold no tensors, config.json and the index among them."""
+        return tuple(sorted(self.side_file_digests()))
+
+    def side_file_digests(self) -> dict[str, str]:
+        """Digest of every side file."""
+        return _read_json(self.path, COMPLETE)["side_files"]
+
+    def read_rows(self, path: str, index: Index, start: int, stop: int) -> np.ndarray:
+        """Rows start..stop of the tensor at a stack index of a leaf, in the leaf's dtype."""
+        leaf = self.leaves[path]
+        out = np.empty((stop - start, *leaf.tensor_shape[1:]), leaf.dtype)
+        self.read_rows_into(path, index, start, stop, out.reshape(-1).view(np.uint8))
+        return out
+
+    def read_rows_into(
+        self, path: str, index: Index, start: int, stop: int, out: np.ndarray
+    ) -> None:
+        """The same rows as bytes, into `out` (uint8, one-dimensional, of exactly their size)."""
+        leaf, done = self.leaves[path], 0
+        for coord, offset, nbytes in leaf.row_spans(index, start, stop):
+            name = chunk_file_name(coord)
+            try:
+                read_range(self.params / path / name, offset, out[done : done + nbytes])
+            except FileNotFoundError:
+                raise CheckpointError(
+                    f"{self.path}: {PARAMS}/{path}/{name} is missing though the checkpoint "
+                    "is marked complete; write it again"
+                ) from None
+            done += nbytes
+        assert done == len(out), (path, index, start, stop, len(out))
+
+    def pieces(self) -> Iterator[Piece]:
+        """Every chunk file with the digest that was recorded when it was written."""
+        for path, digests in self.provenance["pieces"].items():
+            for coord, value in digests.items():
+                file = self.params / path / coord
+                yield Piece(path=path, coord=coord, file=file, digest=value)
+
+    def damaged_files(self) -> list[str]:
+        """Files other than chunks whose bytes are not those that were written, or that are gone."""
+        complete = _read_json(self.path, COMPLETE)
+        return [
+            name
+            for name, expected in sorted((complete["files"] | complete["side_files"]).items())
+            if not (self.path / name).is_file() or file_digest(self.path / name) != expected
+        ]
+
+
+def open_checkpoint(path: str | AnyPath) -> Checkpoint:
+    """Open a complete checkpoint directory; CheckpointError says what a folder is instead."""
+    path = as_path(path)
+    raise_unless_complete(path)
+    _check_version(path)
+    provenance = _read_json(path, PROVENANCE)
+    leaves = {name: _read_leaf(path, name, dims) for name, dims in provenance["leaves"].items()}
+    _check_pieces(path, leaves, provenance["pieces"])
+    return Checkpoint(
+        path=path,
+        config_dict=_read_json(path, CONFIG),
+        provenance=provenance,
+        leaves=leaves,
+    )
+
+
+def raise_unless_complete(path: AnyPath) -> None:
+    """Raise CheckpointError, saying what to do, unless the folder is marked complete."""
+    if (path / COMPLETE).is_file():
+        return
+    if not path.is_dir():
+        found = "is a file" if path.exists() else "does not exist"
+        advice = "name a checkpoint directory that `convert-deepseek import` or training wrote"
+    elif (path / UNFINISHED).is_dir():
+        found = "is unfinished: what was writing it was interrupted or is still running"
+        advice = "run the same command again, it continues where it stopped"
+    elif (path / PARAMS).is_dir():
+        found = f"has no {COMPLETE} file: it is unfinished, or only part of it was copied"
+        advice = "copy all of it, or import it again with --overwrite"
+    elif any(entry.name.endswith(".safetensors") for entry in path.iterdir()):
+        found = "is a safetensors checkpoint, not a checkpoint directory"
+        advice = f"first run `convert-deepseek import {path} DST`"
+    else:
+        found = "is no checkpoint directory"
+        advice = "name a directory that `convert-deepseek import` or training wrote"
+    raise CheckpointError(f"{path} {found}; {advice}")
+
+
+def digest_of_json(value: Any) -> str:
+    """Digest of plain data, whatever the order of its keys."""
+    return digest(json.dumps(value, sort_keys=True).encode())
+
+
+def _check_version(path: AnyPath) -> None:
+    version = _parsed(path, COMPLETE).get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {version!r}, this toolkit reads {FORMAT_VERSION}: import "
+            "the source again, or use the toolkit that wrote it"
+        )
+    _read_json(path, COMPLETE)
+
+
+def _check_pieces(
+    path: AnyPath, leaves: Mapping[str, Leaf], pieces: Mapping[str, Mapping[str, str]]
+) -> None:
+    """Raise CheckpointError unless there is a digest for each chunk of each leaf, and no other."""
+    for name in sorted(leaves.keys() | pieces.keys()):
+        leaf, found = leaves.get(name), pieces.get(name, {})
+        needed = leaf.num_chunks if leaf else 0
+        same = len(found) == needed
+        if same and leaf:
+            same = all(chunk_file_name(coord) in found for coord in leaf.coords())
+        if not same:
+            fault = f"pieces > {name} has {len(found)} pieces, not the {needed} that are stored"
+            raise _unreadable(path, PROVENANCE, fault)
+
+
+def _read_leaf(path: AnyPath, name: str, num_stack_dims: int) -> Leaf:
+    metadata = _parsed(path, f"{PARAMS}/{name}/{orbax_metadata.ZARRAY}")
+    try:
+        return orbax_metadata.leaf_from_zarray(metadata, num_stack_dims)
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: leaf {name} was not written by this toolkit ({error}); import it again"
+        ) from error
+
+
+def _read_json(path: AnyPath, name: str) -> dict[str, Any]:
+    """A file of the directory, with all that its readers index."""
+    value = _parsed(path, name)
+    for fault in faults(value, _SHAPES[name]):
+        raise _unreadable(path, name, fault)
+    return value
+
+
+def _parsed(path: AnyPath, name: str) -> dict[str, Any]:
+    try:
+        value = json.loads((path / name).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise _unreadable(path, name, str(error)) from error
+    for fault in faults(value, dict):
+        raise _unreadable(path, name, fault)
+    return value
+
+
+def _unreadable(path: AnyPath, name: str, fault: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path / name} cannot be read ({fault}), though the checkpoint is marked complete; "
+        "copy it again, or import it again with --overwrite"
+    )

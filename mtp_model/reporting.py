@@ -1,0 +1,153 @@
+"""How results look: tables for people, Markdown for files, JSON for programs.
+
+Knows tables, facts and lines; must not know what any of them is about.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mtp_model.grouping import group_problems
+from mtp_model.problems import Problem, ProblemsError
+
+_MOST_LINES = 60
+_PIPED_WIDTH = 120  # a file or a pipe has no width of its own
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What, and its value, one below the other."""
+
+    pairs: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table: the first column is text, the others are numbers."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+Section = Facts | Grid | str
+"""One piece of a report; a string is text of one or more lines."""
+
+
+def stdout() -> Console:
+    """Where results go."""
+    return _console(sys.stdout)
+
+
+def stderr() -> Console:
+    """Where progress and diagnostics go."""
+    return _console(sys.stderr)
+
+
+def _console(file: Any) -> Console:
+    width = None if file.isatty() else _PIPED_WIDTH
+    return Console(file=file, width=width, highlight=False, markup=False, emoji=False)
+
+
+def show(console: Console, sections: Iterable[Section]) -> None:
+    """Print sections, an empty line between two, without spaces at the ends of lines."""
+    for number, section in enumerate(sections):
+        view = _rich(section)
+        with console.capture() as capture:
+            console.print(view, soft_wrap=isinstance(view, Text))
+        lines = [line.rstrip() for line in capture.get().strip("\n").splitlines()]
+        text = "\n".join(line for line in lines if line or isinstance(view, Text))
+        console.file.write("\n" * (number > 0) + text + "\n")
+
+
+def _rich(section: Section) -> Table | Text:
+    if isinstance(section, str):
+        return Text(section)
+    if isinstance(section, Facts):
+        width = max((len(name) for name, _ in section.pairs), default=0)
+        return Text("\n".join(f"{name:<{width}}  {value}" for name, value in section.pairs))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, column in enumerate(section.columns):
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
+    for row in section.rows:
+        table.add_row(*row)
+    return table
+
+
+def markdown(sections: Iterable[Section]) -> str:
+    """The same sections as Markdown text."""
+    return "\n\n".join(_markdown(section) for section in sections) + "\n"
+
+
+def _markdown(section: Section) -> str:
+    if isinstance(section, str):
+        return f"```\n{section}\n```"
+    if isinstance(section, Facts):
+        return "\n".join(f"* {name}: {value}" for name, value in section.pairs)
+    rule = ["---", *("--:" for _ in section.columns[1:])]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (section.columns, rule, *section.rows))
+
+
+def to_json(value: Mapping[str, Any]) -> str:
+    """JSON text; numbers that are not finite, which JSON has not, become null."""
+    return json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def human_bytes(count: float) -> str:
+    """`688.57 GB`: decimal units."""
+    return _scaled(count, ("B", "kB", "MB", "GB", "TB", "PB"))
+
+
+def human_count(count: float) -> str:
+    """`684.49 B`: thousands, millions, billions, trillions."""
+    return _scaled(count, ("", "K", "M", "B", "T"))
+
+
+def _scaled(count: float, units: Sequence[str]) -> str:
+    power = 0
+    while abs(count) >= 999.995 and power < len(units) - 1:
+        count, power = count / 1000, power + 1
+    digits = 0 if power == 0 else 2
+    return f"{count:,.{digits}f} {units[power]}".rstrip()
+
+
+def plural(count: int, noun: str, nouns: str | None = None) -> str:
+    """`1 file`, `3,000 files`; `nouns` where an s does not make the plural."""
+    return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"
+
+
+def cut(lines: Sequence[str], most: int = _MOST_LINES) -> list[str]:
+    """At most that many lines, and a word on those that are left out."""
+    if len(lines) <= most:
+        return list(lines)
+    return [*lines[:most], f"... and {len(lines) - most:,} more lines; --json lists all"]
+
+
+def problem_report(where: str, problems: Sequence[Problem]) -> str:
+    """The report of problems: alike ones as one line, a screenful or two at most."""
+    lines = cut(group_problems(problems))
+    return "\n".join(
+        [f"{plural(len(problems), 'problem')} in {where}:", *(f"  {x}" for x in lines)]
+    )
+
+
+def problems_as_json(error: ProblemsError) -> dict[str, Any]:
+    """A ProblemsError as plain data, every problem of it."""
+    return {"where": error.where, "problems": [asdict(problem) for problem in error.problems]}

@@ -1,0 +1,323 @@
+"""Every problem a checkpoint can have is found, named, and reported with all the others."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from converters.format.check import check, read_config
+from converters.format.listing import Listing, list_checkpoint
+from converters.sources.source import open_source
+from mtp_model.grouping import braces, group_names, group_problems
+from mtp_model.problems import Problem, ProblemsError
+from tools.make_tiny_checkpoint import make_tiny_checkpoint
+
+MTP = "model.layers.4."
+COPIES = (MTP + "embed_tokens.weight", MTP + "shared_head.head.weight")
+Edit = Callable[[dict[str, Any]], None]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    found = {}
+    for flavour in ("fp8", "bf16", "f32"):
+        found[flavour] = tmp_path_factory.mktemp(flavour)
+        make_tiny_checkpoint(found[flavour], dtype=flavour)
+    return found
+
+
+@pytest.fixture
+def fp8(folders: dict[str, Path]) -> Listing:
+    return opened(folders["fp8"])
+
+
+@pytest.fixture
+def config(folders: dict[str, Path]) -> dict[str, Any]:
+    return read_config(open_source(str(folders["fp8"])))
+
+
+def opened(folder: Path) -> Listing:
+    return list_checkpoint(open_source(str(folder)))
+
+
+def without(listing: Listing, *names: str) -> Listing:
+    """The listing as if no file had these tensors."""
+    assert set(names) <= listing.tensors.keys()
+    kept = {name: t for name, t in listing.tensors.items() if name not in names}
+    return dataclasses.replace(listing, tensors=kept)
+
+
+def changed(listing: Listing, name: str, /, **fields: Any) -> Listing:
+    """The listing with another header entry for a tensor."""
+    tensor = dataclasses.replace(listing.tensors[name], **fields)
+    return dataclasses.replace(listing, tensors=listing.tensors | {tensor.name: tensor})
+
+
+def lines_of(listing: Listing, config: dict[str, Any], **options: Any) -> list[str]:
+    """The report of the problems, alike ones grouped."""
+    with pytest.raises(ProblemsError) as caught:
+        check(listing, config, **options)
+    return group_problems(caught.value.problems)
+
+
+def fields_of(line: str) -> str:
+    """The line with its padding taken out."""
+    return " ".join(line.split())
+
+
+@pytest.mark.parametrize("flavour", ["fp8", "bf16", "f32"])
+def test_sound_checkpoint_passes(folders: dict[str, Path], flavour: str):
+    listing = opened(folders[flavour])
+    checked = check(listing, read_config(listing.source))
+    assert checked.slots.keys() == listing.tensors.keys()
+    assert not checked.notes
+    assert not checked.stale_copies
+
+
+def test_scopes_need_only_their_own_tensors(fp8: Listing, config: dict[str, Any]):
+    main = check(fp8, config, scope="main").slots.keys()
+    mtp = check(fp8, config, scope="mtp").slots.keys()
+    assert main | mtp == fp8.tensors.keys()
+    assert main & mtp == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    layer = "model.layers.0.input_layernorm.weight"
+    check(without(fp8, layer), config, scope="mtp")
+    assert lines_of(without(fp8, layer), config, scope="main") == [f"missing   {layer}"]
+
+
+def test_copies_may_be_absent(fp8: Listing, config: dict[str, Any]):
+    checked = check(without(fp8, *COPIES), config)
+    assert checked.slots.keys() == fp8.tensors.keys() - set(COPIES)
+
+
+def test_missing_and_unknown_and_shape_and_dtype_come_in_one_report(
+    fp8: Listing, config: dict[str, Any]
+):
+    listing = without(fp8, MTP + "enorm.weight")
+    listing = changed(listing, MTP + "hnorm.weight", name=MTP + "surprise")
+    listing = changed(listing, MTP + "eh_proj.weight", shape=(80, 40))
+    listing = changed(listing, "model.norm.weight", dtype="F16")
+    assert [fields_of(line) for line in lines_of(listing, config)] == [
+        "missing model.layers.4.enorm.weight",
+        "unknown model.layers.4.surprise has no rule; this toolkit reads deepseek_v3 and kimi_k2",
+        "dtype model.norm.weight is F16, the config needs BF16",
+        "shape model.layers.4.eh_proj.weight is (80, 40), the config needs (40, 80)",
+    ]
+
+
+def test_scale_problems_of_the_headers(fp8: Listing, config: dict[str, Any]):
+    gone = "model.layers.0.self_attn.o_proj.weight"
+    lonely = "model.layers.1.self_attn.o_proj.weight"
+    listing = without(fp8, gone + "_scale_inv", lonely)
+    extra = MTP + "eh_proj.weight_scale_inv"
+    listing = changed(listing, gone, name=extra)
+    listing = dataclasses.replace(listing, tensors=fp8.tensors | listing.tensors)
+    listing = without(listing, gone + "_scale_inv", lonely)
+    assert [fields_of(line) for line in lines_of(listing, config)] == [
+        f"scale {gone} is F8_E4M3 and its _scale_inv is missing",
+        f"scale {lonely}_scale_inv is there and its weight is missing",
+        f"scale {extra} scales a tensor that is not quantised under this config",
+    ]
+
+
+def test_router_bias_is_always_float32(folders: dict[str, Path]):
+    listing = opened(folders["bf16"])
+    bias = "model.layers.2.mlp.gate.e_score_correction_bias"
+    lines = lines_of(changed(listing, bias, dtype="BF16"), read_config(listing.source))
+    assert lines == [f"dtype     {bias} is BF16, the config needs F32"]
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "told"),
+    [
+        ({"num_nextn_predict_layers": 0}, "num_nextn_predict_layers", "also hold model.layers.4 "),
+        ({"num_nextn_predict_layers": 3}, "num_nextn_predict_layers", "no file has .*{5..6} "),
+        ({"num_hidden_layers": 3}, "num_hidden_layers", "make it 4"),
+        ({"num_hidden_layers": 7}, "num_hidden_layers", "make it 4"),
+        ({"quantization_config": None}, "quantization_config", "is absent, .* 148 F8_E4M3 tensors"),
+        ({"torch_dtype": "float32"}, "torch_dtype", "'float32', 32 of 35 .* are BF16: bfloat16"),
+    ],
+)
+def test_config_that_contradicts_the_tensors_is_one_line(
+    fp8: Listing, config: dict[str, Any], change: dict[str, Any], key: str, told: str
+):
+    with pytest.raises(ProblemsError, match=told) as caught:
+        check(fp8, config | change)
+    [problem] = caught.value.problems
+    assert (problem.kind, problem.subject) == ("config", key)
+
+
+def test_quantisation_that_no_tensor_has_is_one_line(
+    folders: dict[str, Path], config: dict[str, Any]
+):
+    with pytest.raises(ProblemsError, match=r"none of the 148 .* is F8_E4M3; remove it") as caught:
+        check(opened(folders["bf16"]), config)
+    [problem] = caught.value.problems
+    assert problem.subject == "quantization_config"
+
+
+def test_layers_that_no_file_has_are_one_line(fp8: Listing, config: dict[str, Any]):
+    config = config | {"num_nextn_predict_layers": 0, "num_hidden_layers": 6}
+    listing = without(fp8, *(name for name in fp8.tensors if name.startswith(MTP)))
+    [line] = lines_of(listing, config)
+    needed = "num_hidden_layers is 6, no file has a tensor of model.layers.{4..5}"
+    assert fields_of(line) == f"config {needed}"
+
+
+def test_main_scope_reads_past_a_contradicted_mtp_module(fp8: Listing, config: dict[str, Any]):
+    config = config | {"num_nextn_predict_layers": 0}
+    assert check(fp8, config, scope="main").config.num_nextn_predict_layers == 0
+    [line] = lines_of(fp8, config, scope="mtp")
+    assert "there is no MTP module for --scope mtp" in line
+
+
+def test_every_config_fault_is_reported(fp8: Listing, config: dict[str, Any]):
+    config = config | {"hidden_size": -1, "model_type": "deepseek_v32", "torch_dtype": "float16"}
+    assert [fields_of(line) for line in lines_of(fp8, config)] == [
+        "config model_type is 'deepseek_v32', needed deepseek_v3 or kimi_k2",
+        "config hidden_size is -1, needed 1 to 16777216",
+        "config torch_dtype is 'float16', needed bfloat16 or float32",
+    ]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_routed_experts": 1 << 24},
+        {"num_hidden_layers": 1 << 24},
+        {"num_hidden_layers": 1 << 18, "n_routed_experts": 1 << 10},
+    ],
+)
+def test_absurd_numbers_of_tensors_are_refused_at_once(
+    fp8: Listing, config: dict[str, Any], change: dict[str, Any]
+):
+    [line] = lines_of(fp8, config | change)
+    assert "this toolkit reads up to 1048576" in line
+
+
+def test_absurd_sizes_are_shape_problems(fp8: Listing, config: dict[str, Any]):
+    huge = 1 << 24
+    sizes = dict.fromkeys(("vocab_size", "hidden_size", "moe_intermediate_size"), huge)
+    lines = lines_of(fp8, config | sizes)
+    assert f"lm_head.weight is (384, 40), the config needs ({huge}, {huge})" in "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"[1, 2]", "is [1, 2], needed an object"),
+        (b'{"a": 1, "a": 2}', "has the key a twice"),
+        (b'{"a": NaN}', "holds NaN, which is not JSON"),
+        (b"[" * 100_000, "is nested too deeply"),
+        (b" " * (2 << 20), "is 2097152 bytes, more than 1048576"),
+        (None, "is missing; every size of the network comes from it"),
+    ],
+)
+def test_config_file_that_cannot_be_read(tmp_path: Path, content: bytes | None, told: str):
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ProblemsError) as caught:
+        read_config(open_source(str(tmp_path)))
+    [problem] = caught.value.problems
+    assert (problem.kind, problem.subject, problem.detail) == ("config", "config.json", told)
+
+
+def overwrite(listing: Listing, name: str, values: np.ndarray, at: int = 0) -> None:
+    """Put other bytes into a tensor of a checkpoint on disk."""
+    tensor = listing.tensors[name]
+    with (Path(listing.source.name) / tensor.file).open("r+b") as file:
+        file.seek(tensor.begin + at)
+        file.write(values.tobytes())
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -1.0, 0.0])
+def test_scales_that_scale_nothing(tmp_path: Path, value: float):
+    make_tiny_checkpoint(tmp_path, num_mtp=0)
+    listing = opened(tmp_path)
+    scale = "model.layers.0.self_attn.o_proj.weight_scale_inv"
+    overwrite(listing, scale, np.array([value, value], "<f4"), at=4)
+    [line] = lines_of(listing, read_config(listing.source))
+    found = "has 2 of 30 values that are not finite and above 0"
+    assert fields_of(line) == f"value {scale} {found}; the first is {value} at (0, 1)"
+
+
+def stale_checkpoint(folder: Path) -> Listing:
+    """A checkpoint whose MTP head is not the main model's in rows 3 and 7."""
+    make_tiny_checkpoint(folder)
+    listing = opened(folder)
+    for row in (3, 7):
+        overwrite(listing, COPIES[1], np.zeros(40, np.uint16), at=row * 80)
+    return listing
+
+
+def test_copies_that_differ_are_a_problem(tmp_path: Path):
+    listing = stale_checkpoint(tmp_path)
+    [line] = lines_of(listing, read_config(listing.source))
+    found = "differs from lm_head.weight in 2 of 384 rows, the first is row 3"
+    advice = "import with --copies main to take the main model's"
+    assert fields_of(line) == f"copy {COPIES[1]} {found}; {advice}"
+
+
+def test_copies_main_takes_the_main_models_and_says_so(tmp_path: Path):
+    listing = stale_checkpoint(tmp_path)
+    checked = check(listing, read_config(listing.source), copies="main")
+    assert checked.stale_copies == (COPIES[1],)
+    [note] = checked.notes
+    assert "in 2 of 384 rows" in note
+    assert note.endswith("the main model's is taken")
+
+
+def test_reading_is_counted_and_in_pieces(
+    fp8: Listing, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("converters.format.values.PIECE_BYTES", 1000)
+    told: list[tuple[int, int]] = []
+    check(fp8, config, progress=lambda done, total: told.append((done, total)))
+    scales = sum(t.nbytes for name, t in fp8.tensors.items() if name.endswith("_scale_inv"))
+    total = scales + 4 * fp8.tensors[COPIES[0]].nbytes
+    assert told[-1] == (total, total)
+    assert max(np.diff([done for done, _ in told])) <= 2000
+
+
+def test_values_are_checked_beside_header_problems(tmp_path: Path):
+    listing = stale_checkpoint(tmp_path)
+    listing = without(listing, MTP + "enorm.weight")
+    kinds = [line.split()[0] for line in lines_of(listing, read_config(listing.source))]
+    assert kinds == ["missing", "copy"]
+
+
+def test_index_and_header_problems_are_the_listings(tmp_path: Path):
+    make_tiny_checkpoint(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.norm.weight"] = "model-00099-of-000007.safetensors"
+    index.write_text(json.dumps(content))
+    with pytest.raises(ProblemsError, match="model-00099-of-000007"):
+        opened(tmp_path)
+
+
+def test_numbers_in_braces():
+    assert braces([7]) == "7"
+    assert braces(range(8)) == "{0..7}"
+    assert braces([5, 1, 2, 0]) == "{0..2,5}"
+
+
+def test_names_are_grouped_by_experts_then_layers():
+    names = [f"model.layers.{n}.mlp.experts.{e}.up_proj" for n in (3, 4) for e in range(4)]
+    assert group_names(names) == [("model.layers.{3..4}.mlp.experts.{0..3}.up_proj", 8)]
+    assert group_names([*names[:-1], "model.norm"]) == [
+        ("model.layers.3.mlp.experts.{0..3}.up_proj", 4),
+        ("model.layers.4.mlp.experts.{0..2}.up_proj", 3),
+        ("model.norm", 1),
+    ]
+
+
+def test_only_equal_faults_are_grouped():
+    problems = [Problem("shape", f"layers.{n}.x", f"is {n // 2}") for n in range(4)]
+    assert group_problems(problems) == [
+        "shape     layers.{0..1}.x is 0 (2 tensors)",
+        "shape     layers.{2..3}.x is 1 (2 tensors)",
+    ]

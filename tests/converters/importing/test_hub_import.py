@@ -1,0 +1,249 @@
+"""Imports from the Hub: what they fetch, what they need on disk, and that they give the same."""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub_client import REPO, fetched_bytes, lone_hub, make_default, source_of
+from hub_server import HubServer, sha256
+from huggingface_hub import constants
+from roundtrip import SMALL_CHUNKS, make_source, run_import, tree_bytes
+
+from converters.cli.main import main as cli
+from converters.exporting.base import check_base
+from converters.format.listing import list_checkpoint
+from converters.importing.importer import ImportSummary, import_checkpoint
+from converters.importing.plan import Plan
+from converters.sources.hub import HubSource
+from converters.sources.hub_downloads import Limits
+from converters.sources.source import LocalSource
+from mtp_model.checkpoint.directory import UNFINISHED, CheckpointError, open_checkpoint
+from mtp_model.config import ModelConfig
+from mtp_model.problems import ProblemsError
+
+BLOCK_BYTES = 4096  # to which the disk rounds up
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    with lone_hub(tmp_path, monkeypatch) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_source(tmp_path_factory.mktemp("source") / "fp8", num_mtp=2)
+
+
+def import_from(
+    source: HubSource, dst: Path, progress: Callable[[int, int], None] | None = None, **options: Any
+) -> ImportSummary:
+    listing = list_checkpoint(source)
+    raw = source.read("config.json", 0, source.files()["config.json"])
+    config = ModelConfig.from_dict(json.loads(raw))
+    options = {"policy": SMALL_CHUNKS, "workers": 2} | options
+    return import_checkpoint(listing, config, dst, progress=progress, **options)
+
+
+def test_an_import_from_the_hub_is_the_same_as_from_a_folder(hub, checkpoint, tmp_path):
+    hub.add(REPO, tree_bytes(checkpoint))
+    most = []
+
+    def watch(_done: int, _total: int) -> None:
+        most.append(len(list((tmp_path / "hub" / UNFINISHED).glob("*/*.part"))))
+
+    source = source_of(hub, limits=Limits(most_files=2, piece_bytes=5000))
+    import_from(source, tmp_path / "hub", watch)
+    run_import(checkpoint, tmp_path / "local")
+    found, wanted = tree_bytes(tmp_path / "hub"), tree_bytes(tmp_path / "local")
+    differing = {name for name in wanted if found[name] != wanted[name]}
+    assert found.keys() == wanted.keys()
+    assert differing <= {"provenance.json", "COMPLETE"}
+    provenance = open_checkpoint(tmp_path / "hub").provenance
+    assert provenance["source"]["name"] == source.name
+    local = open_checkpoint(tmp_path / "local").provenance
+    records = local["source"]["files"]
+    digests = {file: {"sha256": sha256((checkpoint / file).read_bytes())} for file in records}
+    assert provenance["source"]["files"] == {f: records[f] | digests[f] for f in records}
+    assert 1 <= max(most) <= 4
+    sizes = source.files()
+    shards = sum(size for name, size in sizes.items() if name.endswith(".safetensors"))
+    assert fetched_bytes(hub) < 1.2 * shards, "headers are read twice, all else once"
+
+
+def by_turns(plan: Plan, worker: tuple[int, int]) -> list:
+    """A split that is no stretch of the source: the negative control."""
+    return plan.units[worker[0] :: worker[1]]
+
+
+@pytest.mark.parametrize("dtype", ["keep", "bf16"])
+def test_workers_together_fetch_each_file_about_once(hub, checkpoint, tmp_path, monkeypatch, dtype):
+    hub.add(REPO, tree_bytes(checkpoint))
+
+    def import_by_two(dst: Path) -> tuple[int, int, set[str]]:
+        hub.seen.clear()
+        for index in range(2):
+            summary = import_from(source_of(hub), dst, dtype=dtype, worker=(index, 2))
+            assert summary.finished == (index == 1)
+        fetched = hub.requests("^GET /[0-9a-f]{64}$")
+        whole = {seen.path for seen in fetched if "range" not in seen.headers}
+        return fetched_bytes(hub), len(fetched), whole
+
+    num_bytes, num_requests, proved = import_by_two(tmp_path / "two")
+    sizes = source_of(hub).files()
+    shards = [size for name, size in sizes.items() if name.endswith(".safetensors")]
+    assert num_bytes < 1.2 * sum(shards), "headers are read by each, all else once"
+    assert proved, "files away from the border are fetched whole, so that digests prove them"
+    run_import(checkpoint, tmp_path / "local", dtype=dtype)
+    assert tree_bytes(tmp_path / "two" / "params") == tree_bytes(tmp_path / "local" / "params")
+    monkeypatch.setattr(Plan, "share", by_turns)
+    _, more_requests, proved = import_by_two(tmp_path / "by turns")
+    assert more_requests > 4 * num_requests
+    assert not proved
+
+
+def test_an_import_of_the_mtp_module_fetches_its_byte_ranges_only(hub, checkpoint, tmp_path):
+    hub.add(REPO, tree_bytes(checkpoint))
+    source = source_of(hub)
+    list_checkpoint(source)
+    headers = fetched_bytes(hub)
+    summary = import_from(source, tmp_path / "mtp", scope="mtp")
+    # Headers once more for the import, and once with a file that is wanted nearly whole.
+    assert fetched_bytes(hub) <= 3 * headers + summary.source_bytes
+    assert summary.source_bytes < 0.7 * sum(source.files().values())
+
+
+def test_an_interrupted_import_fetches_no_file_twice(hub, checkpoint, tmp_path):
+    hub.add(REPO, tree_bytes(checkpoint))
+
+    def interrupt(done: int, total: int) -> None:
+        if done > 0.5 * total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        import_from(source_of(hub), tmp_path / "hub", interrupt)
+    first = fetched_bytes(hub)
+    hub.seen.clear()
+    summary = import_from(source_of(hub), tmp_path / "hub")
+    assert summary.finished
+    assert summary.resumed_units > 0
+    shards = sum(s for name, s in source_of(hub).files().items() if name.endswith("safetensors"))
+    assert first + fetched_bytes(hub) < 1.5 * shards
+    run_import(checkpoint, tmp_path / "local")
+    assert tree_bytes(tmp_path / "hub" / "params") == tree_bytes(tmp_path / "local" / "params")
+
+
+def test_an_import_that_is_continued_after_the_branch_moved_is_refused(hub, checkpoint, tmp_path):
+    files = tree_bytes(checkpoint)
+    model = hub.add(REPO, files)
+    old = model.branches["main"]
+
+    def interrupt(done: int, _total: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        import_from(source_of(hub), tmp_path / "hub", interrupt)
+    model.commit(files | {"figures/model.svg": b"<svg></svg>"})
+    with pytest.raises(ProblemsError, match=r"changed +figures/model\.svg was size 6000, git_blob"):
+        import_from(source_of(hub), tmp_path / "hub")
+    assert import_from(source_of(hub, f"{REPO}@{old}"), tmp_path / "hub").finished
+
+
+def test_the_commands_take_a_model_of_the_hub(hub, checkpoint, tmp_path, monkeypatch, capsys):
+    make_default(hub, monkeypatch)
+    hub.add(REPO, tree_bytes(checkpoint))
+    pinned = f"{REPO}@{hub.models[REPO].branches['main']}"
+    assert cli(["inspect", REPO, "--json"]) == 0
+    sent = sum(seen.body_bytes for seen in hub.requests("^GET /[0-9a-f]{64}$"))
+    assert sent < 0.2 * sum(map(len, tree_bytes(checkpoint).values())), "headers, not weights"
+    assert cli(["import", REPO, str(tmp_path / "ckpt")]) == 0
+    assert cli(["verify", REPO, str(tmp_path / "ckpt")]) == 0
+    assert pinned in capsys.readouterr().out
+    assert open_checkpoint(tmp_path / "ckpt").provenance["source"]["name"] == pinned
+    assert cli(["import", f"{REPO}@nope", str(tmp_path / "other")]) == 1
+    assert "has no such revision (404)" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_base_on_the_hub_is_told_by_digests_that_it_lists(hub, checkpoint, tmp_path):
+    files = tree_bytes(checkpoint)
+    hub.add(REPO, files)
+    import_from(source_of(hub), tmp_path / "mtp", scope="mtp")
+    mtp = open_checkpoint(tmp_path / "mtp")
+    records = mtp.provenance["source"]["files"]
+    unread = next(file for file, record in records.items() if not any(record["tensors"]))
+    check_base(list_checkpoint(source_of(hub)), mtp)
+    hub.add(REPO, files | {unread: files[unread][:-1] + b"?"})
+    with pytest.raises(ProblemsError, match=rf"base +{unread} is listed with sha256 \w+, what was"):
+        check_base(list_checkpoint(source_of(hub)), mtp)
+    check_base(list_checkpoint(LocalSource(str(checkpoint))), mtp)  # a folder lists no digests
+
+
+def free_of(monkeypatch: pytest.MonkeyPatch, nbytes: int) -> None:
+    class Usage:
+        free = nbytes
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage)
+
+
+def test_the_room_that_fetched_files_need_is_foreseen(hub, checkpoint, tmp_path, monkeypatch):
+    hub.add(REPO, tree_bytes(checkpoint))
+    limits = Limits(most_files=2)
+    stored = run_import(checkpoint, tmp_path / "local").stored_bytes
+    sizes = source_of(hub).files()
+    shards = sorted(size for name, size in sizes.items() if name.endswith(".safetensors"))
+    hub.seen.clear()
+    free_of(monkeypatch, stored + shards[-1])
+    with pytest.raises(CheckpointError, match=r"ckpt needs .* and .*fetched-0-of-1 needs .* their"):
+        import_from(source_of(hub, limits=limits), tmp_path / "ckpt")
+    assert fetched_bytes(hub) < 0.1 * sum(shards), "headers only"
+    free_of(monkeypatch, stored + sum(shards))
+    assert import_from(source_of(hub, limits=limits), tmp_path / "ckpt").finished
+
+
+def test_room_needed_is_what_is_there_at_once(hub, checkpoint, tmp_path):
+    hub.add(REPO, tree_bytes(checkpoint))
+    dst, taken = tmp_path / "ckpt", []
+
+    def watch(_done: int, _total: int) -> None:
+        parts = (dst / UNFINISHED).glob("*/*.part")
+        with contextlib.suppress(FileNotFoundError):  # deleted behind the reader
+            taken.append(sum(part.stat().st_blocks * 512 - BLOCK_BYTES for part in parts))
+
+    needed = []
+
+    class Watched(HubSource):
+        def room_needed(self, reads: Any, folder: Path) -> Any:
+            needed.append(super().room_needed(reads, folder))
+            return needed[-1]
+
+    limits = Limits(most_files=4)
+    source = Watched(REPO, endpoint=hub.url, limits=limits)
+    import_from(source, dst, watch, workers=1)
+    (room,) = needed[0].values()
+    assert max(taken) <= room < sum(source.files().values())
+    keeping = Watched(REPO, endpoint=hub.url, keep_downloads=True)
+    import_from(keeping, tmp_path / "kept")
+    blobs = Path(constants.HF_HUB_CACHE).glob("*/blobs/*")
+    kept = sum(blob.stat().st_size for blob in blobs)
+    assert kept == needed[1][Path(constants.HF_HUB_CACHE)] > 0
+    import_from(Watched(REPO, endpoint=hub.url, keep_downloads=True), tmp_path / "again")
+    assert needed[2][Path(constants.HF_HUB_CACHE)] == 0, "they are there"
+
+
+def test_what_was_fetched_already_needs_no_room_again(hub, checkpoint, tmp_path):
+    hub.add(REPO, tree_bytes(checkpoint))
+    source = source_of(hub)
+    name = next(name for name in source.files() if name.endswith(".safetensors"))
+    reads = {"one": [(name, 0, source.files()[name])]}
+    assert source.room_needed(reads, tmp_path / "fetched") == {
+        tmp_path / "fetched": source.files()[name]
+    }
+    with source.staged(reads, tmp_path / "fetched"):
+        source.read(name, 0, 10)
+    assert source.room_needed(reads, tmp_path / "fetched") == {tmp_path / "fetched": 0}

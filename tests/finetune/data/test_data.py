@@ -1,0 +1,224 @@
+"""Text on disk and its tokens: every fault named by its line, nothing else left out."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from finetune.data.corpus import PIECE_BYTES, DataError, Exchange, Text, TokenIds, scan
+from finetune.data.run_text import open_run_text
+from finetune.data.tokens import Documents, Encoder
+from finetune.settings import EvaluationSettings, RunSettings
+from mtp_model import ModelConfig
+from tools.make_tiny_checkpoint import make_tiny_checkpoint
+
+VOCAB = 384
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source")
+    make_tiny_checkpoint(folder, num_files=1, sizes={"num_hidden_layers": 1})
+    return folder
+
+
+def write_jsonl(path: Path, *records) -> Path:
+    lines = (each if isinstance(each, str) else json.dumps(each) for each in records)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
+# --- corpus
+
+
+def test_a_folder_is_read_in_a_fixed_order_without_what_is_no_text(tmp_path):
+    (tmp_path / "b.py").write_text("b")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "z.txt").write_text("az")
+    write_jsonl(tmp_path / "c.jsonl", {"text": "c1"}, {"prompt": "p", "completion": "q"})
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\xff")
+    (tmp_path / ".hidden").write_text("hidden")
+    corpus = scan([tmp_path], VOCAB)
+    assert [corpus.read(i) for i in range(len(corpus))] == [
+        Text(text="az"),
+        Text(text="b"),
+        Text(text="c1"),
+        Exchange(prompt="p", completion="q"),
+    ]
+    assert [path.name for path in corpus.left_out] == ["picture.png"]
+
+
+def test_digest_is_of_the_contents(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("one")
+    before = scan([file], VOCAB).digest
+    file.write_text("two")
+    assert scan([file], VOCAB).digest != before
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "one line\n" * (3 * PIECE_BYTES // 9 + 5),
+        "é" * PIECE_BYTES + "\N{GRINNING FACE}" * PIECE_BYTES,  # no line end to cut at
+        "x" * PIECE_BYTES,  # exactly a piece
+    ],
+)
+def test_a_long_text_is_read_in_pieces_that_make_it_up(tmp_path, text):
+    file = tmp_path / "long.txt"
+    file.write_text(text, encoding="utf-8")
+    corpus = scan([file], VOCAB)
+    pieces = [corpus.read(i) for i in range(len(corpus))]
+    assert "".join(piece.text for piece in pieces) == text
+    assert max(corpus.nbytes_N) <= PIECE_BYTES
+    assert [piece.starts for piece in pieces] == [True] + [False] * (len(pieces) - 1)
+    assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+
+
+def test_every_malformed_line_is_reported_at_once(tmp_path):
+    bad = write_jsonl(
+        tmp_path / "bad.jsonl",
+        {"text": "good"},
+        '{"text": ',
+        [1, 2],
+        {"txt": "typo"},
+        {"text": "a", "prompt": "b", "completion": "c"},
+        {"text": 3},
+        {"prompt": "no completion"},
+        {"input_ids": [1, "2"]},
+        {"input_ids": [1, VOCAB]},
+        {"input_ids": [1, 2], "loss_mask": [1]},
+        {"input_ids": [1, 2], "loss_mask": [1, 2]},
+        "[" * 100_000,
+    )
+    (tmp_path / "broken.txt").write_bytes(b"abc\xff")
+    missing = tmp_path / "missing.txt"
+    with pytest.raises(DataError) as caught:
+        scan([bad, tmp_path / "broken.txt", missing], VOCAB)
+    report = str(caught.value)
+    for line, reason in {
+        2: "is not JSON: Expecting value at column",
+        3: "is list, needed an object",
+        4: 'has the keys txt, needed {"text"}',
+        5: "has the keys completion, prompt, text",
+        6: "text is int, needed a string",
+        7: "completion is missing, needed a string",
+        8: "input_ids is not a list of whole numbers",
+        9: f"input_ids has {VOCAB}, the vocabulary is 0 to {VOCAB - 1}",
+        10: "loss_mask has 1 entries for 2 input_ids",
+        11: "loss_mask is not a list of 0 and 1",
+        12: "",
+    }.items():
+        assert f"{bad}:{line} {reason}" in report
+    assert f"{tmp_path / 'broken.txt'} is not UTF-8 text" in report
+    assert f"{missing} cannot be read: No such file" in report
+    assert report.startswith("13 problems in the data:")
+
+
+def test_a_long_report_is_cut(tmp_path):
+    bad = write_jsonl(tmp_path / "bad.jsonl", *["{"] * 100)
+    with pytest.raises(DataError, match="and 60 more"):
+        scan([bad], VOCAB)
+
+
+def test_no_document_is_an_error(tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(DataError, match="no document in"):
+        scan([tmp_path], VOCAB)
+
+
+# --- tokens
+
+
+def test_text_becomes_tokens_with_bos_and_eos(checkpoint):
+    encoder = Encoder(checkpoint)
+    assert (encoder.bos, encoder.eos) == ((0,), (1,))
+    whole = encoder.encode(Text(text="def first(items):"))
+    middle = encoder.encode(Text(text="def first(items):", starts=False, ends=False))
+    assert whole.ids.tolist() == [0, *middle.ids.tolist(), 1]
+    assert encoder.tokenizer is not None
+    assert encoder.tokenizer.decode(middle.ids.tolist()) == "def first(items):"
+    assert whole.loss_mask.tolist() == [1] * len(whole.ids)
+
+
+def test_only_the_completion_is_learnt(checkpoint):
+    encoder = Encoder(checkpoint)
+    tokens = encoder.encode(Exchange(prompt="import", completion="return"))
+    prompt = encoder.encode(Text(text="import", ends=False)).ids
+    completion = encoder.encode(Text(text="return", starts=False)).ids
+    assert tokens.ids.tolist() == [*prompt, *completion]
+    assert tokens.loss_mask.tolist() == [0] * len(prompt) + [1] * len(completion)
+
+
+def test_input_ids_stay_as_they_are(checkpoint):
+    encoder = Encoder(checkpoint)
+    assert encoder.encode(TokenIds(input_ids=[5, 6])).loss_mask.tolist() == [1, 1]
+    masked = encoder.encode(TokenIds(input_ids=[5, 6], loss_mask=[0, 1]))
+    assert (masked.ids.tolist(), masked.loss_mask.tolist()) == ([5, 6], [0, 1])
+
+
+def test_bos_only_where_the_checkpoint_wants_it(checkpoint, tmp_path):
+    settings = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer.json").symlink_to(checkpoint / "tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"add_bos_token": False, "eos_token": {"content": "no such token"}})
+    )
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [2, 3]}))
+    encoder = Encoder(tmp_path)
+    assert (encoder.bos, encoder.eos) == ((), (2,))
+
+
+def test_without_tokenizer_text_is_refused_and_tokens_are_not(tmp_path):
+    ids = write_jsonl(tmp_path / "ids.jsonl", {"input_ids": [1, 2, 3]})
+    text = write_jsonl(tmp_path / "text.jsonl", {"text": "words"})
+    encoder = Encoder(tmp_path)
+    assert Documents(scan([ids], VOCAB), encoder, VOCAB)[0].ids.tolist() == [1, 2, 3]
+    with pytest.raises(DataError, match=r"no tokenizer\.json"):
+        Documents(scan([text], VOCAB), encoder, VOCAB)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_broken_tokenizer_is_named(tmp_path, name):
+    (tmp_path / name).write_text("{")
+    with pytest.raises(DataError, match=rf"{name} is not "):
+        Encoder(tmp_path)
+
+
+def test_a_token_outside_the_vocabulary_names_its_line(checkpoint, tmp_path):
+    file = write_jsonl(tmp_path / "a.jsonl", {"input_ids": [1]}, {"text": "\x7f"})
+    documents = Documents(scan([file], VOCAB), Encoder(checkpoint), vocab_size=3)
+    with pytest.raises(DataError, match=r"a\.jsonl:2 gives token \d+, .* is 0 to 2"):
+        documents[1]
+
+
+# --- what is held out
+
+
+def run_settings(checkpoint, data, **changes):
+    return RunSettings(checkpoint=str(checkpoint), data=(data,), out=Path("unused"), **changes)
+
+
+def model_config(checkpoint):
+    return ModelConfig.from_dict(json.loads((checkpoint / "config.json").read_text()))
+
+
+def test_every_nth_document_is_held_out(checkpoint, tmp_path):
+    file = write_jsonl(tmp_path / "a.jsonl", *({"input_ids": [i]} for i in range(10)))
+    settings = run_settings(checkpoint, file, evaluation=EvaluationSettings(holdout_every=4))
+    text = open_run_text(settings, model_config(checkpoint))
+    assert text.held_out is not None
+    assert [int(text.held_out[i].ids[0]) for i in range(2)] == [3, 7]
+    assert [int(text.train[i].ids[0]) for i in range(8)] == [0, 1, 2, 4, 5, 6, 8, 9]
+    assert text.description.startswith("8 documents to train on, 2 held out (1 of every 4")
+
+
+def test_held_out_text_can_be_named_or_left_out(checkpoint, tmp_path):
+    one = write_jsonl(tmp_path / "one.jsonl", {"input_ids": [1]})
+    other = write_jsonl(tmp_path / "other.jsonl", {"input_ids": [2]})
+    config = model_config(checkpoint)
+    named = open_run_text(run_settings(checkpoint, one, eval_data=(other,)), config)
+    assert (len(named.train), named.held_out and len(named.held_out)) == (1, 1)
+    without = EvaluationSettings(holdout_every=0)
+    assert open_run_text(run_settings(checkpoint, one, evaluation=without), config).held_out is None
+    with pytest.raises(DataError, match="one document only"):
+        open_run_text(run_settings(checkpoint, one), config)

@@ -1,0 +1,189 @@
+"""Settings: defaults < YAML < command line, and every mistake in them named."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.cli import TrainCommand, parse, run
+from finetune.evaluate import EvaluateSettings
+from finetune.settings import (
+    RunSettings,
+    SettingsError,
+    check,
+    differences,
+    read_yaml,
+    write_yaml,
+)
+
+NEEDED = ["train", "--checkpoint", "CKPT", "--data", "a.txt", "b", "--out", "RUN"]
+
+
+def parsed(*extra: str) -> RunSettings:
+    command = parse([*NEEDED, *extra])
+    assert isinstance(command, TrainCommand)
+    return command.settings
+
+
+def yaml_file(tmp_path: Path, text: str) -> str:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    return str(file)
+
+
+def test_three_options_are_enough():
+    settings = parsed()
+    assert (settings.checkpoint, settings.out) == ("CKPT", Path("RUN"))
+    assert settings.data == (Path("a.txt"), Path("b"))
+    check(settings)
+
+
+def test_the_command_line_wins_over_yaml_and_yaml_over_defaults(tmp_path):
+    file = yaml_file(
+        tmp_path, "steps: 7\ntrain: all\noptimizer:\n  learning_rate: 1e-4\n  clip_norm: 2\n"
+    )
+    default = parsed()
+    settings = parsed("--config", file, "--optimizer.learning-rate", "0.5", "--steps", "9")
+    assert (settings.steps, settings.train) == (9, "all")
+    assert settings.optimizer.learning_rate == 0.5
+    assert settings.optimizer.clip_norm == 2.0
+    assert settings.optimizer.beta2 == default.optimizer.beta2
+    assert settings.batch == default.batch
+
+
+def test_yaml_alone_is_enough(tmp_path):
+    file = yaml_file(tmp_path, "checkpoint: C\ndata: a.txt\nout: R\noptimizer: {epsilon: 1e-6}\n")
+    command = parse(["train", "--config", file])
+    assert isinstance(command, TrainCommand)
+    assert command.settings.data == (Path("a.txt"),)
+    assert command.settings.optimizer.epsilon == 1e-6
+
+
+def test_what_is_read_and_written_is_on_this_machine_but_for_the_checkpoint(tmp_path):
+    command = [*NEEDED[:2], "gs://b/ckpt", "--data", "gs://b/text", "--out", "gs://b/run"]
+    from_words = parse(command)
+    assert isinstance(from_words, TrainCommand)
+    file = yaml_file(tmp_path, "checkpoint: gs://b/ckpt\ndata: gs://b/text\nout: gs://b/run\n")
+    for settings in (from_words.settings, read_yaml(Path(file))):
+        assert settings.checkpoint == "gs://b/ckpt"
+        with pytest.raises(SettingsError) as caught:
+            check(settings)
+        assert caught.value.faults == [
+            "--data is gs:/b/text, needed a path on this machine",
+            "--out is gs:/b/run, needed a path on this machine",
+        ]
+
+
+def test_resolved_settings_come_back(tmp_path):
+    settings = parsed("--eval-data", "e", "--optimizer.learning-rate", "3e-4", "--seed", "5")
+    write_yaml(settings, tmp_path / "config.yaml")
+    assert read_yaml(tmp_path / "config.yaml") == settings
+
+
+def test_every_fault_of_a_yaml_file_is_reported(tmp_path):
+    file = yaml_file(
+        tmp_path,
+        "learning_rate: 1\noptimizer: {learning_rat: 1, clip_norm: loud}\nsteps: 1.5\n"
+        "train: lora\nbatch: 3\ndata: 4\nseed: true\n",
+    )
+    with pytest.raises(SettingsError) as caught:
+        read_yaml(Path(file))
+    assert caught.value.faults == [
+        "unknown setting learning_rate; the nearest is optimizer.learning_rate",
+        "unknown setting optimizer.learning_rat; the nearest is optimizer.learning_rate",
+        "optimizer.clip_norm is 'loud', needed a number",
+        "steps is 1.5, needed a whole number",
+        "train is 'lora', needed mtp or all",
+        "batch is 3, needed names with values",
+        "data is 4, needed a path or a list of paths",
+        "seed is True, needed a whole number",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [", "is not YAML"), ("- 1\n- 2\n", "the file is .* needed names with values")],
+)
+def test_what_is_no_settings_file(tmp_path, text, message):
+    with pytest.raises(SettingsError, match=message):
+        read_yaml(Path(yaml_file(tmp_path, text)))
+
+
+def test_a_missing_settings_file(tmp_path):
+    with pytest.raises(SettingsError, match=r"no\.yaml:\n  cannot be read: No such file"):
+        read_yaml(tmp_path / "no.yaml")
+
+
+def test_an_empty_settings_file_is_the_defaults(tmp_path):
+    assert parsed("--config", yaml_file(tmp_path, "")) == parsed()
+
+
+def test_every_value_that_cannot_be_used_is_reported():
+    wrong = {
+        "--steps": ("0", "more than 0"),
+        "--seed": ("-1", "0 or more"),
+        "--optimizer.learning-rate": ("nan", "more than 0"),
+        "--optimizer.warmup-fraction": ("1.5", "from 0 to 1"),
+        "--optimizer.beta1": ("1.0", "from 0 to less than 1"),
+        "--batch.row-tokens": ("1", "2 or more"),
+        "--evaluation.holdout-every": ("1", "0, or 2 and more"),
+    }
+    settings = parsed(*(part for name, (value, _) in wrong.items() for part in (name, value)))
+    with pytest.raises(SettingsError) as caught:
+        check(dataclasses.replace(settings, data=()))
+    assert len(caught.value.faults) == len(wrong) + 1
+    for name, (value, needed) in wrong.items():
+        assert f"{name} is {value}, needed {needed}" in caught.value.faults
+    assert "--data is (), needed at least one path" in caught.value.faults
+
+
+def test_differences_are_named_as_options():
+    before, now = parsed(), parsed("--optimizer.clip-norm", "3")
+    assert differences(before, now) == ["--optimizer.clip-norm was 1.0, is now 3.0"]
+
+
+# --- exit status
+
+
+def status(argv) -> Any:
+    try:
+        return run(argv)
+    except SystemExit as stopped:  # tyro's own
+        return stopped.code
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], "Missing subcommand"),
+        (["fine"], "fine"),
+        (["train", "--checkpoint", "C"], "--data"),
+        ([*NEEDED, "--optimizer.learning-rat", "1"], "--optimizer.learning-rate"),
+        ([*NEEDED, "--steps", "many"], "many"),
+        ([*NEEDED, "--config", "no.yaml"], "no.yaml"),
+        ([*NEEDED, "--config"], "--config"),
+        ([*NEEDED, "--steps", "-4"], "--steps is -4, needed more than 0"),
+        (["evaluate", "--checkpoint", "C", "--data", "d", "--rows", "0"], "--rows is 0"),
+        (["evaluate", "--checkpoint", "C", "--data"], "--data is empty"),
+    ],
+)
+def test_wrong_usage_has_status_2_and_says_what(argv, said, capsys):
+    assert status(argv) == 2
+    out, err = capsys.readouterr()
+    assert said in err
+    assert not out
+
+
+def test_help_gives_units_and_defaults(capsys):
+    assert status(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--optimizer.learning-rate FLOAT" in text
+    assert "(default: 5e-05)" in text
+    assert "Tokens in a row" in text
+
+
+def test_evaluate_has_its_own_settings():
+    command = parse(["evaluate", "--checkpoint", "C", "--data", "a", "--draft-tokens", "3"])
+    assert isinstance(command, EvaluateSettings)
+    assert command.draft_tokens == 3

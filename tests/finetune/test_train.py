@@ -1,0 +1,431 @@
+"""Training: what moves, what it leaves behind, and that a killed run loses nothing."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from gcs_server import BUCKET
+from imported import import_tiny
+from rich.console import Console
+from roundtrip import tree_bytes
+
+from finetune import cli
+from finetune.data.corpus import DataError
+from finetune.run.directory import RunError
+from finetune.run.metrics import read_rows
+from finetune.settings import (
+    BatchSettings,
+    CheckpointSettings,
+    EvaluationSettings,
+    OptimizerSettings,
+    RunSettings,
+    SettingsError,
+    read_yaml,
+)
+from finetune.state import TRAINABLE
+from finetune.train import StoppedError, train
+from finetune.weights import load_for_training
+from mtp_model.checkpoint.claim import locked
+from mtp_model.checkpoint.directory import CheckpointError, open_checkpoint
+from mtp_model.load import load
+
+SIZES = {"num_hidden_layers": 2, "first_k_dense_replace": 1}
+TIMES = ("tokens_per_s", "step_s")  # what differs from run to run
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """FP8 weights, one dense layer, one MoE layer, one MTP module."""
+    return import_tiny(tmp_path_factory.mktemp("base"), dtype="fp8", sizes=SIZES, num_files=2)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "code.jsonl"
+    lines = Path(cli.__file__).read_text().split("\n\n")
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in lines))
+    return file
+
+
+@pytest.fixture(scope="module")
+def settings(checkpoint, data, tmp_path_factory):
+    return RunSettings(
+        checkpoint=str(checkpoint),
+        data=(data,),
+        out=tmp_path_factory.mktemp("runs") / "whole",
+        steps=7,
+        batch=BatchSettings(rows=2, row_tokens=32),
+        optimizer=OptimizerSettings(learning_rate=3e-3, warmup_fraction=0.3),
+        evaluation=EvaluationSettings(every=2, rows=2),
+        checkpoints=CheckpointSettings(every=3),
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(settings):
+    """A run of --train mtp that nothing disturbed."""
+    return train(settings, QUIET)
+
+
+def arguments(settings: RunSettings, out: Path) -> list[str]:
+    """The settings as a command line."""
+    words = {
+        "--checkpoint": settings.checkpoint,
+        "--data": settings.data[0],
+        "--out": out,
+        "--steps": settings.steps,
+        "--batch.rows": settings.batch.rows,
+        "--batch.row-tokens": settings.batch.row_tokens,
+        "--optimizer.learning-rate": settings.optimizer.learning_rate,
+        "--optimizer.warmup-fraction": settings.optimizer.warmup_fraction,
+        "--evaluation.every": settings.evaluation.every,
+        "--evaluation.rows": settings.evaluation.rows,
+        "--checkpoints.every": settings.checkpoints.every,
+    }
+    return ["train", *(str(word) for pair in words.items() for word in pair)]
+
+
+def leaf_bytes(path: Path) -> dict[str, tuple[str, bytes]]:
+    """Dtype and bytes of every leaf of a checkpoint directory, as stored."""
+    leaves = nnx.to_flat_state(nnx.state(load(path)))
+    values = {".".join(name): np.asarray(leaf[...]) for name, leaf in leaves}
+    return {name: (str(value.dtype), value.tobytes()) for name, value in values.items()}
+
+
+def trained_names(path: Path, mode) -> set[str]:
+    state = nnx.state(load(path))
+    parameters = nnx.filter_state(state, TRAINABLE[mode])
+    names = {".".join(name) for name, _ in nnx.to_flat_state(parameters)}
+    biases = {name for name in map(".".join, dict(nnx.to_flat_state(state))) if "bias" in name}
+    return names | {name for name in biases if mode == "all" or name.startswith("mtp.")}
+
+
+# --- what moves
+
+
+def moved(before: Path, after: Path) -> set[str]:
+    old = nnx.to_flat_state(nnx.state(load_dense(before)))
+    new = dict(nnx.to_flat_state(nnx.state(load_dense(after))))
+    same = {
+        ".".join(name)
+        for name, leaf in old
+        if np.asarray(leaf[...]).tobytes() == np.asarray(new[name][...]).tobytes()
+    }
+    return {".".join(name) for name in new} - same
+
+
+def load_dense(path: Path):
+    return load(path, dtype=np.float32)
+
+
+def test_mtp_alone_moves_and_the_main_model_keeps_its_bytes(checkpoint, finished):
+    final = finished.run.final
+    trained = trained_names(checkpoint, "mtp")
+    assert moved(checkpoint, final) == trained
+    assert "mtp.block.mlp.gate.e_score_correction_bias" in trained
+    old, new = leaf_bytes(checkpoint), leaf_bytes(final)
+    assert {name for name in old if old[name] != new[name]} == trained
+    assert {new[name][0] for name in trained} == {"float32"}
+    frozen = {name for name in old if not name.startswith("mtp.")}
+    assert "moe_layers.mlp.gate.e_score_correction_bias" in frozen
+    for name in frozen:  # hard links: not even a byte was copied
+        for file in (checkpoint / "params" / name).iterdir():
+            if not file.name.startswith("."):
+                assert file.samefile(final / "params" / name / file.name), name
+
+
+def test_train_all_moves_every_parameter_and_router_bias(finished, settings, tmp_path):
+    """In bfloat16, without held-out text, on a checkpoint that training wrote."""
+    every = dataclasses.replace(
+        settings,
+        checkpoint=str(finished.run.final),
+        out=tmp_path / "all",
+        train="all",
+        steps=2,
+        compute_dtype="bfloat16",
+        evaluation=EvaluationSettings(holdout_every=0),
+    )
+    result = train(every, QUIET)
+    trained = trained_names(finished.run.final, "all")
+    assert moved(finished.run.final, result.run.final) == trained
+    assert {"embed_tokens.weight", "moe_layers.mlp.gate.e_score_correction_bias"} <= trained
+    scales = {name for name in leaf_bytes(finished.run.final) if name.endswith("scale_inv")}
+    assert scales
+    assert not scales & trained
+    assert (result.before, result.after) == (None, None)
+    assert result.run.curves.is_file()
+    assert [entry["settings"]["train"] for entry in derivations(result.run.final)] == ["mtp", "all"]
+    row = read_rows(result.run.metrics)[-1]
+    expected = row["main_loss"] + 0.1 * row["mtp_loss"][0]
+    assert row["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def derivations(path: Path) -> list[dict]:
+    return open_checkpoint(path).provenance["derived"]
+
+
+def test_trainable_parameters_are_float32_and_frozen_ones_as_stored(checkpoint):
+    split = load_for_training(checkpoint, "mtp", "float32")
+    stored, dense = load(checkpoint), load_dense(checkpoint)
+    name = ("block", "mlp", "experts", "gate_proj", "weight")
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(split.trainable)} == {"float32"}
+    found = dict(nnx.to_flat_state(split.trainable))["mtp", *name][...]
+    np.testing.assert_array_equal(found, dense.mtp.block.mlp.experts.gate_proj.weight[...])
+    assert stored.mtp.block.mlp.experts.gate_proj.weight[...].dtype == jnp.float8_e4m3fn
+    frozen = dict(nnx.to_flat_state(split.frozen))
+    assert frozen["moe_layers", "mlp", "experts", "gate_proj", "weight"].dtype == jnp.float8_e4m3fn
+
+
+# --- what a run leaves behind
+
+
+def test_metrics_have_the_documented_fields(finished):
+    rows = read_rows(finished.run.metrics)
+    assert [row["step"] for row in rows] == list(range(1, 8))
+    assert list(rows[0]) == [
+        *("step", "loss", "main_loss", "mtp_loss", "acceptance", "agreement", "reached"),
+        *("grad_norm", "lr", "tokens", "tokens_per_s", "step_s"),
+    ]
+    assert all(len(row["mtp_loss"]) == len(row["acceptance"]) == 1 for row in rows)
+    assert rows[-1]["tokens"] == sum(round(row["tokens_per_s"] * row["step_s"]) for row in rows), (
+        "tokens are counted from the start"
+    )
+    assert all(row["loss"] == pytest.approx(row["mtp_loss"][0], rel=1e-6) for row in rows)
+
+
+def test_evaluations_are_at_start_every_n_steps_and_end(finished):
+    rows = read_rows(finished.run.evaluations)
+    assert [row["step"] for row in rows] == [0, 2, 4, 6, 7]
+    assert len({row["main_loss"] for row in rows}) == 1, "the frozen main model does not change"
+    assert finished.before is not None
+    assert finished.after is not None
+    assert finished.after.mtp_loss[0] < finished.before.mtp_loss[0], "it learns"
+
+
+def test_curves_tensorboard_and_settings_are_written(finished, settings):
+    assert finished.run.curves.read_bytes().startswith(b"\x89PNG")
+    (events,) = finished.run.tensorboard.iterdir()
+    assert b"train/mtp_loss/depth_1" in events.read_bytes()
+    assert b"held_out/agreement/depth_1" in events.read_bytes()
+    saved = read_yaml(finished.run.config)
+    assert saved == dataclasses.replace(settings, compute_dtype="float32")
+
+
+def test_final_says_where_it_comes_from(finished, checkpoint):
+    final = open_checkpoint(finished.run.final)
+    (derived,) = derivations(final.path)
+    assert derived["base"]["path"] == str(checkpoint)
+    assert derived["settings"]["steps"] == 7
+    for name in ("tokenizer.json", "config.json"):
+        assert (final.path / name).read_bytes() == (checkpoint / name).read_bytes()
+
+
+def test_newest_checkpoints_are_kept(finished):
+    kept = {path.name for path in finished.run.checkpoints.iterdir()}
+    assert kept == {"6", "7"}
+
+
+# --- killed and resumed
+
+
+def killed(point: str, count: int, argv: list[str]) -> None:
+    script = Path(__file__).parents[1] / "support" / "killed_training.py"
+    compiled = Path(argv[argv.index("--out") + 1]).with_name("compiled")  # shared by the killed
+    environment = os.environ | {
+        "PYTHONPATH": str(script.parents[2]),
+        "JAX_COMPILATION_CACHE_DIR": str(compiled),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
+    done = subprocess.run(
+        [sys.executable, str(script), point, str(count), *argv],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def rows_without_times(file: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_rows(file)]
+
+
+def test_a_run_killed_three_times_equals_one_that_was_not(finished, settings):
+    """Killed in a step, in a checkpoint, in writing the result: the same bits in the end."""
+    out = settings.out.with_name("killed")
+    argv = arguments(settings, out)
+    killed("step", 5, argv)
+    assert [row["step"] for row in read_rows(out / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert not (out / "metrics.jsonl").read_text().endswith("\n"), "half a line is left"
+    killed("checkpoint", 1, argv)  # of step 6, after going on from that of step 3
+    assert [path.name for path in (out / "checkpoints").iterdir() if path.name.isdigit()] == ["3"]
+    killed("final", 4, argv)
+    assert not (out / "final" / "COMPLETE").exists()
+    assert cli.run(argv) == 0
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        expected = rows_without_times(finished.run.path / name)
+        assert rows_without_times(out / name) == expected, name
+    one, other = (open_checkpoint(path / "final") for path in (out, finished.run.path))
+    assert one.provenance["pieces"] == other.provenance["pieces"]
+
+
+# --- runs that are refused
+
+
+@pytest.mark.usefixtures("finished")
+def test_a_finished_run_is_not_touched(settings):
+    with pytest.raises(RunError, match=r"is a finished run .* or --overwrite"):
+        train(settings, QUIET)
+
+
+def test_other_settings_are_refused_by_name(finished, settings, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished.run.path, out)
+    shutil.rmtree(out / "final")
+    optimizer = dataclasses.replace(settings.optimizer, clip_norm=3.0)
+    with pytest.raises(RunError) as caught:
+        train(dataclasses.replace(settings, optimizer=optimizer, seed=4, out=out), QUIET)
+    assert "--optimizer.clip-norm was 1.0, is now 3.0" in str(caught.value)
+    assert "--seed was 0, is now 4" in str(caught.value)
+
+
+def unfinished_copy(finished, settings, out: Path) -> RunSettings:
+    """The finished run without its result, as if it had been killed before writing it."""
+    shutil.copytree(finished.run.path, out)
+    shutil.rmtree(out / "final")
+    text = (out / "config.yaml").read_text().replace(str(finished.run.path), str(out))
+    (out / "config.yaml").write_text(text)
+    return dataclasses.replace(settings, out=out)
+
+
+def test_changed_data_cannot_continue_a_run(finished, settings, data, tmp_path):
+    copy = unfinished_copy(finished, settings, tmp_path / "run")
+    before = data.read_text()
+    data.write_text(before + json.dumps({"text": "more"}) + "\n")
+    try:
+        with pytest.raises(RunError, match="cannot be continued: data changed since it began"):
+            train(copy, QUIET)
+    finally:
+        data.write_text(before)
+
+
+def test_two_processes_cannot_train_in_one_place(finished, settings, tmp_path):
+    copy = unfinished_copy(finished, settings, tmp_path / "run")
+    with locked(copy.out / "lock"), pytest.raises(RunError, match="another process is training"):
+        train(copy, QUIET)
+
+
+def test_a_foreign_folder_is_never_touched(settings, tmp_path):
+    (tmp_path / "precious.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(RunError, match="is not empty and no run; nothing in it was touched"):
+            train(dataclasses.replace(settings, out=tmp_path), QUIET, overwrite=overwrite)
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_overwrite_begins_anew_and_deletes_only_what_a_run_wrote(finished, settings, tmp_path):
+    """The new run stops because its loss is not finite; the checkpoint before that is kept."""
+    copy = unfinished_copy(finished, settings, tmp_path / "run")
+    (copy.out / "notes.txt").write_text("mine")
+    broken = dataclasses.replace(
+        copy,
+        optimizer=OptimizerSettings(learning_rate=1e38, warmup_fraction=0),
+        checkpoints=CheckpointSettings(every=1),
+        evaluation=EvaluationSettings(holdout_every=0),
+    )
+    with pytest.raises(StoppedError, match=r"step 2: loss \w+, .* checkpoint of step 1 is kept"):
+        train(broken, QUIET, overwrite=True)
+    assert (copy.out / "notes.txt").read_text() == "mine"
+    assert [row["step"] for row in read_rows(copy.out / "metrics.jsonl")] == [1]
+    assert [path.name for path in (copy.out / "checkpoints").iterdir()] == ["1"]
+    assert read_yaml(copy.out / "config.yaml").optimizer.learning_rate == 1e38
+    assert not (copy.out / "evaluations.jsonl").read_text()
+    assert not (copy.out / "final").exists()
+
+
+def test_what_is_wrong_with_the_input_is_said_before_anything_is_written(settings, tmp_path):
+    out = tmp_path / "run"
+    cases = [
+        (
+            SettingsError,
+            "row-tokens is 2, needed 3 or more",
+            {"batch": BatchSettings(row_tokens=2)},
+        ),
+        (CheckpointError, "does not exist", {"checkpoint": tmp_path / "no"}),
+        (DataError, r"no\.txt cannot be read", {"data": (tmp_path / "no.txt",)}),
+    ]
+    for error, message, wrong in cases:
+        with pytest.raises(error, match=message):
+            train(dataclasses.replace(settings, out=out, **wrong), QUIET)
+        assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_mtp": 0, "num_files": 1}, "has no MTP modules"),
+        ({"import_options": {"scope": "main"}}, "was imported with --scope main"),
+    ],
+)
+def test_a_checkpoint_without_mtp_cannot_be_trained(settings, tmp_path, options, message):
+    lacking = import_tiny(tmp_path, dtype="bf16", sizes=SIZES, **options)
+    with pytest.raises(CheckpointError, match=message):
+        train(dataclasses.replace(settings, checkpoint=str(lacking), out=tmp_path / "run"), QUIET)
+
+
+# --- commands
+
+
+def test_the_train_command_prints_before_and_after_and_what_is_next(
+    finished, settings, capsys, monkeypatch
+):
+    monkeypatch.chdir(finished.run.path.parent)
+    monkeypatch.setattr(cli, "train", lambda *_, **__: finished)
+    assert cli.run(arguments(settings, settings.out)) == 0
+    out = capsys.readouterr().out
+    for words in ("MTP loss, depth 1", "mean accepted length", "whole/curves.png"):
+        assert words in out
+    assert "next: convert-deepseek export whole/final DST" in out
+
+
+def test_a_checkpoint_in_the_cloud_gives_the_same_result(
+    finished, checkpoint, settings, tmp_path, gcs, url
+):
+    for name, content in tree_bytes(checkpoint).items():
+        gcs.put(f"{url.removeprefix(f'gs://{BUCKET}/')}/{name}", content)
+    result = train(dataclasses.replace(settings, checkpoint=url, out=tmp_path / "run"), QUIET)
+    assert tree_bytes(result.run.final / "params") == tree_bytes(finished.run.final / "params")
+    assert result.after == finished.after
+
+
+def test_evaluate_prints_a_table_or_json(finished, data, capsys):
+    options = ["--data", str(data), "--rows", "2", "--row-tokens", "32", "--max-rows", "4"]
+    command = ["evaluate", "--checkpoint", str(finished.run.final), *options, "--draft-tokens", "2"]
+    assert cli.run([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["mtp_loss"]) == len(found["acceptance"]) == 2, "the one module is reused"
+    assert found["tokens"] <= 4 * 32
+    assert cli.run(command) == 0
+    out, _ = capsys.readouterr()
+    assert "draft 2" in out
+    assert "mean accepted length" in out
+
+
+def test_a_failure_has_status_1_and_one_message(settings, tmp_path, capsys):
+    argv = arguments(dataclasses.replace(settings, checkpoint=str(tmp_path)), tmp_path / "run")
+    assert cli.run(argv) == 1
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ")
+    assert "is no checkpoint directory" in err
+    assert not out

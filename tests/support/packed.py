@@ -1,0 +1,35 @@
+"""Small packed batches of random documents, and sums as if measured on one."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from finetune.data.packing import Batch, Packer
+from finetune.data.tokens import Tokens
+from finetune.objective.acceptance import count_acceptance
+from finetune.objective.losses import Measured
+
+VOCAB = 384
+
+
+def document(seed: int, length: int, masked: int = 0) -> Tokens:
+    """Random tokens, the first `masked` of them not learnt."""
+    rng = np.random.default_rng(seed)
+    mask = (np.arange(length) >= masked).astype(np.int32)
+    return Tokens(rng.integers(0, VOCAB, length).astype(np.int32), mask)
+
+
+DOCUMENTS = [document(1, 5), document(2, 11, masked=4), document(3, 3), document(4, 8, masked=7)]
+
+
+def packed(documents, rows=2, row_tokens=16) -> Batch:
+    """All of the documents in one batch."""
+    packer = Packer(documents, rows=rows, row_tokens=row_tokens, seed=0, epochs=1)
+    (batch, _), *more = packer
+    assert not more
+    return Batch(*map(jnp.asarray, batch))
+
+
+def measured_of(nll_sums, counts) -> Measured:
+    """Sums with these losses and nothing drafted."""
+    empty = count_acceptance(packed(DOCUMENTS), jnp.zeros((2, 16), jnp.int32), ())
+    return Measured(jnp.array(nll_sums), jnp.array(counts), empty, jnp.int32(0))
