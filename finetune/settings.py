@@ -15,11 +15,13 @@ from typing import Any, Literal
 import tyro
 import yaml
 
+from mtp_model.problems import UserError
+
 TrainMode = Literal["mtp", "all"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 
 
-class SettingsError(ValueError):
+class SettingsError(UserError):
     """Settings that cannot be used, with every reason."""
 
     def __init__(self, where: str, faults: list[str]):

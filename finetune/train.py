@@ -47,9 +47,10 @@ from mtp_model import ModelConfig
 from mtp_model.checkpoint.directory import COMPLETE, Checkpoint
 from mtp_model.files.local import file_digest
 from mtp_model.files.objects import is_cloud
+from mtp_model.problems import UserError
 
 
-class StoppedError(ValueError):
+class StoppedError(UserError):
     """Training that cannot go on: at which step, why, and what is left."""
 
 

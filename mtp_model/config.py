@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mtp_model.problems import UserError
+
 HiddenState = Literal["post_norm", "pre_norm"]
 
 MODEL_TYPES = ("deepseek_v3", "kimi_k2")
@@ -28,7 +30,7 @@ REQUIRED = {
 DTYPES = ("bfloat16", "float32")
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A config.json that this toolkit cannot read, with every reason."""
 
     def __init__(self, faults: list[str]):

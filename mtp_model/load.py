@@ -8,7 +8,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
-from mtp_model.checkpoint.directory import Checkpoint, open_checkpoint
+from mtp_model.checkpoint.directory import Checkpoint, CheckpointError, open_checkpoint
 from mtp_model.config import ModelConfig
 from mtp_model.files.objects import AnyPath, CloudPath
 from mtp_model.layers import FP8, dequantise
@@ -33,7 +33,7 @@ def load(
     scope: `main` leaves the MTP modules out; `mtp` loads only them, embedding, norm and head.
     compute_dtype: of activations; by default `dtype`, or the config's where that is None.
 
-    Raises ValueError where the directory is unfinished, no checkpoint, or lacks what is asked.
+    Raises CheckpointError where the directory is unfinished, no checkpoint, or lacks what is asked.
     """
     if mesh is not None:
         require_axes(mesh)
@@ -92,7 +92,7 @@ def _restore(checkpoint: Checkpoint, state: nnx.State, mesh: Mesh | None) -> nnx
         stored = checkpoint.leaves.get(name)
         if stored is None or stored.shape != variable.shape:
             found = "nothing" if stored is None else f"shape {stored.shape}"
-            raise ValueError(
+            raise CheckpointError(
                 f"{checkpoint.path}: leaf {name} of shape {variable.shape} is needed, "
                 f"{found} is stored (scope {checkpoint.provenance['scope']!r})"
             )

@@ -1,7 +1,15 @@
-"""Problems of a checkpoint, collected and reported together; knows nothing of what is checked."""
+"""What a user can mend: the one base of such errors, and problems that are reported together."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+
+class UserError(ValueError):
+    """What a user can mend, said for the person who reads it: found, needed, what to do.
+
+    Both commands print these, and OSErrors, as one message; every other exception is a bug of ours
+    and shows its traceback.
+    """
 
 
 @dataclass(frozen=True)
@@ -16,7 +24,7 @@ class Problem:
         return f"{self.kind:<9} {self.subject}{' ' if self.detail else ''}{self.detail}"
 
 
-class ProblemsError(ValueError):
+class ProblemsError(UserError):
     """Everything that is wrong with one input, as one report."""
 
     def __init__(self, where: str, problems: Iterable[Problem]):

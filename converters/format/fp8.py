@@ -15,6 +15,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from mtp_model.problems import UserError
+
 if TYPE_CHECKING:
     from types import ModuleType
 
@@ -25,7 +27,7 @@ Block = tuple[int, int]
 """Rows and columns of a block, as in `weight_block_size`."""
 
 
-class Fp8Error(ValueError):
+class Fp8Error(UserError):
     """Weights or scales that FP8 blocks cannot hold; the text reads on after the tensor's name."""
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from mtp_model.problems import UserError
+
 # A text file is indexed in pieces of at most this size, so that a file of any size is read
 # piece by piece, and so that one long file can be shuffled and partly held out.
 PIECE_BYTES = 64 * 1024
@@ -20,7 +22,7 @@ REPORTED_FAULTS = 40
 FORMS = '{"text"}, {"prompt", "completion"}, or {"input_ids", optional "loss_mask"}'
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """Data that cannot be trained on, with every fault (the first 40 are printed)."""
 
     def __init__(self, faults: list[str]):

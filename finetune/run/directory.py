@@ -9,9 +9,10 @@ from pathlib import Path
 from finetune.settings import RunSettings, differences, read_yaml, write_yaml
 from mtp_model.checkpoint.claim import locked
 from mtp_model.checkpoint.directory import COMPLETE
+from mtp_model.problems import UserError
 
 
-class RunError(ValueError):
+class RunError(UserError):
     """A run directory that cannot be used: what it is, and what to do."""
 
 

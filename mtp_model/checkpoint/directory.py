@@ -21,6 +21,7 @@ from mtp_model.checkpoint.chunks import Index, Leaf, chunk_file_name
 from mtp_model.files.local import digest, file_digest, read_range
 from mtp_model.files.objects import AnyPath, as_path
 from mtp_model.files.records import Each, Maybe, faults
+from mtp_model.problems import UserError
 
 FORMAT_VERSION = 1
 PARAMS, CONFIG = "params", "config.json"
@@ -60,7 +61,7 @@ _SHAPES = {
 }
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A folder that is no usable checkpoint directory: what it is instead, and what to do."""
 
 

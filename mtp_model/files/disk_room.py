@@ -4,11 +4,11 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from mtp_model.checkpoint.directory import CheckpointError
+from mtp_model.problems import UserError
 
 
 def raise_if_full(needs: Mapping[Path, int], advice: str) -> None:
-    """CheckpointError unless the disk of each folder has that many bytes free.
+    """UserError unless the disk of each folder has that many bytes free.
 
     Folders on one disk need room together; a folder need not be there yet.
     """
@@ -21,7 +21,7 @@ def raise_if_full(needs: Mapping[Path, int], advice: str) -> None:
             amounts = " and ".join(
                 f"{folder} needs {_gb(needs[folder])} more" for folder in folders
             )
-            raise CheckpointError(
+            raise UserError(
                 f"{amounts}, {'its' if len(folders) == 1 else 'their'} disk has {_gb(free)} free; "
                 f"make room and run the same command again, or {advice}"
             )

@@ -16,6 +16,7 @@ import numpy as np
 import xxhash
 
 from mtp_model.files.objects import AnyPath, CloudPath
+from mtp_model.problems import UserError
 
 ALIGNMENT = 4096
 DIRECT_FROM_BYTES = 1 << 20  # below this the page cache is as good
@@ -83,7 +84,7 @@ def write_pieces(path: AnyPath, pieces: Iterable[bytes]) -> str:
 
 
 def read_range(path: AnyPath, offset: int, out: np.ndarray) -> None:
-    """Fill `out` (uint8, 1-D) with a file's bytes from `offset`; ValueError if it ends before."""
+    """Fill `out` (uint8, 1-D) with a file's bytes from `offset`; UserError if it ends before."""
     if isinstance(path, CloudPath):
         out[:] = np.frombuffer(path.read_range(offset, len(out)), np.uint8)
         return
@@ -93,7 +94,7 @@ def read_range(path: AnyPath, offset: int, out: np.ndarray) -> None:
         while done < len(out):
             got = read(fd, out[done:], offset + done)
             if got == 0:
-                raise ValueError(
+                raise UserError(
                     f"{path} ends at byte {offset + done}, {offset + len(out)} were needed: "
                     "it was cut short; write the checkpoint again"
                 )

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
-from mtp_model.checkpoint.directory import CheckpointError
 from mtp_model.files.objects import CloudPath
+from mtp_model.problems import UserError
 
 _POLL_S = 1.0
 _PATIENCE_S = 900.0  # what is done under a lock that others wait for takes minutes
@@ -36,7 +36,7 @@ def object_locked(lock: CloudPath, *, shared: bool, wait: bool) -> Iterator[bool
             yield False
             return
         if time.monotonic() > deadline:
-            raise CheckpointError(f"gave up waiting for {lock}: {holder(lock)}")
+            raise UserError(f"gave up waiting for {lock}: {holder(lock)}")
         time.sleep(_POLL_S)
     try:
         yield True

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mtp_model.problems import UserError
+
 SCHEME = "gs://"
 _REQUESTS_AT_ONCE = 32  # as many as tensorstore sends by itself
 
 
-class CloudError(ValueError):
+class CloudError(UserError):
     """A request that was refused, or an address that cannot be one."""
 
 

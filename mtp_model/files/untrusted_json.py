@@ -6,6 +6,8 @@ import reprlib
 from collections import Counter
 from typing import NoReturn, TypeGuard
 
+from mtp_model.problems import UserError
+
 MAX_VALUES = 4_000_000
 """In one text. Python takes up to 300 bytes for a value that is three bytes of text; a header has
 8 values for a tensor, and V3's 91,991 tensors would be 736,000 in a single file."""
@@ -13,7 +15,7 @@ MAX_VALUES = 4_000_000
 _SHOWN_CHARACTERS = 200
 
 
-class JsonError(ValueError):
+class JsonError(UserError):
     """Why some bytes aren't JSON that we accept; the text reads on after the name of the file."""
 
 
