@@ -18,7 +18,7 @@ from pathlib import Path
 
 from converters.format.header import read_header
 from converters.format.mapping import SCALE_SUFFIX
-from converters.sources.source import LocalSource
+from converters.sources.local import LocalSource
 from tools.bench_copy import drop_from_cache
 from tools.bench_maxtext import run_maxtext
 from tools.bench_run import Took, run_step, size_of

@@ -17,7 +17,7 @@ from converters.format import fp8_kernels  # noqa: F401  numba before the clock 
 from converters.format.check import read_config
 from converters.format.listing import list_checkpoint
 from converters.importing.importer import import_checkpoint
-from converters.sources.source import open_source
+from converters.sources.open import open_source
 from converters.verifying.digests import check_digests
 from converters.verifying.verify import check_storage
 from mtp_model.checkpoint.directory import open_checkpoint

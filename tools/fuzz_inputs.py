@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from converters.format.header import DTYPES, read_header
 from converters.format.listing import INDEX_FILE, list_checkpoint
-from converters.sources.source import open_source
+from converters.sources.open import open_source
 from mtp_model.config import ConfigError, ModelConfig
 from mtp_model.files.untrusted_json import JsonError, parse
 from mtp_model.problems import ProblemsError

@@ -14,8 +14,8 @@ from converters.format.fit import compare
 from converters.format.inspection import inspect_source
 from converters.format.listing import Listing, list_checkpoint
 from converters.importing.importer import import_checkpoint
-from converters.sources.ahead import FarSource
-from converters.sources.source import Source, kind_fault, open_source
+from converters.sources.open import open_source
+from converters.sources.source import Source, kind_fault
 from converters.verifying.digests import check_digests
 from converters.verifying.logits import LogitsCheck, check_logits
 from converters.verifying.report_folder import write_report
@@ -76,7 +76,7 @@ def _checked(
 
     Scales and copies of a far source are not read twice: import checks them as they arrive.
     """
-    if isinstance(listing.source, FarSource):
+    if listing.source.is_far:
         found = compare(listing, config_dict, scope=command.scope)
         raise_if_any(listing.source.name, found.problems)
         assert found.config is not None
@@ -175,7 +175,7 @@ def run_verify(command: "Verify") -> int:
 
 
 def _logits(listing: Listing, config_dict: dict[str, Any], checkpoint: Checkpoint) -> LogitsCheck:
-    if isinstance(listing.source, FarSource):
+    if listing.source.is_far:
         detail = "is not on this machine; --logits needs a local folder, download it first"
         raise ProblemsError(listing.source.name, [Problem("source", "SRC", detail)])
     return check_logits(listing, config_dict, checkpoint)

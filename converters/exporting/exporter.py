@@ -26,7 +26,7 @@ from converters.format.header import TensorInfo
 from converters.format.listing import SUFFIX, Listing
 from converters.format.mapping import TABLE_VERSION
 from converters.format.writer import StreamWriter
-from converters.sources.source import LocalSource
+from converters.sources.local import LocalSource
 from mtp_model.checkpoint.claim import delete
 from mtp_model.checkpoint.directory import COMPLETE, CONFIG, UNFINISHED, Checkpoint
 from mtp_model.files.journal import Fingerprint, Journal

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from converters.sources.source import LocalSource, Source, read_pieces
+from converters.sources.local import LocalSource
+from converters.sources.source import Source, read_pieces
 from mtp_model.files.local import TMP_SUFFIX, write_pieces
 from mtp_model.problems import Problem, ProblemsError
 

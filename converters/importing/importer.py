@@ -21,7 +21,8 @@ from converters.importing.units import (
     unit_bytes,
     unit_reads,
 )
-from converters.sources.ahead import Finish, room_for_fetched, room_needed, staged
+from converters.sources.ahead import room_for_fetched
+from converters.sources.source import Finish
 from mtp_model.checkpoint.chunks import DEFAULT_POLICY, ChunkPolicy
 from mtp_model.checkpoint.claim import claim, clear, locked
 from mtp_model.checkpoint.directory import COMPLETE, UNFINISHED, CheckpointError, open_checkpoint
@@ -173,9 +174,9 @@ def _do_share(
     todo = [unit for unit in share if unit.key not in done]
     reads = {unit.key: unit_reads(plan.conversion, unit) for unit in todo}
     with room_for_fetched(dst / UNFINISHED, worker) as fetched:
-        _raise_if_full(dst, plan.stored_bytes(todo), room_needed(source, reads, fetched))
+        _raise_if_full(dst, plan.stored_bytes(todo), source.room_needed(reads, fetched))
         report = _Counter(plan, share, todo, progress)
-        with staged(source, reads, fetched) as finish:
+        with source.staged(reads, fetched) as finish:
             _run(plan, todo, writer, journal, workers, report, finish)
     return todo
 

@@ -17,7 +17,7 @@ from converters.format import fp8
 from converters.format.header import DTYPES, TensorInfo
 from converters.format.listing import Listing
 from converters.format.mapping import Slot
-from converters.sources.ahead import Read
+from converters.sources.source import Read
 from mtp_model.checkpoint.chunks import Index, Leaf, chunk_file_name
 from mtp_model.checkpoint.writer import ParamsWriter
 from mtp_model.files.local import AlignedBuffer

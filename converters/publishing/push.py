@@ -19,7 +19,8 @@ from converters.publishing.model_card import merged_readme
 from converters.sources.hub_errors import REQUEST_ERRORS, Patience, hub_error, persist
 from converters.sources.hub_http import LIBRARY, TIMEOUT_S, Repository
 from converters.sources.hub_listing import Entry
-from converters.sources.source import HUB_ID, LocalSource
+from converters.sources.local import LocalSource
+from converters.sources.source import HUB_ID
 from mtp_model.checkpoint.directory import UNFINISHED, CheckpointError
 from mtp_model.files.untrusted_json import shown
 from mtp_model.problems import Problem, raise_if_any

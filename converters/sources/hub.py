@@ -10,25 +10,26 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from converters.sources.ahead import Finish, Read
 from converters.sources.hub_cache import cached
 from converters.sources.hub_downloads import Downloads, Limits, room_needed
 from converters.sources.hub_errors import DEFAULT_PATIENCE, Patience, hub_error
 from converters.sources.hub_http import Repository
 from converters.sources.hub_listing import Entry
-from converters.sources.source import HUB_ID, Buffer, Fingerprint, byte_view
+from converters.sources.source import HUB_ID, Buffer, Fingerprint, Finish, Read, Source, byte_view
 from mtp_model.files.untrusted_json import shown
 
 _HELD_BYTES = 64 << 20  # of small files, each whole: config, index, tokenizer
 
 
-class HubSource:
+class HubSource(Source):
     """The files of a model at the commit that its revision stood for when this was made.
 
     `name` is the model with that commit, `org/name@0123...`: what is read stays the same when the
     branch moves. keep_downloads: files that were fetched whole move to the Hub's cache. token None:
     the one that the user is logged in with, if any.
     """
+
+    is_far = True
 
     def __init__(
         self,

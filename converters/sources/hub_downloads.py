@@ -13,11 +13,11 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
-from converters.sources.ahead import Read
 from converters.sources.hub_cache import cached, keep_in_cache
 from converters.sources.hub_errors import StoppedError, hub_error
 from converters.sources.hub_http import Repository
 from converters.sources.partial_file import PartialFile, Ranges, covers, cut, merged, num_bytes
+from converters.sources.source import Read
 
 _CONNECTIONS = 4  # for each file
 _FETCHERS = 2  # so that the check of one file's digest overlaps with the next file's begin

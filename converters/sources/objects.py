@@ -1,17 +1,14 @@
 """A folder of Google Cloud Storage as the source of a checkpoint: `gs://bucket/folder`."""
 
-import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
-from converters.sources.ahead import Finish, Read
 from converters.sources.source import (
     BOOKKEEPING,
     Buffer,
     Fingerprint,
+    Source,
     byte_view,
     kind_fault,
     name_fault,
@@ -24,8 +21,13 @@ from mtp_model.problems import Problem, ProblemsError, raise_if_any
 _PLACEHOLDER = "/"  # what consoles leave where somebody made a folder
 
 
-class CloudSource:
-    """The objects below a folder. What was replaced since is noticed by its generation."""
+class CloudSource(Source):
+    """The objects below a folder. What was replaced since is noticed by its generation.
+
+    Nothing is fetched ahead: ranges are read from the bucket as they are needed.
+    """
+
+    is_far = True
 
     def __init__(self, name: str):
         self.name = name
@@ -78,18 +80,6 @@ class CloudSource:
         if found is None:
             raise self._error(file, "is not in the folder")
         return {"size": found.size, "generation": found.generation}
-
-    @contextlib.contextmanager
-    def staged(
-        self,
-        reads: Mapping[str, Sequence[Read]],  # noqa: ARG002
-        folder: Path,  # noqa: ARG002
-    ) -> Iterator[Finish]:
-        """Nothing is fetched ahead: ranges are read from the bucket as they are needed.
-
-        To have this at all says that the source is far, and that nothing is to be read twice.
-        """
-        yield lambda _step: None
 
     def _check_range(self, file: str, begin: int, nbytes: int) -> None:
         if file not in self._found:

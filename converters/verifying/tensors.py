@@ -13,7 +13,7 @@ from converters.format.groups import group_of
 from converters.format.header import DTYPES
 from converters.format.listing import Listing
 from converters.format.mapping import Slot
-from converters.sources.ahead import Read
+from converters.sources.source import Read
 from mtp_model.checkpoint.directory import Checkpoint
 from mtp_model.config import ModelConfig
 from mtp_model.files.local import AlignedBuffer

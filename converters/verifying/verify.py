@@ -19,8 +19,7 @@ from converters.format.fit import Comparison, compare
 from converters.format.groups import GROUPS, group_of
 from converters.format.listing import Listing
 from converters.format.mapping import Slot
-from converters.sources.ahead import Finish, Read, room_needed, staged
-from converters.sources.source import Source
+from converters.sources.source import Finish, Read, Source
 from converters.verifying.digests import DEFAULT_WORKERS, DigestCheck
 from converters.verifying.files import differing_files
 from converters.verifying.logits import LogitsCheck
@@ -154,11 +153,11 @@ def _differences(
 
 @contextmanager
 def _fetched_ahead(source: Source, reads: Mapping[str, Sequence[Read]]) -> Iterator[Finish]:
-    """As `staged`, in a temporary folder; CheckpointError where its disk has no room for that."""
+    """`Source.staged` in a temporary folder; CheckpointError where its disk has no room."""
     with TemporaryDirectory(prefix="convert-deepseek-") as folder:
-        needed = room_needed(source, reads, Path(folder))
+        needed = source.room_needed(reads, Path(folder))
         raise_if_full(needed, "set TMPDIR to a folder on another disk")
-        with staged(source, reads, Path(folder)) as finish:
+        with source.staged(reads, Path(folder)) as finish:
             yield finish
 
 

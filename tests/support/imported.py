@@ -9,7 +9,7 @@ import numpy as np
 
 from converters.format.listing import list_checkpoint
 from converters.importing.importer import import_checkpoint
-from converters.sources.source import open_source
+from converters.sources.open import open_source
 from mtp_model.config import ModelConfig
 from mtp_model.load import load
 from mtp_model.model import DeepSeekV3

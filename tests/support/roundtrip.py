@@ -9,7 +9,7 @@ import numpy as np
 
 from converters.format.listing import Listing, list_checkpoint
 from converters.importing.importer import ImportSummary, import_checkpoint
-from converters.sources.source import open_source
+from converters.sources.open import open_source
 from mtp_model.checkpoint.chunks import ChunkPolicy
 from mtp_model.config import ModelConfig
 from mtp_model.files.objects import AnyPath

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from converters.format.check import read_config
 from converters.format.listing import Listing, list_checkpoint
-from converters.sources.source import open_source
+from converters.sources.open import open_source
 from converters.verifying.verify import StorageCheck, check_storage
 from mtp_model.checkpoint.directory import open_checkpoint
 

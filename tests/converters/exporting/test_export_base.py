@@ -29,7 +29,7 @@ from converters.exporting.exporter import export_checkpoint
 from converters.exporting.result import ExportSummary
 from converters.format.listing import list_checkpoint
 from converters.importing.importer import import_checkpoint
-from converters.sources.source import open_source
+from converters.sources.open import open_source
 from converters.verifying.verify import check_storage
 from mtp_model.checkpoint.directory import UNFINISHED, Checkpoint, CheckpointError, open_checkpoint
 from mtp_model.checkpoint.writer import ChangedLeaf, write_derived

@@ -32,7 +32,8 @@ from converters.format.fp8 import block_scales, quantise
 from converters.format.listing import list_checkpoint
 from converters.format.mapping import slots
 from converters.importing.importer import import_checkpoint
-from converters.sources.source import LocalSource, open_source
+from converters.sources.local import LocalSource
+from converters.sources.open import open_source
 from mtp_model.checkpoint.chunks import Leaf
 from mtp_model.checkpoint.directory import Checkpoint, CheckpointError, open_checkpoint
 from mtp_model.checkpoint.writer import ChangedLeaf, write_derived

@@ -11,7 +11,7 @@ import pytest
 
 from converters.format.check import check, read_config
 from converters.format.listing import Listing, list_checkpoint
-from converters.sources.source import open_source
+from converters.sources.open import open_source
 from mtp_model.grouping import braces, group_names, group_problems
 from mtp_model.problems import Problem, ProblemsError
 from tools.make_tiny_checkpoint import make_tiny_checkpoint

@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 
 from converters.format.listing import INDEX_FILE, Listing, list_checkpoint
-from converters.sources.source import open_source
+from converters.sources.open import open_source
 from mtp_model.problems import ProblemsError
 
 FILES = {

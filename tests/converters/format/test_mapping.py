@@ -21,7 +21,7 @@ from released import (
 from converters.format import mapping
 from converters.format.listing import list_checkpoint
 from converters.format.mapping import SCALE_SUFFIX, TABLE, Slot, leaf_shapes, slots
-from converters.sources.source import open_source
+from converters.sources.open import open_source
 from mtp_model.config import ModelConfig
 from tools.make_tiny_checkpoint import TINY_CONFIG, make_tiny_checkpoint, weight_shapes
 

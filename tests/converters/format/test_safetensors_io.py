@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 
 from converters.format.header import DTYPES, Header, TensorInfo, make_header, read_header
-from converters.sources.source import open_source
+from converters.sources.open import open_source
 from mtp_model.files.untrusted_json import MAX_VALUES
 from mtp_model.problems import ProblemsError
 

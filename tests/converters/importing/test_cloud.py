@@ -17,7 +17,7 @@ from converters.exporting.exporter import export_checkpoint
 from converters.format.check import read_config
 from converters.format.listing import list_checkpoint
 from converters.importing.importer import import_checkpoint
-from converters.sources.source import open_source
+from converters.sources.open import open_source
 from mtp_model.checkpoint.claim import claim, locked
 from mtp_model.checkpoint.directory import COMPLETE, UNFINISHED, CheckpointError, open_checkpoint
 from mtp_model.checkpoint.writer import ChangedLeaf, write_derived

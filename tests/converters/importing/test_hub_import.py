@@ -20,7 +20,7 @@ from converters.importing.importer import ImportSummary, import_checkpoint
 from converters.importing.plan import Plan
 from converters.sources.hub import HubSource
 from converters.sources.hub_downloads import Limits
-from converters.sources.source import LocalSource
+from converters.sources.local import LocalSource
 from mtp_model.checkpoint.directory import UNFINISHED, CheckpointError, open_checkpoint
 from mtp_model.config import ModelConfig
 from mtp_model.problems import ProblemsError

@@ -15,7 +15,8 @@ from roundtrip import make_source, tree_bytes
 from converters.format.listing import list_checkpoint
 from converters.sources.hub import HubSource
 from converters.sources.hub_errors import Patience
-from converters.sources.source import LocalSource, open_source
+from converters.sources.local import LocalSource
+from converters.sources.open import open_source
 from mtp_model.problems import ProblemsError
 
 

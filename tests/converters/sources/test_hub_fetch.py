@@ -16,8 +16,8 @@ from huggingface_hub import try_to_load_from_cache
 from converters.sources.hub import HubSource
 from converters.sources.hub_downloads import Limits
 from converters.sources.hub_errors import Patience
+from converters.sources.local import LocalSource
 from converters.sources.partial_file import covers, cut, merged, without
-from converters.sources.source import LocalSource
 from mtp_model.problems import ProblemsError
 
 NAMES = [f"model-{number}.safetensors" for number in range(6)]

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from converters.sources import source as source_module
-from converters.sources.source import LocalSource, byte_view, open_source
+from converters.sources.local import LocalSource
+from converters.sources.open import open_source
+from converters.sources.source import byte_view
 from mtp_model.problems import ProblemsError
 
 
