@@ -21,9 +21,9 @@ from converters.importing.plan import Plan
 from converters.sources.hub import HubSource
 from converters.sources.hub_downloads import Limits
 from converters.sources.local import LocalSource
-from mtp_model.checkpoint.directory import UNFINISHED, CheckpointError, open_checkpoint
+from mtp_model.checkpoint.directory import UNFINISHED, open_checkpoint
 from mtp_model.config import ModelConfig
-from mtp_model.problems import ProblemsError
+from mtp_model.problems import ProblemsError, UserError
 
 BLOCK_BYTES = 4096  # to which the disk rounds up
 
@@ -199,7 +199,7 @@ def test_the_room_that_fetched_files_need_is_foreseen(hub, checkpoint, tmp_path,
     shards = sorted(size for name, size in sizes.items() if name.endswith(".safetensors"))
     hub.seen.clear()
     free_of(monkeypatch, stored + shards[-1])
-    with pytest.raises(CheckpointError, match=r"ckpt needs .* and .*fetched-0-of-1 needs .* their"):
+    with pytest.raises(UserError, match=r"ckpt needs .* and .*fetched-0-of-1 needs .* their"):
         import_from(source_of(hub, limits=limits), tmp_path / "ckpt")
     assert fetched_bytes(hub) < 0.1 * sum(shards), "headers only"
     free_of(monkeypatch, stored + sum(shards))

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from converters.sources import source as source_module
+from converters.sources import local as local_module
 from converters.sources.local import LocalSource
 from converters.sources.open import open_source
 from converters.sources.source import byte_view
@@ -165,7 +165,7 @@ def test_a_source_that_is_no_folder_is_refused(tmp_path):
 
 
 def test_threads_share_few_open_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(source_module, "_OPEN_FILES", 2)
+    monkeypatch.setattr(local_module, "_OPEN_FILES", 2)
     root = folder(tmp_path, **{f"f{n}": bytes([n]) * 5000 for n in range(8)})
     source = LocalSource(str(root))
     wrong = []

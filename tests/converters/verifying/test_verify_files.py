@@ -17,10 +17,12 @@ from verified import Pair, opened, storage
 from converters.exporting.exporter import export_checkpoint
 from converters.format.check import read_config
 from converters.format.listing import list_checkpoint
+from converters.sources.hub import HubSource
 from converters.sources.hub_downloads import Limits
 from converters.sources.source import Source
 from converters.verifying.verify import StorageCheck, check_storage
-from mtp_model.checkpoint.directory import CheckpointError, open_checkpoint
+from mtp_model.checkpoint.directory import open_checkpoint
+from mtp_model.problems import UserError
 from tools.make_tiny_checkpoint import make_tiny_checkpoint
 
 
@@ -122,12 +124,11 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         yield server
 
 
-class Near:
-    """A far source that is not told what will be read."""
+class Untold(HubSource):
+    """A model on the Hub that is not told what will be read."""
 
-    def __init__(self, source: Source):
-        self.name, self.files, self.read = source.name, source.files, source.read
-        self.read_into, self.fingerprint = source.read_into, source.fingerprint
+    room_needed = Source.room_needed
+    staged = Source.staged
 
 
 @pytest.mark.parametrize("changed", [False, True])
@@ -160,7 +161,7 @@ def test_a_model_of_the_hub_is_fetched_in_large_ranges(
     assert requests(source_of(hub, limits=Limits(most_files=2))) == shards
     assert 1 <= max(on_disk) <= 4
     assert not [*tmp_path.glob("convert-*")]
-    assert requests(Near(source_of(hub))) > 300
+    assert requests(Untold(REPO, endpoint=hub.url)) > 300
 
 
 def test_a_full_disk_is_noticed_before_anything_is_fetched(
@@ -171,6 +172,6 @@ def test_a_full_disk_is_noticed_before_anything_is_fetched(
     listing, config = list_checkpoint(source), read_config(source)
     hub.seen.clear()
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
-    with pytest.raises(CheckpointError, match=r"needs .* more, .* or set TMPDIR to a folder on"):
+    with pytest.raises(UserError, match=r"needs .* more, .* or set TMPDIR to a folder on"):
         check_storage(listing, config, open_checkpoint(kept[1]))
     assert not hub.seen
