@@ -10,19 +10,25 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
-from converters.exporting.base import Overlay, base_state, check_base, held_dtypes, raise_if_changed
-from converters.exporting.base_compare import Comparison
 from converters.exporting.destination import claimed, keep_record, raise_if_within
 from converters.exporting.encode import Encoder, Requantisation
 from converters.exporting.files import ExportFiles, export_files
-from converters.exporting.plan import Dtype, OutFile, Plan, make_plan
+from converters.exporting.plan import Dtype, ExportPlan, make_plan
 from converters.exporting.result import ExportedFile, ExportSummary
-from converters.exporting.stream import Segments, prepared_segments
-from converters.format.header import TensorInfo
+from converters.exporting.reuse import (
+    BaseEncoder,
+    base_state,
+    check_base,
+    compare_files,
+    compared_before,
+    raise_if_changed,
+)
+from converters.exporting.stream import Segments, encoded_segments, tensor_segments
+from converters.format.header import Header, TensorInfo
 from converters.format.listing import SUFFIX, Listing
 from converters.format.mapping import TABLE_VERSION
 from converters.format.writer import StreamWriter
@@ -73,7 +79,7 @@ def export_checkpoint(
         with closing(Journal(dst / UNFINISHED, fingerprint)) as journal:
             done = _still_there(files, journal.entries)
             export = _Export(checkpoint, files, plan, base, journal, progress)
-            written = done | export.run([f for f in plan.files if f.name not in done], workers)
+            written = done | export.run([f for f in plan.files if f.file not in done], workers)
         if base:
             raise_if_changed(base, checkpoint, fingerprint)
         _delete_others(dst, plan)
@@ -84,7 +90,7 @@ def export_checkpoint(
             keep_record(dst)
         else:
             delete(dst / UNFINISHED)
-    exported = tuple(written[file.name] for file in plan.files)
+    exported = tuple(written[file.file] for file in plan.files)
     return ExportSummary(
         path=dst,
         base=base.source.name if base else None,
@@ -112,6 +118,14 @@ def _still_there(files: ExportFiles, entries: Iterable[dict[str, Any]]) -> dict[
     return {file.name: file for file in written if sizes.get(file.name) == file.size}
 
 
+class _WrittenTensor(NamedTuple):
+    """A tensor as it was written. cost: of a weight that got new scales."""
+
+    name: str
+    is_changed: bool
+    cost: Requantisation | None
+
+
 class _Export:
     """Writes the files, compares every tensor with the source's digest, proves what is stored."""
 
@@ -119,7 +133,7 @@ class _Export:
         self,
         checkpoint: Checkpoint,
         files: ExportFiles,
-        plan: Plan,
+        plan: ExportPlan,
         base: Listing | None,
         journal: Journal,
         progress: Progress | None,
@@ -128,16 +142,18 @@ class _Export:
         self._files = files
         self._plan = plan
         self._base = base
-        dtypes = held_dtypes(checkpoint, plan.dtypes) if base else plan.dtypes
-        self._encoder = Encoder(checkpoint, dtypes)
-        self._rows = Overlay(self._encoder, base) if base else self._encoder
+        self._encoder = (
+            BaseEncoder(checkpoint, plan, base)
+            if base
+            else Encoder(checkpoint, plan.slots, plan.dtypes)
+        )
         self._journal = journal
         self._progress = progress
         self._source = _source_digests(plan, checkpoint)
         trained = checkpoint.provenance.get("derived", [])
         self._trained = {path for record in trained for path in record["changed"]}
 
-    def run(self, todo: list[OutFile], workers: int) -> dict[str, ExportedFile]:
+    def run(self, todo: list[Header], workers: int) -> dict[str, ExportedFile]:
         """Write these files, or take those from the base that are the same there."""
         self._total = sum(file.size for file in self._plan.files)
         self._done = self._total - sum(file.size for file in todo)
@@ -147,39 +163,45 @@ class _Export:
             return self._write_all(todo, workers)
         kept = self._unchanged(self._base, todo, workers)
         changed = [file for file in todo if file not in kept]
-        copied = [f for f in kept if self._files.needs_room(self._base.source, f.name)]
+        copied = [f for f in kept if self._files.needs_room(self._base.source, f.file)]
         self._files.raise_if_full(sum(file.size for file in (*changed, *copied)))
-        taken = {file.name: self._take(self._base, file) for file in kept}
+        taken = {file.file: self._take(self._base, file) for file in kept}
         return taken | self._write_all(changed, workers)
 
-    def _unchanged(self, base: Listing, todo: list[OutFile], workers: int) -> list[OutFile]:
+    def _unchanged(self, base: Listing, todo: list[Header], workers: int) -> list[Header]:
         """Those of the files that would be written as the base has them."""
-        comparison = Comparison(base, self._checkpoint, self._encoder, self._journal)
-        left = sum(comparison.nbytes(file) for file in todo if file.name not in comparison.found)
-        compared = sum(map(comparison.nbytes, self._plan.files))
-        self._total += compared
-        self._done += compared - left
+        found = compared_before(self._journal.entries)
+        left = [file for file in todo if file.file not in found]
+        nbytes = {f.file: sum(t.nbytes for t in self._plan.held(f)) for f in self._plan.files}
+        self._total += sum(nbytes.values())
+        self._done += sum(nbytes.values()) - sum(nbytes[file.file] for file in left)
         self._report(0)
-        comparison.run(todo, workers, self._report)
-        self._source |= comparison.digests
-        return [file for file in todo if not comparison.found[file.name].is_changed]
+        for file in compare_files(
+            self._encoder, base, self._checkpoint, left, workers=workers, report=self._report
+        ):
+            self._journal.append(asdict(file))
+            found[file.compared] = file
+        for file in found.values():
+            self._source |= file.digests
+        return [file for file in todo if not found[file.file].is_changed]
 
-    def _take(self, base: Listing, file: OutFile) -> ExportedFile:
+    def _take(self, base: Listing, file: Header) -> ExportedFile:
         """A file of the base as it is."""
-        how, digest = self._files.take(base.source, file.name)
+        how, digest = self._files.take(base.source, file.file)
         self._report(file.size)
         return self._proved(
             ExportedFile(
-                name=file.name, size=file.size, how=how, digest=digest, same_as_source=True
+                name=file.file, size=file.size, how=how, digest=digest, same_as_source=True
             )
         )
 
-    def _write_all(self, files: list[OutFile], workers: int) -> dict[str, ExportedFile]:
+    def _write_all(self, files: list[Header], workers: int) -> dict[str, ExportedFile]:
         """Write files; one is read back while the next is written."""
         checks: list[Future[ExportedFile]] = []
+        tensors = [tensor for file in files for tensor in file.tensors]
         with (
             ThreadPoolExecutor(1) as checker,
-            closing(prepared_segments(self._rows, files, workers)) as segments,
+            closing(encoded_segments(self._encoder, tensors, workers)) as segments,
         ):
             for file in files:
                 written = self._write(file, segments)
@@ -188,42 +210,34 @@ class _Export:
                     check.result()  # one file behind at most: a failing disk is noticed at once
         return {file.name: file for file in (check.result() for check in checks)}
 
-    def _write(self, file: OutFile, segments: Segments) -> ExportedFile:
-        changed: list[str] = []
-        costs: list[Requantisation] = []
-        with StreamWriter(self._files.open(file.name), file.raw_header) as out:
+    def _write(self, file: Header, segments: Segments) -> ExportedFile:
+        with StreamWriter(self._files.open(file.file), file.raw) as out:
             self._report(out.size - sum(tensor.nbytes for tensor in file.tensors))
-            for tensor in file.tensors:
-                if self._write_tensor(tensor, segments, out):
-                    changed.append(tensor.name)
-                cost = self._encoder.requantisation(tensor.name)
-                costs += [cost] if cost else []
-                self._encoder.forget(tensor.name)
+            written = [self._write_tensor(tensor, segments, out) for tensor in file.tensors]
+        changed = tuple(tensor.name for tensor in written if tensor.is_changed)
         return ExportedFile(
-            name=file.name,
+            name=file.file,
             size=file.size,
             digest=out.digest,
-            same_as_source=file.is_source_file and not changed,
-            changed=tuple(changed),
-            requantised=tuple(costs),
+            same_as_source=self._plan.dtype == "keep" and not changed,
+            changed=changed,
+            requantised=tuple(tensor.cost for tensor in written if tensor.cost),
         )
 
-    def _write_tensor(self, tensor: TensorInfo, segments: Segments, out: StreamWriter) -> bool:
-        """Write a tensor; whether it is another than the source's."""
-        state, left = xxhash.xxh3_128(), tensor.nbytes
-        while left:
-            segment = next(segments)
-            assert segment.tensor is tensor, (segment, tensor)
-            data = segment.data(self._rows)
-            state.update(data.data)
-            out.write(data)
-            self._report(len(data))
-            left -= len(data)
+    def _write_tensor(
+        self, tensor: TensorInfo, segments: Segments, out: StreamWriter
+    ) -> _WrittenTensor:
+        state, cost = xxhash.xxh3_128(), None
+        for segment in tensor_segments(segments, tensor):
+            state.update(segment.data.data)
+            out.write(segment.data)
+            self._report(len(segment.data))
+            cost = segment.cost
         source = self._source.get(tensor.name)
-        if source is None or state.hexdigest() == source:
-            return False
-        self._raise_if_damaged(tensor)
-        return True
+        is_changed = source is not None and state.hexdigest() != source
+        if is_changed:
+            self._raise_if_damaged(tensor)
+        return _WrittenTensor(tensor.name, is_changed, cost)
 
     def _raise_if_damaged(self, tensor: TensorInfo) -> None:
         """A tensor that nobody trained, and that is stored as it came, has to be the source's."""
@@ -249,26 +263,27 @@ class _Export:
             self._progress(self._done, self._total)
 
 
-def _source_digests(plan: Plan, checkpoint: Checkpoint) -> dict[str, str | None]:
+def _source_digests(plan: ExportPlan, checkpoint: Checkpoint) -> dict[str, str | None]:
     """Of every tensor that is written in the source's dtype; None where import did not read it."""
+    if plan.dtype != "keep":
+        return {}
     records = checkpoint.provenance["source"]["files"]
     return {
         tensor.name: digest
         for file in plan.files
-        if file.is_source_file
-        for tensor, digest in zip(file.tensors, records[file.name]["tensors"], strict=True)
+        for tensor, digest in zip(file.tensors, records[file.file]["tensors"], strict=True)
     }
 
 
-def _delete_others(dst: AnyPath, plan: Plan) -> None:
+def _delete_others(dst: AnyPath, plan: ExportPlan) -> None:
     """Safetensors files of an earlier checkpoint."""
-    names = {file.name for file in plan.files}
+    names = {file.file for file in plan.files}
     for stale in list(dst.iterdir()):
         if stale.name.endswith(SUFFIX) and stale.name not in names:
             stale.unlink()
 
 
-def _write_side_files(checkpoint: Checkpoint, dst: AnyPath, plan: Plan) -> None:
+def _write_side_files(checkpoint: Checkpoint, dst: AnyPath, plan: ExportPlan) -> None:
     """Everything but tensors, config.json last: without it nobody takes this for a checkpoint."""
     digests = checkpoint.side_file_digests()
     for name in sorted(checkpoint.side_files(), key=lambda name: name == CONFIG):

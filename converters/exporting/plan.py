@@ -1,4 +1,4 @@
-"""What an export writes: files, headers, side files; reads no tensor and writes nothing."""
+"""What an export writes: files, headers, side files. Reads no tensor and writes nothing."""
 
 import dataclasses
 import json
@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from converters.format.header import TensorInfo, make_header, parse_header
+from converters.exporting.encode import held_slots
+from converters.format.header import Header, TensorInfo, make_header, parse_header
 from converters.format.listing import INDEX_FILE
-from converters.format.mapping import slots
-from mtp_model.checkpoint.directory import CONFIG, Checkpoint
+from converters.format.mapping import Slot, slots
+from mtp_model.checkpoint.directory import CONFIG, LAYOUT, Checkpoint
 from mtp_model.config import ModelConfig
 from mtp_model.files.untrusted_json import shown
 from mtp_model.problems import Problem, ProblemsError
@@ -18,22 +19,16 @@ Dtype = Literal["keep", "bf16"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutFile:
-    """A safetensors file to write."""
+class ExportPlan:
+    """What an export writes, made once a command.
 
-    name: str
-    size: int
-    raw_header: bytes
-    tensors: tuple[TensorInfo, ...]
-    is_source_file: bool
-    """Header and dtypes are those of the source's file of this name."""
+    dtype `keep`: headers and dtypes are the source's. slots: of the tensors whose leaves the
+    checkpoint has. replaced: side files whose content is not the checkpoint's.
+    """
 
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """An export. `replaced`: side files whose content is not the checkpoint's."""
-
-    files: tuple[OutFile, ...]
+    dtype: Dtype
+    files: tuple[Header, ...]
+    slots: Mapping[str, Slot]
     replaced: dict[str, bytes]
     notes: tuple[str, ...]
 
@@ -42,18 +37,17 @@ class Plan:
         """Dtype of every tensor that is written."""
         return {tensor.name: tensor.dtype for file in self.files for tensor in file.tensors}
 
+    def held(self, file: Header) -> tuple[TensorInfo, ...]:
+        """The tensors of a file that the checkpoint has, copies of them included."""
+        return tuple(tensor for tensor in file.tensors if tensor.name in self.slots)
 
-def make_plan(checkpoint: Checkpoint, dtype: Dtype, *, has_base: bool = False) -> Plan:
+
+def make_plan(checkpoint: Checkpoint, dtype: Dtype, *, has_base: bool = False) -> ExportPlan:
     """The plan; ProblemsError when the checkpoint lacks tensors, and there is no base to have them.
 
     With a base the dtype is `keep`.
     """
     assert dtype == "keep" or not has_base
-    where = str(checkpoint.path / "layout.json")
-    files = tuple(
-        _out_file(name, text.encode(), where, is_source_file=True)
-        for name, text in checkpoint.layout().items()
-    )
     scope = checkpoint.provenance["scope"]
     if scope != "all" and not has_base:
         name = shown(checkpoint.provenance["source"]["name"])
@@ -61,42 +55,44 @@ def make_plan(checkpoint: Checkpoint, dtype: Dtype, *, has_base: bool = False) -
         advice = "export it with --base, naming that source, to write the whole checkpoint"
         problem = Problem("scope", "the checkpoint", f"{detail}; {advice}")
         raise ProblemsError(str(checkpoint.path), [problem])
-    config = ModelConfig.from_dict(checkpoint.config_dict)
-    if dtype == "keep":
-        return Plan(files=files, replaced={}, notes=())
-    return _as_bf16(checkpoint, config, files)
-
-
-def _out_file(name: str, raw_header: bytes, where: str, *, is_source_file: bool) -> OutFile:
-    header = parse_header(raw_header, name, where)
-    return OutFile(
-        name=name,
-        size=header.size,
-        raw_header=raw_header,
-        tensors=header.tensors,
-        is_source_file=is_source_file,
+    kept = ExportPlan(
+        dtype="keep",
+        files=tuple(
+            parse_header(text.encode(), name, _where(checkpoint))
+            for name, text in checkpoint.layout().items()
+        ),
+        slots=held_slots(checkpoint),
+        replaced={},
+        notes=(),
     )
+    return kept if dtype == "keep" else as_bf16(kept, checkpoint)
 
 
-def _as_bf16(checkpoint: Checkpoint, config: ModelConfig, files: tuple[OutFile, ...]) -> Plan:
+def as_bf16(kept: ExportPlan, checkpoint: Checkpoint) -> ExportPlan:
     """The same files with what a bfloat16 checkpoint of this network has: no scales."""
+    config = ModelConfig.from_dict(checkpoint.config_dict)
     plain = slots(dataclasses.replace(config, dtype="bfloat16", weight_block_size=None))
-    where = str(checkpoint.path / "layout.json")
     written = []
-    for file in files:
-        kept = [(t.name, plain[t.name].dtype, t.shape) for t in file.tensors if t.name in plain]
-        metadata = parse_header(file.raw_header, file.name, where).metadata
-        if kept:
-            header = make_header(kept, metadata)
-            written.append(_out_file(file.name, header, where, is_source_file=False))
+    for file in kept.files:
+        tensors = [(t.name, plain[t.name].dtype, t.shape) for t in file.tensors if t.name in plain]
+        if tensors:
+            raw = make_header(tensors, file.metadata)
+            written.append(parse_header(raw, file.file, _where(checkpoint)))
     replaced = {CONFIG: _json(_bf16_config(checkpoint.config_dict))}
     if INDEX_FILE in checkpoint.side_files():
         replaced[INDEX_FILE] = _json(_index(written))
-    num_scales = sum(len(file.tensors) for file in files) - sum(len(f.tensors) for f in written)
+    num_scales = sum(len(file.tensors) for file in kept.files)
+    num_scales -= sum(len(file.tensors) for file in written)
     notes = ("weights are written as bfloat16",)
     if num_scales:
         notes += (f"{num_scales:,} scales and config.json's quantization_config are left out",)
-    return Plan(files=tuple(written), replaced=replaced, notes=notes)
+    return ExportPlan(
+        dtype="bf16", files=tuple(written), slots=kept.slots, replaced=replaced, notes=notes
+    )
+
+
+def _where(checkpoint: Checkpoint) -> str:
+    return str(checkpoint.path / LAYOUT)
 
 
 def _bf16_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,8 +100,8 @@ def _bf16_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return changed | {key: "bfloat16" for key in ("torch_dtype", "dtype") if key in config}
 
 
-def _index(files: list[OutFile]) -> dict[str, Any]:
-    places = {tensor.name: file.name for file in files for tensor in file.tensors}
+def _index(files: list[Header]) -> dict[str, Any]:
+    places = {tensor.name: file.file for file in files for tensor in file.tensors}
     total = sum(tensor.nbytes for file in files for tensor in file.tensors)
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
 

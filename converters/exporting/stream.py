@@ -1,48 +1,44 @@
 """The bytes of an export in the order of its files, prepared ahead by a few threads.
 
 A piece is a run of rows of neighbouring tensors, about 32 MiB: small tensors share one.
+
+The new scales of a weight that is quantised again come with its codes. They are handed on to their
+own place, which mostly is just behind; only where scales come before their weight, or without it,
+the weight is quantised for them alone.
 """
 
 import itertools
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Protocol
+from contextlib import closing
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from converters.exporting.encode import PIECE_BYTES
-from converters.exporting.plan import OutFile
+from converters.exporting.encode import (
+    PIECE_BYTES,
+    EncodedRows,
+    Encoder,
+    Requantisation,
+    joined_scales,
+    requantisation,
+)
 from converters.format.header import TensorInfo
-from mtp_model.files.local import AlignedBuffer, aligned
-
-
-class RowEncoder(Protocol):
-    """The bytes of tensors, row by row; encode.Encoder explains the methods."""
-
-    def num_rows(self, name: str) -> int: ...
-    def row_bytes(self, name: str) -> int: ...
-    def rows_at_once(self, name: str) -> int: ...
-    def is_derived_scale(self, name: str) -> bool: ...
-    def encode_into(self, name: str, start: int, stop: int, out: np.ndarray) -> None: ...
+from mtp_model.files.local import ReusedMemory, aligned
 
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """Rows of a tensor as they are written, in memory that is reused once the next is asked for."""
+    """Rows of a tensor as they are written, in memory that is reused once the next is asked for.
+
+    is_last: they end the tensor. cost: with the last rows of a weight that got new scales.
+    """
 
     tensor: TensorInfo
-    start: int
-    stop: int
-    memory: np.ndarray
-    is_late: bool
-
-    def data(self, encoder: RowEncoder) -> np.ndarray:
-        """Its bytes (uint8)."""
-        if self.is_late:
-            encoder.encode_into(self.tensor.name, self.start, self.stop, self.memory)
-        return self.memory
+    data: np.ndarray
+    is_last: bool
+    cost: Requantisation | None = None
 
 
 Segments = Generator[Segment, None, None]
@@ -50,20 +46,79 @@ Segments = Generator[Segment, None, None]
 
 @dataclass(frozen=True, kw_only=True)
 class _Rows:
-    """Rows of a tensor that are still to be prepared."""
+    """Rows of a tensor that are still to be prepared; none of scales that their weight brings."""
 
     tensor: TensorInfo
-    start: int
-    stop: int
+    rows: range
     nbytes: int
+    is_last: bool
 
 
-def prepared_segments(encoder: RowEncoder, files: Sequence[OutFile], workers: int) -> Segments:
-    """All tensors of the files in order, row by row."""
-    idle = [_Memory() for _ in range(workers + 1)]
-    waiting: deque[tuple[Future[list[Segment]], _Memory]] = deque()
+_Prepared = tuple[_Rows, EncodedRows]
+_NO_BYTES = np.empty(0, np.uint8)
+_NOTHING = EncodedRows(data=_NO_BYTES)
+
+
+def encoded_segments(encoder: Encoder, tensors: Sequence[TensorInfo], workers: int) -> Segments:
+    """These tensors in order, row by row."""
+    brought = _scales_behind_their_weights(encoder, tensors)
+    scales: dict[str, np.ndarray] = {}  # of weights that are done, until their place comes
+    weight: list[EncodedRows] = []  # what was handed out of the one that is being quantised
+    all_rows = _all_rows(encoder, tensors, brought)
+    with closing(_prepared(encoder, all_rows, workers)) as prepared:
+        for rows, encoded in prepared:
+            name, data, cost = rows.tensor.name, encoded.data, None
+            if name in brought:
+                data = scales.pop(name).reshape(-1).view(np.uint8)
+            if encoded.scales is not None:
+                weight.append(replace(encoded, data=_NO_BYTES))
+            if weight and rows.is_last:
+                cost, scale = requantisation(name, weight), encoder.slots[name].scale
+                if scale in brought:
+                    scales[scale] = joined_scales(weight)
+                weight = []
+            yield Segment(tensor=rows.tensor, data=data, is_last=rows.is_last, cost=cost)
+
+
+def tensor_segments(segments: Segments, tensor: TensorInfo) -> Iterator[Segment]:
+    """Those of the tensor that is next."""
+    for segment in segments:
+        assert segment.tensor is tensor, (segment, tensor)
+        yield segment
+        if segment.is_last:
+            return
+
+
+def _scales_behind_their_weights(encoder: Encoder, tensors: Iterable[TensorInfo]) -> set[str]:
+    found, before = set(), set()
+    for tensor in tensors:
+        if encoder.requantised_weight(tensor.name) in before:
+            found.add(tensor.name)
+        before.add(tensor.name)
+    return found
+
+
+def _all_rows(
+    encoder: Encoder, tensors: Iterable[TensorInfo], brought: set[str]
+) -> Iterator[_Rows]:
+    for tensor in tensors:
+        if tensor.name in brought:
+            yield _Rows(tensor=tensor, rows=range(0), nbytes=0, is_last=True)
+            continue
+        left, row_bytes = tensor.nbytes, encoder.row_bytes(tensor.name)
+        for rows in encoder.spans(tensor.name, PIECE_BYTES):
+            left -= len(rows) * row_bytes
+            yield _Rows(tensor=tensor, rows=rows, nbytes=len(rows) * row_bytes, is_last=left == 0)
+
+
+def _prepared(
+    encoder: Encoder, all_rows: Iterable[_Rows], workers: int
+) -> Generator[_Prepared, None, None]:
+    """All rows in order, encoded by threads, a few pieces ahead."""
+    idle = [ReusedMemory(PIECE_BYTES) for _ in range(workers + 1)]
+    waiting: deque[tuple[Future[list[_Prepared]], ReusedMemory]] = deque()
     with ThreadPoolExecutor(workers) as pool:
-        for piece in _pieces(encoder, files):
+        for piece in _pieces(all_rows):
             if not idle:
                 future, memory = waiting.popleft()
                 yield from future.result()
@@ -74,22 +129,10 @@ def prepared_segments(encoder: RowEncoder, files: Sequence[OutFile], workers: in
             yield from waiting.popleft()[0].result()
 
 
-class _Memory:
-    """Memory of one piece, reused from piece to piece."""
-
-    def __init__(self) -> None:
-        self._buffer = AlignedBuffer(0)
-
-    def take(self, nbytes: int) -> np.ndarray:
-        if self._buffer.capacity < nbytes:
-            self._buffer = AlignedBuffer(max(nbytes, PIECE_BYTES))
-        return self._buffer.bytes[:nbytes]
-
-
-def _pieces(encoder: RowEncoder, files: Sequence[OutFile]) -> Iterator[list[_Rows]]:
+def _pieces(all_rows: Iterable[_Rows]) -> Iterator[list[_Rows]]:
     piece: list[_Rows] = []
     filled = 0
-    for rows in _all_rows(encoder, files):
+    for rows in all_rows:
         if piece and filled + aligned(rows.nbytes) > PIECE_BYTES:
             yield piece
             piece, filled = [], 0
@@ -99,33 +142,13 @@ def _pieces(encoder: RowEncoder, files: Sequence[OutFile]) -> Iterator[list[_Row
         yield piece
 
 
-def _all_rows(encoder: RowEncoder, files: Sequence[OutFile]) -> Iterator[_Rows]:
-    for file in files:
-        for tensor in file.tensors:
-            num_rows, step = encoder.num_rows(tensor.name), encoder.rows_at_once(tensor.name)
-            for start in range(0, num_rows, step):
-                stop = min(start + step, num_rows)
-                nbytes = (stop - start) * encoder.row_bytes(tensor.name)
-                yield _Rows(tensor=tensor, start=start, stop=stop, nbytes=nbytes)
-
-
-def _prepare(encoder: RowEncoder, piece: list[_Rows], memory: _Memory) -> list[Segment]:
-    # Every segment begins a page, so that it can be read straight from the disk.
+def _prepare(encoder: Encoder, piece: list[_Rows], memory: ReusedMemory) -> list[_Prepared]:
+    # Every tensor's rows begin a page, so that they can be read straight from the disk.
     begins = [0, *itertools.accumulate(aligned(rows.nbytes) for rows in piece)]
     out = memory.take(begins[-1])
-    segments = []
+    prepared = []
     for rows, begin in zip(piece, begins, strict=False):
-        end = begin + rows.nbytes
-        segment = Segment(
-            tensor=rows.tensor,
-            start=rows.start,
-            stop=rows.stop,
-            memory=out[begin:end],
-            # New scales follow from their weight. It mostly comes just before them: by the time
-            # they are written it was encoded, and nothing has to be encoded twice.
-            is_late=encoder.is_derived_scale(rows.tensor.name),
-        )
-        if not segment.is_late:
-            encoder.encode_into(rows.tensor.name, rows.start, rows.stop, segment.memory)
-        segments.append(segment)
-    return segments
+        data = out[begin : begin + rows.nbytes]
+        encoded = encoder.encode(rows.tensor.name, rows.rows, data) if rows.rows else _NOTHING
+        prepared.append((rows, encoded))
+    return prepared

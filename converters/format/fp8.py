@@ -31,19 +31,33 @@ class Fp8Error(UserError):
     """Weights or scales that FP8 blocks cannot hold; the text reads on after the tensor's name."""
 
 
+class Cost(NamedTuple):
+    """What weights lose to new scales.
+
+    `max_rel_err`: the largest error of an element, divided by the largest magnitude of its block.
+    `squared_error`, `squared_weights`: sums of the squares of all errors and of all weights.
+    """
+
+    max_rel_err: float
+    squared_error: float
+    squared_weights: float
+
+    @property
+    def rms_rel_err(self) -> float:
+        """The root mean square of all errors, divided by that of the weights."""
+        ratio = self.squared_error / self.squared_weights if self.squared_weights else 0.0
+        return math.sqrt(ratio)
+
+
 class Requantised(NamedTuple):
     """FP8 codes [rows, columns] as uint8 and their scales, float32 [row blocks, column blocks].
 
-    `changed` False: the scales are the stored ones and the weights come back bit for bit.
-    `max_rel_err`: the largest error of an element, divided by the largest magnitude of its block.
-    `rms_rel_err`: the root mean square of all errors, divided by that of the tensor.
+    `cost` None: the scales are the stored ones and the weights come back bit for bit.
     """
 
     codes: NDArray[np.uint8]
     scale: NDArray[np.float32]
-    changed: bool
-    max_rel_err: float
-    rms_rel_err: float
+    cost: Cost | None
 
 
 def dequantise_into(out: np.ndarray, codes: np.ndarray, scale: np.ndarray, block: Block) -> None:
@@ -85,15 +99,14 @@ def requantise(weight: np.ndarray, stored_scale: np.ndarray | None, block: Block
     if stored_scale is not None:
         codes = quantise(weight, stored_scale, block)
         if _kernels().reproduces(codes, words, stored_scale, *block, shift):
-            return Requantised(codes, stored_scale, False, 0.0, 0.0)
+            return Requantised(codes, stored_scale, None)
     largest = _largest(weight, block)
     scale = _scales(largest)
     codes = quantise(weight, scale, block)
     worst = np.zeros(scale.shape, np.uint32)
     error, power = _kernels().errors(worst, codes, words, scale, *block, shift)
     relative = worst.view(np.float32) / np.where(largest == 0, np.float32(1), largest)
-    rms = math.sqrt(error / power) if power else 0.0
-    return Requantised(codes, scale, True, float(relative.max(initial=0)), rms)
+    return Requantised(codes, scale, Cost(float(relative.max(initial=0)), error, power))
 
 
 def _largest(weight: np.ndarray, block: Block) -> NDArray[np.float32]:

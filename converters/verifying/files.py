@@ -5,8 +5,8 @@ With equal tensors that is all that is left of a file: their order, their places
 
 from collections.abc import Iterator
 
-from converters.exporting.base import source_file_digest
-from converters.exporting.plan import Plan, make_plan
+from converters.exporting.plan import ExportPlan, as_bf16, make_plan
+from converters.exporting.reuse import source_file_digest
 from converters.format.listing import Listing
 from converters.importing.plan import side_files
 from mtp_model.checkpoint.directory import Checkpoint
@@ -27,18 +27,18 @@ def differing_files(listing: Listing, checkpoint: Checkpoint) -> tuple[Problem, 
     return (*_headers(listing, plan), *_side_files(listing, checkpoint, plan))
 
 
-def _plan(listing: Listing, checkpoint: Checkpoint) -> Plan:
+def _plan(listing: Listing, checkpoint: Checkpoint) -> ExportPlan:
     """The export that the source may be: the one whose tensors have the source's dtypes."""
     kept = make_plan(checkpoint, "keep", has_base=True)
     found = {name: tensor.dtype for name, tensor in listing.tensors.items()}
     if found == kept.dtypes or checkpoint.provenance["scope"] != "all":
         return kept
-    as_bf16 = make_plan(checkpoint, "bf16")
-    return as_bf16 if found == as_bf16.dtypes else kept
+    rounded = as_bf16(kept, checkpoint)
+    return rounded if found == rounded.dtypes else kept
 
 
-def _headers(listing: Listing, plan: Plan) -> Iterator[Problem]:
-    written = {file.name: file.raw_header for file in plan.files}
+def _headers(listing: Listing, plan: ExportPlan) -> Iterator[Problem]:
+    written = {file.file: file.raw for file in plan.files}
     for file in sorted(written.keys() | listing.headers.keys()):
         if file not in written:
             yield _unknown(file)
@@ -49,7 +49,7 @@ def _headers(listing: Listing, plan: Plan) -> Iterator[Problem]:
             yield Problem("header", file, detail)
 
 
-def _side_files(listing: Listing, checkpoint: Checkpoint, plan: Plan) -> Iterator[Problem]:
+def _side_files(listing: Listing, checkpoint: Checkpoint, plan: ExportPlan) -> Iterator[Problem]:
     replaced = {file: digest(content) for file, content in plan.replaced.items()}
     written = checkpoint.side_file_digests() | replaced
     sizes, found = listing.source.files(), side_files(listing)

@@ -1,6 +1,6 @@
 """Logits of a checkpoint directory against the plain-torch reference on the source's own files.
 
-Both run in float32 on the same seeded tokens. Must not know how either of them computes.
+Both run in float32 on the same seeded tokens.
 """
 
 import math
@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from converters.exporting.encode import Encoder, held_slots
 from converters.format.header import DTYPES
 from converters.format.listing import Listing
-from converters.format.mapping import slots
-from converters.verifying.as_exported import finer_leaves, round_as_exported
+from converters.format.mapping import Slot, slots
 from mtp_model.checkpoint.directory import Checkpoint, CheckpointError
 from mtp_model.config import ModelConfig
 from mtp_model.load import checkpoint_config, load
@@ -83,17 +83,54 @@ def check_logits(
     config = checkpoint_config(checkpoint)
     scope, files = checkpoint.provenance["scope"], listing.tensors
     dtypes = {name: files[name].dtype for name in slots(config, scope) if name in files}
-    finer = finer_leaves(checkpoint, dtypes)
+    held = held_slots(checkpoint)
+    finer = _finer_leaves(checkpoint, held, dtypes)
     stored = torch_reference.weights_of(Path(listing.source.name), dict(config_dict))
     get = _rounded_like(checkpoint, config, finer, stored)
     reference = torch_reference.TorchReference(_reference_config(config, config_dict), get)
     model = load(checkpoint.path, dtype=jnp.float32, scope=scope)
-    round_as_exported(model, checkpoint, dtypes, config.weight_block_size, finer)
+    _round_as_exported(model, checkpoint, Encoder(checkpoint, held, dtypes), finer)
     tokens, segments = seeded_batch(config.vocab_size)
     h0, theirs = reference.by_depth(tokens, segments)
     ours = _our_logits(model, tokens, segments, h0.numpy())
     depths = tuple(_compare(k, got, theirs[k].numpy(), segments) for k, got in ours.items())
     return LogitsCheck(tolerance=TOLERANCE, depths=depths, rounded_leaves=tuple(sorted(finer)))
+
+
+def _finer_leaves(
+    checkpoint: Checkpoint, held: Mapping[str, Slot], dtypes: Mapping[str, str]
+) -> frozenset[str]:
+    """Leaves that training changed and that are kept finer than export writes them.
+
+    Export quantises and rounds them on the way out; so has who compares with what it wrote.
+    held: the checkpoint's tensors. dtypes: of what export writes, by tensor name.
+    """
+    derived = checkpoint.provenance.get("derived", ())
+    trained = {path for derivation in derived for path in derivation["changed"]}
+    return frozenset(
+        slot.path
+        for name, slot in held.items()
+        if slot.path in trained
+        and name in dtypes
+        and checkpoint.leaves[slot.path].dtype != DTYPES[dtypes[name]]
+    )
+
+
+def _round_as_exported(
+    model: DeepSeekV3, checkpoint: Checkpoint, encoder: Encoder, leaves: frozenset[str]
+) -> None:
+    """Set these leaves of a float32 model to the values that export writes, one leaf at a time."""
+    for path in sorted(leaves):
+        values = np.empty(checkpoint.leaves[path].shape, np.float32)
+        for slot in encoder.slots.values():
+            if slot.path == path and not slot.copy_of:
+                for rows, exported in encoder.values(slot.name):
+                    values[slot.index][rows.start : rows.stop] = exported
+        *owners, name = path.split(".")
+        owner: Any = model
+        for attribute in owners:
+            owner = getattr(owner, attribute)
+        getattr(owner, name)[...] = values
 
 
 def seeded_batch(vocab_size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,13 +1,12 @@
-"""Compares one tensor of a source with what export writes for it; knows no scope and no totals."""
+"""Compares one tensor of a source, and its scales, with what export writes for it."""
 
 import math
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from converters.exporting.encode import Encoder
+from converters.exporting.encode import EncodedRows, Encoder, held_slots
 from converters.format.fp8 import Fp8Error, dequantise_into
 from converters.format.groups import group_of
 from converters.format.header import DTYPES
@@ -16,10 +15,9 @@ from converters.format.mapping import Slot
 from converters.sources.source import Read
 from mtp_model.checkpoint.directory import Checkpoint
 from mtp_model.config import ModelConfig
-from mtp_model.files.local import AlignedBuffer
+from mtp_model.files.local import ThreadMemory
 
 _PIECE_BYTES = 16 << 20  # of each side
-_NO_MEMORY = AlignedBuffer(0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +46,11 @@ class TensorComparer:
         """config: the source's. slots: what is compared, all of it in the source."""
         self._listing, self._slots = listing, slots
         dtypes = {name: listing.tensors[name].dtype for name in slots}
-        self._encoder = Encoder(checkpoint, dtypes)
+        self._encoder = Encoder(checkpoint, held_slots(checkpoint), dtypes)
         self._stale = frozenset(checkpoint.provenance["stale_copies"])
         self._block = config.weight_block_size or (1, 1)
-        stored = ModelConfig.from_dict(checkpoint.config_dict).weight_block_size or (1, 1)
-        self._row_multiple = stored[0]
-        self._memory = threading.local()
+        # Pieces of all large tensors need about as much, so that no thread takes more than another.
+        self._memory = ThreadMemory(2 * _PIECE_BYTES)
         self.scales = frozenset(slot.scale for slot in slots.values() if slot.scale)
 
     def place(self, name: str) -> tuple[str, int]:
@@ -72,83 +69,85 @@ class TensorComparer:
 
     def differences(self, slot: Slot) -> list[Difference]:
         """Of a tensor and its scales; together, for quantising again makes both at once."""
-        found = [
-            self._difference(self._slots[name]) for name in slot.with_scale if not self._same(name)
-        ]
-        for name in slot.with_scale:
-            self._encoder.forget(name)
+        is_same, encoded_scales = True, []
+        for ours, theirs in self._pieces(slot.name):
+            is_same = is_same and np.array_equal(ours.data, theirs)
+            if ours.scales is not None:
+                encoded_scales.append(ours.scales)
+        grids = self._grids(slot.scale, encoded_scales) if slot.scale else None
+        found = []
+        if not is_same:
+            found.append(self._difference(slot, self._values(slot, grids)))
+        if slot.scale and grids is not None and grids[0].tobytes() != grids[1].tobytes():
+            found.append(self._difference(self._slots[slot.scale], [grids]))
         return found
 
-    def _same(self, name: str) -> bool:
-        return all(np.array_equal(ours, theirs) for ours, theirs in self._pieces(name))
+    def _pieces(self, name: str) -> Iterator[tuple[EncodedRows, np.ndarray]]:
+        """What export writes and what the source has (uint8), whole rows of blocks at a time."""
+        row_bytes = self._encoder.row_bytes(name)
+        file, begin = self.place(name)
+        for rows in self._encoder.spans(name, _PIECE_BYTES):
+            nbytes = len(rows) * row_bytes
+            ours, theirs = self._memory.take(2 * nbytes).reshape(2, nbytes)
+            self._listing.source.read_into(file, begin + rows.start * row_bytes, theirs)
+            yield self._encoder.encode(name, rows, ours), theirs
 
-    def _difference(self, slot: Slot) -> Difference:
+    def _grids(self, scale: str, encoded: list[np.ndarray]) -> np.ndarray:
+        """A weight's scales, float32 [2, ...]: as export writes them and as the source has them.
+
+        encoded: those that came with the weight's codes, if it was quantised again.
+        """
+        shape, (file, begin) = self._slots[scale].shape, self.place(scale)
+        grids = np.empty((2, *shape), np.float32)
+        ours, theirs = grids.view(np.uint8).reshape(2, -1)
+        self._listing.source.read_into(file, begin, theirs)
+        if encoded:
+            np.concatenate(encoded, out=grids[0])
+        else:
+            self._encoder.encode(scale, range(shape[0]), ours)
+        return grids
+
+    def _values(self, slot: Slot, grids: np.ndarray | None) -> Iterator[np.ndarray]:
+        """Both sides' float32 values [2, rows, ...], dequantised, piece by piece."""
+        dtype, row = DTYPES[self._listing.tensors[slot.name].dtype], 0
+        for ours, theirs in self._pieces(slot.name):
+            stored = np.stack([ours.data, theirs]).view(dtype).reshape(2, -1, *slot.shape[1:])
+            if grids is None:
+                yield stored.astype(np.float32)
+            else:
+                yield self._dequantised(stored, grids, row)
+            row += stored.shape[1]
+
+    def _dequantised(self, codes: np.ndarray, grids: np.ndarray, start: int) -> np.ndarray:
+        """Float32 values of codes [2, rows, columns] that begin at row `start` of their tensor."""
+        height = self._block[0]
+        blocks = slice(start // height, -(-(start + codes.shape[1]) // height))
+        values = np.empty(codes.shape, np.float32)
+        for side in range(2):
+            dequantise_into(values[side], codes[side], grids[side, blocks], self._block)
+        return values
+
+    def _difference(self, slot: Slot, values: Iterable[np.ndarray]) -> Difference:
         return Difference(
             name=slot.name,
             group=group_of(slot),
             bytes=self._listing.tensors[slot.name].nbytes,
-            worst=self._worst(slot),
+            worst=_worst(values),
             replaced=slot.name in self._stale,
         )
 
-    def _pieces(self, name: str) -> Iterator[np.ndarray]:
-        """What export writes and what the source has, uint8 [2, bytes], whole rows at a time."""
-        rows, step = self._encoder.num_rows(name), self._rows_at_once(name)
-        row_bytes = self._encoder.row_bytes(name)
-        file, begin = self.place(name)
-        for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            pair = self._buffers((stop - start) * row_bytes)
-            self._encoder.encode_into(name, start, stop, pair[0])
-            self._listing.source.read_into(file, begin + start * row_bytes, pair[1])
-            yield pair
 
-    def _rows_at_once(self, name: str) -> int:
-        """Rows of a piece: whole rows of blocks, at most _PIECE_BYTES if it can be."""
-        blocks = _PIECE_BYTES // (self._encoder.row_bytes(name) * self._row_multiple)
-        most = max(blocks, 1) * self._row_multiple
-        return min(most, self._encoder.rows_at_once(name))
-
-    def _buffers(self, nbytes: int) -> np.ndarray:
-        """Memory [2, nbytes] that this thread uses again and again; fresh memory is slow.
-
-        Pieces of all large tensors need about as much, so that no thread takes more than another.
-        """
-        if getattr(self._memory, "pair", _NO_MEMORY).capacity < 2 * nbytes:
-            self._memory.pair = AlignedBuffer(2 * max(nbytes, _PIECE_BYTES))
-        return self._memory.pair.bytes[: 2 * nbytes].reshape(2, nbytes)
-
-    def _worst(self, slot: Slot) -> float:
-        """As in Difference; infinite where a value or a scale is no finite number."""
-        step = self._rows_at_once(slot.name)
-        # Copied: the next pieces come into the same memory.
-        grids = np.concatenate([*map(np.copy, self._pieces(slot.scale))], 1) if slot.scale else None
-        worst, peak = [0.0], [0.0]
-        try:
-            for number, pair in enumerate(self._pieces(slot.name)):
-                ours, theirs = self._values(slot, pair, grids, number * step)
-                with np.errstate(invalid="ignore"):  # infinity less infinity is not finite either
-                    worst.append(np.abs(ours - theirs).max())
-                peak.append(np.abs(theirs).max())
-        except Fp8Error:
-            return float("inf")
-        largest, of = float(np.max(worst)), float(np.max(peak))
-        if not math.isfinite(largest + of):
-            return float("inf")
-        return largest / max(of, float(np.finfo(np.float32).tiny))
-
-    def _values(
-        self, slot: Slot, pair: np.ndarray, grids: np.ndarray | None, start: int
-    ) -> np.ndarray:
-        """The float32 values [2, rows, ...] of a piece that begins at row `start`."""
-        dtype = DTYPES[self._listing.tensors[slot.name].dtype]
-        stored = pair.view(dtype).reshape(2, -1, *slot.shape[1:])
-        if slot.scale is None or grids is None:
-            return stored.astype(np.float32)
-        scales = grids.view(np.float32).reshape(2, *self._slots[slot.scale].shape)
-        blocks = start // self._block[0], -(-(start + stored.shape[1]) // self._block[0])
-        values = np.empty(stored.shape, np.float32)
-        for side in range(2):
-            grid = np.ascontiguousarray(scales[side, slice(*blocks)])
-            dequantise_into(values[side], stored[side], grid, self._block)
-        return values
+def _worst(values: Iterable[np.ndarray]) -> float:
+    """As in Difference; infinite where a value or a scale is no finite number."""
+    worst, peak = [0.0], [0.0]
+    try:
+        for ours, theirs in values:
+            with np.errstate(invalid="ignore"):  # infinity less infinity is not finite either
+                worst.append(np.abs(ours - theirs).max())
+            peak.append(np.abs(theirs).max())
+    except Fp8Error:
+        return float("inf")
+    largest, of = float(np.max(worst)), float(np.max(peak))
+    if not math.isfinite(largest + of):
+        return float("inf")
+    return largest / max(of, float(np.finfo(np.float32).tiny))

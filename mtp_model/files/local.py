@@ -40,6 +40,27 @@ class AlignedBuffer:
         self.bytes = np.frombuffer(self._map, np.uint8)
 
 
+class ReusedMemory:
+    """Page-aligned memory for one piece after the other: fresh memory is slow.
+
+    least: bytes that are there from the first piece on, so that all pieces find enough.
+    """
+
+    def __init__(self, least: int = 0):
+        self._least = least
+        self._buffer = AlignedBuffer(0)
+
+    def take(self, nbytes: int) -> np.ndarray:
+        """So many bytes (uint8); they hold what they held before."""
+        if self._buffer.capacity < nbytes:
+            self._buffer = AlignedBuffer(max(nbytes, self._least))
+        return self._buffer.bytes[:nbytes]
+
+
+class ThreadMemory(threading.local, ReusedMemory):
+    """The same for several threads: each has its own."""
+
+
 def digest(data: bytes | memoryview) -> str:
     """xxh3_128 of bytes, in hex: the one digest of checkpoint directories."""
     return xxhash.xxh3_128_hexdigest(data)

@@ -23,7 +23,7 @@ from roundtrip import (
     tree_bytes,
 )
 
-from converters.exporting import base, base_compare, encode
+from converters.exporting import encode, reuse
 from converters.exporting import stream as export_stream
 from converters.exporting.exporter import export_checkpoint
 from converters.exporting.result import ExportSummary
@@ -182,19 +182,19 @@ def test_pieces_may_be_small(
 ):
     export(tuned, tmp_path / "one", src)
     largest = 0
-    real = export_stream.AlignedBuffer
+    real = export_stream.ReusedMemory.take
 
-    def spied(capacity: int) -> Any:
+    def spied(memory: Any, nbytes: int) -> Any:
         nonlocal largest
-        largest = max(largest, capacity)
-        return real(capacity)
+        largest = max(largest, nbytes)
+        return real(memory, nbytes)
 
-    monkeypatch.setattr(export_stream, "AlignedBuffer", spied)
-    for module in (encode, export_stream, base, base_compare):
+    monkeypatch.setattr(export_stream.ReusedMemory, "take", spied)
+    for module in (encode, export_stream, reuse):
         monkeypatch.setattr(module, "PIECE_BYTES", 900)
     export(tuned, tmp_path / "two", src, workers=1)
     assert_same_files(tmp_path / "two", tmp_path / "one")
-    assert largest < max(tensor.nbytes for tensor in read_tensors(src).values())
+    assert 0 < largest < max(tensor.nbytes for tensor in read_tensors(src).values())
 
 
 def test_a_partial_checkpoint_needs_a_base(mtp: Checkpoint, tmp_path: Path):
@@ -384,7 +384,7 @@ def test_what_an_interrupted_one_compared_is_not_read_again(
 ):
     with pytest.raises(KeyboardInterrupt):
         export(tuned, tmp_path / "out", src, progress=stop_at(0.6))
-    monkeypatch.setattr(base_compare.Comparison, "_is_same", fails)
+    monkeypatch.setattr(reuse, "_compare", fails)
     export(tuned, tmp_path / "out", src)
     assert differing(tmp_path / "out", src) == MTP_NAMES
 

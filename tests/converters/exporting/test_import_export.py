@@ -1,5 +1,6 @@
 """Import and export: round trips byte for byte, and everything that may go wrong with values."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -23,12 +24,15 @@ from roundtrip import (
     tree_bytes,
 )
 
-from converters.exporting import encode
+from converters.exporting import encode, exporter
 from converters.exporting import files as export_files
+from converters.exporting import plan as export_plan
 from converters.exporting import stream as export_stream
-from converters.exporting.encode import Encoder
+from converters.exporting.encode import Encoder, held_slots
 from converters.exporting.exporter import export_checkpoint
+from converters.format import fp8 as fp8_format
 from converters.format.fp8 import block_scales, quantise
+from converters.format.header import make_header, parse_header
 from converters.format.listing import list_checkpoint
 from converters.format.mapping import slots
 from converters.importing.importer import import_checkpoint
@@ -308,10 +312,50 @@ def test_bytes_do_not_depend_on_how_rows_are_divided(
     assert_same_files(tmp_path / "two", tmp_path / "one")
     written = read_tensors(tmp_path / "one")
     names = {dtype: name for name, dtype in NUMPY_DTYPES.items()}
-    encoder = Encoder(final, {name: names[tensor.dtype] for name, tensor in written.items()})
-    for name in sorted(written, reverse=True):  # scales before their weights
-        data = b"".join(block.tobytes() for block in encoder.blocks(name))
+    dtypes = {name: names[tensor.dtype] for name, tensor in written.items()}
+    encoder = Encoder(final, held_slots(final), dtypes)
+    for name in sorted(written, reverse=True):  # scales without their weights
+        data = b"".join(piece.data.tobytes() for _, piece in encoder.pieces(name))
         assert data == written[name].tobytes(), name
+
+
+@pytest.mark.parametrize("order", [-1, 1])
+def test_scales_may_come_before_their_weights_and_in_another_file(
+    in_bf16: Checkpoint, tmp_path: Path, order: int, monkeypatch: pytest.MonkeyPatch
+):
+    """A weight is quantised once, where its scales come behind it; the bytes are the same."""
+    path = f"mtp.block.{Q_B}"
+    final, _ = trained(in_bf16, tmp_path / "final", path, lambda w: w + 0.05)
+    plain = export_checkpoint(final, tmp_path / "plain")
+    kept = export_plan.make_plan(final, "keep")
+    tensors = sorted(
+        (tensor for file in kept.files for tensor in file.tensors),
+        key=lambda tensor: order * tensor.name.endswith("_scale_inv"),
+    )
+    half = len(tensors) // 2
+    files = tuple(
+        parse_header(make_header([(t.name, t.dtype, t.shape) for t in part], {}), name, "test")
+        for name, part in (("a.safetensors", tensors[:half]), ("b.safetensors", tensors[half:]))
+    )
+    monkeypatch.setattr(
+        exporter,
+        "make_plan",
+        lambda *_, **__: dataclasses.replace(kept, files=files, dtype="bf16"),
+    )
+    quantised: list[int] = []
+    real = fp8_format.requantise
+    monkeypatch.setattr(
+        fp8_format,
+        "requantise",
+        lambda weight, *rest: quantised.append(weight.size) or real(weight, *rest),
+    )
+    summary = export_checkpoint(final, tmp_path / "out")
+    found, wanted = read_tensors(tmp_path / "out"), read_tensors(tmp_path / "plain")
+    assert found.keys() == wanted.keys()
+    assert all(found[name].tobytes() == wanted[name].tobytes() for name in wanted)
+    assert set(summary.requantised) == set(plain.requantised)
+    weights = sum(wanted[name].size for name in wanted if name + "_scale_inv" in wanted)
+    assert sum(quantised) == (weights if order == 1 else 2 * weights)
 
 
 def test_damage_is_not_exported(kept: Checkpoint, tmp_path: Path):

@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from roundtrip import SMALL_CHUNKS, make_source, run_import, tree_bytes
 
 from converters.cli.main import main as cli
-from converters.exporting.base import check_base
+from converters.exporting.reuse import check_base
 from converters.format.listing import list_checkpoint
 from converters.importing.importer import ImportSummary, import_checkpoint
 from converters.importing.plan import Plan

@@ -14,7 +14,7 @@ from imported import import_folder, import_tiny
 from verified import Pair, opened, storage
 
 import converters.verifying
-from converters.exporting.encode import _Requantised
+from converters.exporting.encode import EncodedRows
 from converters.exporting.exporter import export_checkpoint
 from converters.format.check import read_config
 from converters.verifying.digests import check_digests
@@ -159,7 +159,7 @@ def test_what_quantising_a_weight_left_in_memory_goes_once_it_was_compared(tmp_p
 
     def count(done: int, total: int) -> None:
         if done > len(remembered) * total / 5:
-            remembered.append(sum(type(found) is _Requantised for found in gc.get_objects()))
+            remembered.append(sum(type(found) is EncodedRows for found in gc.get_objects()))
 
     assert storage(tmp_path / "source", checkpoint, workers=1, progress=count).holds
     assert len(remembered) == 5
