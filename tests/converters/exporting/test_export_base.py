@@ -33,7 +33,7 @@ from converters.sources.open import open_source
 from converters.verifying.verify import check_storage
 from mtp_model.checkpoint.directory import UNFINISHED, Checkpoint, CheckpointError, open_checkpoint
 from mtp_model.checkpoint.writer import ChangedLeaf, write_derived
-from mtp_model.problems import ProblemsError
+from mtp_model.problems import ProblemsError, UserError
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 Q_B = "mtp.block.self_attn.q_b_proj.weight"
@@ -431,7 +431,7 @@ def test_the_room_that_copies_need_is_foreseen(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage)
     export(tuned, tmp_path / "out", src)
     monkeypatch.setattr("converters.exporting.files.can_link", lambda *_: False)
-    with pytest.raises(CheckpointError, match="make room and run the same command again"):
+    with pytest.raises(UserError, match="make room and run the same command again"):
         export(tuned, tmp_path / "out2", src)
 
 

@@ -42,7 +42,7 @@ from mtp_model.checkpoint.chunks import Leaf
 from mtp_model.checkpoint.directory import Checkpoint, CheckpointError, open_checkpoint
 from mtp_model.checkpoint.writer import ChangedLeaf, write_derived
 from mtp_model.config import ModelConfig
-from mtp_model.problems import ProblemsError
+from mtp_model.problems import ProblemsError, UserError
 from tools.make_tiny_checkpoint import NUMPY_DTYPES
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -479,9 +479,9 @@ def test_a_full_disk_is_foreseen(
         free = 100_000
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage)
-    with pytest.raises(CheckpointError, match=r"needs 0\.0 GB more, its disk has 0\.0 GB free"):
+    with pytest.raises(UserError, match=r"needs 0\.0 GB more, its disk has 0\.0 GB free"):
         run_import(fp8, tmp_path / "ckpt")
-    with pytest.raises(CheckpointError, match="make room and run the same command again"):
+    with pytest.raises(UserError, match="make room and run the same command again"):
         export_checkpoint(kept, tmp_path / "out")
 
 
