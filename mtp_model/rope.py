@@ -1,6 +1,7 @@
-"""Rotary position embedding: interleaved pairs, YaRN frequencies. Knows nothing of attention.
+"""Rotary position embedding: pairs of dims turned by position, with YaRN's frequencies.
 
-Source: DeepSeek-V3's inference/model.py and YaRN (arXiv 2309.00071). R is the rotary head size.
+Source: DeepSeek-V3's inference/model.py and YaRN (arXiv 2309.00071); `attention_factor` and
+`truncate` as in Transformers. R is the rotary head size.
 """
 
 import math
@@ -20,10 +21,12 @@ def _correction_dim(rotations: float, size: int, theta: float, length: int) -> f
 def _yarn_ramp(yarn: Yarn, size: int, theta: float) -> np.ndarray:
     """[R/2] 0 where a pair keeps its frequency, 1 where it is interpolated."""
     length = yarn.original_max_position_embeddings
-    low = max(math.floor(_correction_dim(yarn.beta_fast, size, theta, length)), 0)
-    high = min(math.ceil(_correction_dim(yarn.beta_slow, size, theta, length)), size - 1)
-    steps = (np.arange(size // 2) - low) / max(high - low, 0.001)
-    return np.clip(steps, 0, 1)
+    low = _correction_dim(yarn.beta_fast, size, theta, length)
+    high = _correction_dim(yarn.beta_slow, size, theta, length)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
+    return np.clip((np.arange(size // 2) - low) / ((high - low) or 0.001), 0, 1)
 
 
 def inverse_frequencies(config: ModelConfig) -> np.ndarray:
@@ -45,6 +48,8 @@ def rotation_scale(config: ModelConfig) -> float:
     yarn = config.yarn
     if yarn is None:
         return 1.0
+    if yarn.attention_factor is not None:
+        return yarn.attention_factor
     return _mscale(yarn.factor, yarn.mscale) / _mscale(yarn.factor, yarn.mscale_all_dim)
 
 
@@ -59,7 +64,7 @@ def softmax_scale(config: ModelConfig) -> float:
 def rotate(
     x: Float[Array, "B T N R"], positions_BT: Int[Array, "B T"], config: ModelConfig
 ) -> Float[Array, "B T N R"]:
-    """Rotate the pairs (x[2i], x[2i+1]) by their position.
+    """Rotate the pairs (x[2i], x[2i+1]), or (x[i], x[i + R/2]), by their position.
 
     The result holds all first members, then all second ones: queries and keys are permuted
     alike, so their products do not change.
@@ -68,6 +73,10 @@ def rotate(
     angles = jnp.einsum("bt,r->btr", positions_BT.astype(jnp.float32), frequencies)
     angles = jnp.expand_dims(angles, 2)  # one angle for all heads
     cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = x[..., ::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
+    if config.rope_interleave:
+        first, second = x[..., ::2], x[..., 1::2]
+    else:
+        first, second = jnp.split(x, 2, axis=-1)
+    first, second = first.astype(jnp.float32), second.astype(jnp.float32)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return (rotated * rotation_scale(config)).astype(x.dtype)

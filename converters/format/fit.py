@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from converters.format.header import TensorInfo
 from converters.format.listing import Listing
 from converters.format.mapping import SCALE_SUFFIX, Slot, slots
-from mtp_model.config import MODEL_TYPES, ConfigError, ModelConfig
+from mtp_model.config import ConfigError, ModelConfig
+from mtp_model.families import MODEL_TYPES
 from mtp_model.files.untrusted_json import shown
 from mtp_model.grouping import braces
 from mtp_model.model import Scope

@@ -6,7 +6,7 @@ Both run in float32 on the same seeded tokens.
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +87,8 @@ def check_logits(
     finer = _finer_leaves(checkpoint, held, dtypes)
     stored = torch_reference.weights_of(Path(listing.source.name), dict(config_dict))
     get = _rounded_like(checkpoint, config, finer, stored)
-    reference = torch_reference.TorchReference(_reference_config(config, config_dict), get)
+    as_imported = {**config_dict, "mtp_hidden_state": config.mtp_hidden_state}
+    reference = torch_reference.TorchReference(as_imported, get)
     model = load(checkpoint.path, dtype=jnp.float32, scope=scope)
     _round_as_exported(model, checkpoint, Encoder(checkpoint, held, dtypes), finer)
     tokens, segments = seeded_batch(config.vocab_size)
@@ -153,14 +154,6 @@ def _raise_unless_it_fits(checkpoint: Checkpoint) -> None:
             f"weights, this machine has {human_bytes(memory)}; verify without --logits, which "
             "needs little memory, or on a larger machine"
         )
-
-
-def _reference_config(config: ModelConfig, config_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """The source's own config.json; our reading of it only where the file leaves something out."""
-    values = {**config.to_dict(), **config_dict, "mtp_hidden_state": config.mtp_hidden_state}
-    if values["rope_scaling"] and config.yarn:
-        values["rope_scaling"] = {"type": "yarn", **asdict(config.yarn), **values["rope_scaling"]}
-    return values
 
 
 def _rounded_like(

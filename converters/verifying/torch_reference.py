@@ -1,4 +1,4 @@
-"""The whole network once more, in plain torch; must not know jax, mtp_model or Transformers.
+"""The whole network once more, in plain torch.
 
 A second, slow and literal statement of what a checkpoint computes, for `verify --logits` to compare
 with. Weights are asked for by checkpoint name when they are used, and dropped: a matrix or two are
@@ -19,7 +19,8 @@ try:
     from torch import Tensor
     from torch.nn import functional
 
-    from converters.verifying.torch_weights import Config, Get, weights_of
+    from converters.verifying.torch_config import Config, as_read
+    from converters.verifying.torch_weights import Get, weights_of
 except ImportError as error:
     raise ImportError("needs torch, safetensors: pip install 'deepseek-mtp[verify]'") from error
 
@@ -38,6 +39,7 @@ class Places(NamedTuple):
 
     cos: Tensor  # [T, R/2], times the YaRN multiplier
     sin: Tensor  # [T, R/2]
+    interleave: bool
     visible: Tensor  # bool [B, 1, T, T]: query row may see key column
 
 
@@ -45,12 +47,12 @@ class TorchReference:
     """DeepSeek-V3 with its MTP modules, from config.json's content and weights fetched by name.
 
     `get(name)` returns a weight already dequantised. `dtype` float64 tells rounding from error.
+    Raises UserError for a key of the config that is not computed.
     """
 
     def __init__(self, config: Config, get: Get, dtype: torch.dtype = torch.float32):
-        if config.get("scoring_func", "sigmoid") != "sigmoid":
-            raise ValueError(f"scoring_func {config['scoring_func']!r}: only 'sigmoid' is known")
         self.config = config
+        self._read = as_read(config)
         self.dtype = dtype
         self.get: Get = lambda name: get(name).to(dtype)
 
@@ -60,17 +62,17 @@ class TorchReference:
         segment_ids = torch.ones_like(tokens) if segment_ids is None else segment_ids
         places = self.places(segment_ids)
         x = self.get("model.embed_tokens.weight")[tokens]
-        for layer in range(self.config["num_hidden_layers"]):
-            is_moe = layer >= self.config["first_k_dense_replace"]
+        for layer in range(self._read["num_hidden_layers"]):
+            is_moe = layer >= self._read["first_k_dense_replace"]
             get = under(self.get, f"model.layers.{layer}")
-            x = decoder_layer(x, get, self.config, places, is_moe=is_moe)
+            x = decoder_layer(x, get, self._read, places, is_moe=is_moe)
         norm = self.get("model.norm.weight")
-        return MainStates(rms_norm(x, norm, self.config["rms_norm_eps"]), x)
+        return MainStates(rms_norm(x, norm, self._read["rms_norm_eps"]), x)
 
     def first_state(self, states: MainStates) -> Tensor:
         """Return h_0, the state that depth 1 is fed, as the config's `mtp_hidden_state` says."""
-        kind = self.config.get("mtp_hidden_state", "post_norm")
-        return {"post_norm": states.hidden, "pre_norm": states.before_norm}[kind]
+        kinds = {"post_norm": states.hidden, "pre_norm": states.before_norm}
+        return kinds[self._read["mtp_hidden_state"]]
 
     @torch.no_grad()
     def mtp(
@@ -85,17 +87,17 @@ class TorchReference:
         Depth k is fed token i+k, or token 0 where that is another document's or past the end.
         More depths than modules reuse the modules in turn. Default: one depth a module.
         """
-        num_modules = self.config.get("num_nextn_predict_layers", 0)
+        num_modules = self._read["num_nextn_predict_layers"]
         if depths and not num_modules:
             raise ValueError(f"the config has no MTP module, but {depths} depths are asked for")
         segment_ids = torch.ones_like(tokens) if segment_ids is None else segment_ids
         places = self.places(segment_ids)
         states = [h0]
         for k in range(1, 1 + (num_modules if depths is None else depths)):
-            layer = self.config["num_hidden_layers"] + (k - 1) % num_modules
+            layer = self._read["num_hidden_layers"] + (k - 1) % num_modules
             e = self.get("model.embed_tokens.weight")[tokens_ahead(tokens, segment_ids, k)]
             get = under(self.get, f"model.layers.{layer}")
-            states.append(mtp_module(states[-1], e, get, self.config, places))
+            states.append(mtp_module(states[-1], e, get, self._read, places))
         return states[1:]
 
     @torch.no_grad()
@@ -108,14 +110,15 @@ class TorchReference:
         tokens, segment_ids = torch.as_tensor(tokens).long(), torch.as_tensor(segment_ids)
         main = self.main(tokens, segment_ids)
         h0, hidden = self.first_state(main), [main.hidden]
-        if self.config["num_nextn_predict_layers"]:
+        if self._read["num_nextn_predict_layers"]:
             hidden += self.mtp(h0, tokens, segment_ids)
         return h0, [self.logits(h) for h in hidden]
 
     def places(self, segment_ids: Tensor) -> Places:
         same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-        cos, sin = rope_table(self.config, segment_ids.shape[1], self.dtype)
-        return Places(cos, sin, visible=same.tril())
+        rope, dim = self._read["rope"], self._read["qk_rope_head_dim"]
+        cos, sin = rope_table(rope, dim, segment_ids.shape[1], self.dtype)
+        return Places(cos, sin, rope["interleave"], visible=same.tril())
 
 
 def under(get: Get, prefix: str) -> Get:
@@ -154,48 +157,45 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
-def rope_frequencies(config: Config) -> Tensor:
+def rope_frequencies(rope: Config, dim: int) -> Tensor:
     """Return the angle per position of each pair, float64 [R/2], with YaRN's ramp if configured.
 
     Pairs that turn over beta_fast times within the original length keep their frequency, those
     below beta_slow times have it divided by `factor`; between lies a linear ramp.
     """
-    dim, theta = config["qk_rope_head_dim"], config["rope_theta"]
+    theta, yarn = rope["theta"], rope["yarn"]
     pair = torch.arange(dim // 2, dtype=torch.float64)
     frequency = theta ** (-2 * pair / dim)
-    yarn = config.get("rope_scaling")
     if yarn is None:
         return frequency
-    if yarn["type"] != "yarn":
-        raise ValueError(f"rope_scaling.type {yarn['type']!r}: only 'yarn' is known")
 
     def pair_that_turns(times: float) -> float:
-        length = yarn["original_max_position_embeddings"]
-        return dim * math.log(length / (times * 2 * math.pi)) / (2 * math.log(theta))
+        return dim * math.log(yarn["original"] / (times * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = max(math.floor(pair_that_turns(yarn["beta_fast"])), 0)
-    high = min(math.ceil(pair_that_turns(yarn["beta_slow"])), dim - 1)
-    slowed = ((pair - low) / max(high - low, 0.001)).clamp(0, 1)
+    low, high = pair_that_turns(yarn["beta_fast"]), pair_that_turns(yarn["beta_slow"])
+    if yarn["truncate"]:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001
+    slowed = ((pair - low) / (high - low)).clamp(0, 1)
     return frequency * (1 - slowed) + frequency / yarn["factor"] * slowed
 
 
-def yarn_mscale(config: Config, key: str) -> float:
-    """Return YaRN's 0.1 m ln(factor) + 1 for m under `key` of rope_scaling; 1 without YaRN."""
-    yarn = config.get("rope_scaling")
-    return 1.0 if yarn is None else 0.1 * yarn[key] * math.log(yarn["factor"]) + 1.0
-
-
-def rope_table(config: Config, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return cos and sin [T, R/2] of positions 0..T-1, times the ratio of the two mscales."""
-    angles = torch.arange(length, dtype=torch.float64)[:, None] * rope_frequencies(config)
-    ratio = yarn_mscale(config, "mscale") / yarn_mscale(config, "mscale_all_dim")
-    return (angles.cos() * ratio).to(dtype), (angles.sin() * ratio).to(dtype)
+def rope_table(rope: Config, dim: int, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return cos and sin [T, R/2] of positions 0..T-1, times YaRN's multiplier."""
+    angles = torch.arange(length, dtype=torch.float64)[:, None] * rope_frequencies(rope, dim)
+    multiplier = rope["yarn"]["multiplier"] if rope["yarn"] else 1.0
+    return (angles.cos() * multiplier).to(dtype), (angles.sin() * multiplier).to(dtype)
 
 
 def rotate(x: Tensor, places: Places) -> Tensor:
-    """Rotate the pairs (x[2i], x[2i+1]) of [B, N, T, R]."""
-    even, odd = x[..., 0::2], x[..., 1::2]
+    """Rotate the pairs of [B, N, T, R]: neighbours (x[2i], x[2i+1]), or (x[i], x[i + R/2])."""
     cos, sin = places.cos, places.sin
+    if not places.interleave:
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+    even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
 
@@ -210,7 +210,8 @@ def attention(x: Tensor, get: Get, config: Config, places: Places) -> Tensor:
     k_nope, v = kv.split([nope, v_dim], dim=-1)
     # One rotary key serves all heads; it is not normalised.
     scores = rotate(q_rope, places) @ rotate(k_rope[:, None], places).mT + q_nope @ k_nope.mT
-    scale = (nope + rope) ** -0.5 * yarn_mscale(config, "mscale_all_dim") ** 2
+    yarn = config["rope"]["yarn"]
+    scale = (nope + rope) ** -0.5 * (yarn["m"] ** 2 if yarn else 1.0)
     weights = (scores * scale).masked_fill(~places.visible, -math.inf).softmax(dim=-1)
     return functional.linear((weights @ v).transpose(1, 2).flatten(2), get("o_proj.weight"))
 

@@ -1,17 +1,17 @@
-"""A safetensors checkpoint's weights for the torch reference; must not know what they are for.
+"""A safetensors checkpoint's weights for the torch reference.
 
 Read and dequantised without any of the converters' own code, which they help to check.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-Config = Mapping[str, Any]
+from converters.verifying.torch_config import Config
+
 Get = Callable[[str], Tensor]
 
 
@@ -24,7 +24,7 @@ def weights_of(folder: Path, config: Config) -> Get:
     for path in sorted(folder.glob("*.safetensors")):
         file = safe_open(path, framework="pt")
         files |= dict.fromkeys(file.keys(), file)
-    block = config.get("quantization_config", {}).get("weight_block_size")
+    block = (config.get("quantization_config") or {}).get("weight_block_size", (1, 1))
 
     def read(name: str) -> Tensor:
         if name not in files:

@@ -22,6 +22,7 @@ from transformers_pair import (
 )
 
 from converters.verifying import torch_reference
+from converters.verifying.torch_config import as_read
 from converters.verifying.torch_reference import TorchReference, open_reference, under
 from tools.make_tiny_checkpoint import make_tiny_checkpoint
 
@@ -130,7 +131,8 @@ def attention(pair: Pair, x: Tensor) -> tuple[Tensor, Tensor]:
     want, _ = pair.main.model.layers[0].self_attn(x, embeddings, mask)
     get = under(pair.reference.get, "model.layers.0.self_attn")
     places = pair.reference.places(torch.ones_like(pair.tokens))
-    return torch_reference.attention(x, get, pair.reference.config, places), want
+    read = as_read(pair.reference.config)
+    return torch_reference.attention(x, get, read, places), want
 
 
 def router(pair: Pair, x: Tensor) -> tuple[Tensor, Tensor]:

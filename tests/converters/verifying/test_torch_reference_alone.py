@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from converters.verifying import torch_reference
+from converters.verifying.torch_config import as_read
 from converters.verifying.torch_reference import TorchReference, open_reference
+from mtp_model.problems import UserError
 from tools.make_tiny_checkpoint import make_tiny_checkpoint
 
 TOLERANCE = 1e-5
@@ -57,25 +59,23 @@ def assert_close(got: Tensor, want: Tensor) -> None:
 
 def test_yarn_of_the_released_model():
     """Pairs below 10 keep their frequency, those from 23 on have a fortieth of it."""
-    frequencies = torch_reference.rope_frequencies(RELEASED)
+    rope = as_read(RELEASED)["rope"]
+    frequencies = torch_reference.rope_frequencies(rope, 64)
     known = {0: 1.0, 10: 0.0562341325, 11: 0.0390069266, 16: 0.0055, 31: 3.33380381e-6}
     for pair, frequency in known.items():
         assert frequencies[pair].item() == pytest.approx(frequency, rel=1e-8)
-    plain = torch_reference.rope_frequencies(RELEASED | {"rope_scaling": None})
+    plain = torch_reference.rope_frequencies({**rope, "yarn": None}, 64)
     torch.testing.assert_close(frequencies[:11], plain[:11], rtol=1e-12, atol=0)
     torch.testing.assert_close(frequencies[23:], plain[23:] / 40, rtol=1e-12, atol=0)
-    assert 192**-0.5 * torch_reference.yarn_mscale(RELEASED, "mscale_all_dim") ** 2 == (
-        pytest.approx(0.1352337789, rel=1e-9)
-    )
+    assert 192**-0.5 * rope["yarn"]["m"] ** 2 == pytest.approx(0.1352337789, rel=1e-9)
 
 
 def test_rotation_of_one_pair():
     """Neighbours (x[0], x[1]) turn by the position: (1, 0) at 1 becomes (cos 1, sin 1)."""
-    cos, sin = torch_reference.rope_table(
-        RELEASED | {"qk_rope_head_dim": 4, "rope_scaling": None}, 2, torch.float64
-    )
+    rope = {"theta": 10000.0, "yarn": None}
+    cos, sin = torch_reference.rope_table(rope, 4, 2, torch.float64)
     x = torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64).expand(1, 1, 2, 4)
-    places = torch_reference.Places(cos=cos, sin=sin, visible=torch.ones(1, dtype=torch.bool))
+    places = torch_reference.Places(cos, sin, True, visible=torch.ones(1, dtype=torch.bool))
     want = torch.tensor([[1.0, 0, 0, 0], [math.cos(1), math.sin(1), 0, 0]], dtype=torch.float64)
     torch.testing.assert_close(torch_reference.rotate(x, places)[0, 0], want)
 
@@ -170,13 +170,13 @@ def test_few_weights_are_held_at_once(reference: TorchReference):
 def test_errors_say_what_is_wrong(reference: TorchReference):
     with pytest.raises(ValueError, match=r"model\.layers\.9\.enorm\.weight is in no safetensors"):
         reference.get("model.layers.9.enorm.weight")
-    with pytest.raises(ValueError, match="scoring_func 'softmax': only 'sigmoid'"):
+    with pytest.raises(UserError, match="does not compute scoring_func"):
         TorchReference({**reference.config, "scoring_func": "softmax"}, reference.get)
     bare = TorchReference({**reference.config, "num_nextn_predict_layers": 0}, reference.get)
     with pytest.raises(ValueError, match="no MTP module, but 2 depths"):
         bare.mtp(torch.zeros(1, 2, 40), random_tokens(1, 2), depths=2)
-    with pytest.raises(ValueError, match=r"rope_scaling\.type 'linear': only 'yarn'"):
-        torch_reference.rope_frequencies(RELEASED | {"rope_scaling": {"type": "linear"}})
+    with pytest.raises(UserError, match="rope_type 'linear': only 'yarn'"):
+        as_read(RELEASED | {"rope_scaling": {"type": "linear"}})
 
 
 def test_missing_torch_names_the_extra(monkeypatch: pytest.MonkeyPatch):
