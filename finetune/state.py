@@ -1,11 +1,9 @@
 """What training moves and what it leaves alone, and one step of it.
 
 A mode is a filter: the gradient is taken with respect to the selected parameters only, so that of
-a frozen main model JAX keeps no residuals and runs no backward pass. Knows nothing of files.
-L layers, E experts.
+a frozen main model JAX keeps no residuals and runs no backward pass. L layers, E experts.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -13,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
 from finetune.data.packing import Batch
-from finetune.objective.losses import ExpertLoad, Measured, measure, objective
-from finetune.settings import OptimizerSettings, RunSettings, TrainMode
+from finetune.objective.losses import ExpertLoad, Measured, context_of, measure, objective
+from finetune.optimizer import initial
+from finetune.settings import RunSettings, TrainMode
 from mtp_model import DeepSeekV3, RouterBias
 
 _IN_MTP = nnx.PathContains("mtp")
@@ -54,72 +52,9 @@ class StepResult(NamedTuple):
     measured: Measured
 
 
-def learning_rates(settings: OptimizerSettings, steps: int) -> Callable[[Any], Any]:
-    """Learning rate of a step (counted from 1): linear up to the highest, then a cosine down.
-
-    The last step has `final_fraction` of the highest.
-    """
-    warmup = math.ceil(settings.warmup_fraction * steps)
-    falling = max(steps - warmup, 1)
-    low = settings.final_fraction
-
-    def rate(step):
-        rising = step / max(warmup, 1)
-        progress = jnp.clip((step - warmup) / falling, 0.0, 1.0)
-        fallen = low + (1.0 - low) * 0.5 * (1.0 + jnp.cos(math.pi * progress))
-        return settings.learning_rate * jnp.where(step < warmup, rising, fallen)
-
-    return rate
-
-
-def make_optimizer(
-    settings: OptimizerSettings, steps: int, is_matrix: Callable[[str], bool]
-) -> optax.GradientTransformation:
-    """AdamW after clipping; weight decay on the leaves whose path `is_matrix` accepts."""
-    rate = learning_rates(settings, steps)
-
-    def decayed(trainable: nnx.State) -> nnx.State:
-        return nnx.map_state(lambda path, _: is_matrix(".".join(path)), trainable)
-
-    return optax.chain(
-        optax.clip_by_global_norm(settings.clip_norm),
-        optax.adamw(
-            lambda count: rate(count + 1),
-            b1=settings.beta1,
-            b2=settings.beta2,
-            eps=settings.epsilon,
-            weight_decay=settings.weight_decay,
-            mask=decayed,
-        ),
-    )
-
-
 def start(split: Split, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step; moments are placed as their parameters are."""
-    placements = _placements(jax.eval_shape(optimizer.init, split.trainable), split.trainable)
-    opt_state = jax.jit(optimizer.init, out_shardings=placements)(split.trainable)
-    return TrainState(split.trainable, split.biases, opt_state)
-
-
-def _placements(opt_state: optax.OptState, trainable: nnx.State) -> optax.OptState:
-    """A sharding for each leaf: a parameter's for its moments, everywhere for counts.
-
-    Without them the first step's state is placed otherwise than the second's, and the step is
-    compiled twice.
-    """
-    of_parameters = jax.tree.map(lambda leaf: leaf.sharding, trainable)
-    everywhere = jax.tree.leaves(of_parameters)[0]
-    if isinstance(everywhere, NamedSharding):
-        everywhere = NamedSharding(everywhere.mesh, PartitionSpec())
-
-    def is_moments(node: Any) -> bool:
-        return isinstance(node, nnx.State)
-
-    return jax.tree.map(
-        lambda node: of_parameters if is_moments(node) else everywhere,
-        opt_state,
-        is_leaf=is_moments,
-    )
+    """The state before the first step."""
+    return TrainState(split.trainable, split.biases, initial(optimizer, split.trainable))
 
 
 def balance(biases: nnx.State, load: ExpertLoad, rate: float) -> nnx.State:
@@ -146,7 +81,10 @@ def make_train_step(
     def step(state: TrainState, frozen: nnx.State, batch: Batch):
         def loss_of(trainable: nnx.State):
             model = nnx.merge(graphdef, trainable, state.biases, frozen)
-            measured, load = measure(model, batch, train_main=mode == "all")
+            main = model.main(batch.tokens_BT, context_of(batch))
+            if mode == "mtp":  # no gradient enters the main model
+                main = jax.lax.stop_gradient(main)
+            measured, load = measure(model, batch, main)
             return objective(measured, mode, settings.mtp_lambda), (measured, load)
 
         grad_of = jax.value_and_grad(loss_of, has_aux=True)
@@ -168,6 +106,7 @@ def make_measure_step(
 
     def step(trainable: nnx.State, biases: nnx.State, frozen: nnx.State, batch: Batch) -> Measured:
         model = nnx.merge(graphdef, trainable, biases, frozen)
-        return measure(model, batch, num_draft_tokens)[0]
+        main = model.main(batch.tokens_BT, context_of(batch))
+        return measure(model, batch, main, num_draft_tokens)[0]
 
     return jax.jit(step)

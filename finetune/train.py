@@ -19,6 +19,7 @@ from rich.console import Console
 
 from finetune.data.packing import Batch, Packer, Position
 from finetune.data.run_text import RunText, held_out_batches, open_run_text
+from finetune.optimizer import learning_rates, make_optimizer
 from finetune.run.checkpoints import Checkpoints, Progress
 from finetune.run.directory import RunDirectory, RunError
 from finetune.run.metrics import RunLog, Summary, add_up, read_rows, summarise
@@ -30,9 +31,7 @@ from finetune.state import (
     Split,
     StepResult,
     TrainState,
-    learning_rates,
     make_measure_step,
-    make_optimizer,
     make_train_step,
     start,
 )

@@ -15,6 +15,7 @@ from mtp_model import ModelConfig
 from mtp_model.checkpoint.directory import Checkpoint, CheckpointError, open_checkpoint
 from mtp_model.checkpoint.writer import ChangedLeaf, write_derived
 from mtp_model.load import cast_weights, checkpoint_config, load
+from mtp_model.model import leaf_name
 
 
 def open_trainable(path: str) -> tuple[Checkpoint, ModelConfig]:
@@ -65,13 +66,39 @@ def write_final(
     All other leaves are hard links. record: goes into provenance.json.
     """
     trained = [*nnx.to_flat_state(state.trainable), *nnx.to_flat_state(state.biases)]
-    changed = {".".join(map(str, path)): _changed(variable[...]) for path, variable in trained}
+    changed = {leaf_name(path): changed_leaf(variable[...]) for path, variable in trained}
     return write_derived(base, final, changed, record)
 
 
-def _changed(leaf: jax.Array) -> ChangedLeaf:
+def changed_leaf(leaf: jax.Array) -> ChangedLeaf:
+    """A leaf's rows from the devices that hold them; only the asked rows come to the host."""
+    shards = [shard for shard in leaf.addressable_shards if shard.replica_id == 0]
+
     def rows(index: tuple[int, ...], start: int, stop: int) -> np.ndarray:
-        # Indexed on the host: a slice of a sharded jax array can turn -0.0 into 0.0.
-        return np.asarray(leaf)[index][start:stop]
+        begin = np.array([*index, start, *(0 for _ in leaf.shape[len(index) + 1 :])])
+        end = np.array([*(i + 1 for i in index), stop, *leaf.shape[len(index) + 1 :]])
+        out = np.empty(end - begin, leaf.dtype)
+        copied = sum(_copy_overlap(shard, begin, out) for shard in shards)
+        assert copied == out.size, f"{copied} of {out.size} elements are on this host's devices"
+        return out.reshape(out.shape[len(index) :])
 
     return ChangedLeaf(dtype=np.dtype(leaf.dtype), rows=rows)
+
+
+def _copy_overlap(shard: jax.Shard, begin: np.ndarray, out: np.ndarray) -> int:
+    """Copy to `out`, which is the array's part from `begin` on, what the shard holds of it.
+
+    Returns how many elements that were. The shard is sliced on its own device: XLA slices an array
+    that is spread over devices by adding what each of them holds, zeros where it holds nothing,
+    and -0.0 + 0.0 is 0.0.
+    """
+    held = shard.data
+    assert held is not None  # it is addressable
+    shard_begin = np.array([part.start or 0 for part in shard.index])
+    first = np.maximum(begin, shard_begin)
+    last = np.minimum(begin + out.shape, shard_begin + held.shape)
+    if (first >= last).any():
+        return 0
+    block = jax.lax.dynamic_slice(held, (first - shard_begin).tolist(), (last - first).tolist())
+    out[tuple(map(slice, first - begin, last - begin))] = jax.device_get(block)
+    return block.size

@@ -1,4 +1,4 @@
-"""Multi-head latent attention (MLA), over query chunks. Knows nothing of blocks.
+"""Multi-head latent attention (MLA), computed for a chunk of queries at a time.
 
 Source: DeepSeek-V3 report (arXiv 2412.19437) section 2.1.1.
 B batch, T position, S key position, D hidden, N heads, H head size, C kv-lora, R rotary size.
@@ -7,9 +7,10 @@ B batch, T position, S key position, D hidden, N heads, H head size, C kv-lora, 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from mtp_model.config import ModelConfig
+from mtp_model.context import Context
 from mtp_model.layers import Linear, RMSNorm
 from mtp_model.rope import rotate, softmax_scale
 
@@ -27,18 +28,20 @@ def _attend_chunk(q_BNTH, k_BNSH, v_BNSG, query_segments_BT, key_segments_BS, ro
     return jnp.einsum("bnts,bnsg->btng", weights, v_BNSG)
 
 
-def causal_attention(
+def attend(
     q_BTNH: Float[Array, "B T N H"],
     k_BTNH: Float[Array, "B T N H"],
     v_BTNG: Float[Array, "B T N G"],
-    segment_ids_BT: Int[Array, "B T"],
+    context: Context,
     scale: float,
 ) -> Float[Array, "B T N G"]:
     """Causal attention within segments; scores are multiplied by `scale`.
 
+    Every layer attends through this function: another way to compute attention is chosen here.
     Queries go chunk by chunk and each chunk's scores are recomputed in the backward pass, so
     that [T, T] never exists. A row attends at least to itself, padding too: no NaN.
     """
+    segment_ids_BT = context.segment_ids_BT
     length = q_BTNH.shape[1]
     chunk = min(QUERY_CHUNK, length)
     count = -(-length // chunk)
@@ -54,14 +57,14 @@ def causal_attention(
     chunks = (in_chunks(q_BTNH), in_chunks(segment_ids_BT), rows)
 
     @jax.checkpoint
-    def attend(chunk_of):
+    def attend_chunk(chunk_of):
         q, segments, rows_T = chunk_of
         q = q.swapaxes(1, 2)
         return _attend_chunk(q, k_BNTH, v_BNTG, segments, segment_ids_BT, rows_T, scale)
 
     if count == 1:
-        return attend(jax.tree.map(lambda x: x[0], chunks))
-    out = jnp.moveaxis(jax.lax.map(attend, chunks), 0, 1)
+        return attend_chunk(jax.tree.map(lambda x: x[0], chunks))
+    out = jnp.moveaxis(jax.lax.map(attend_chunk, chunks), 0, 1)
     return out.reshape(out.shape[0], count * chunk, *out.shape[3:])[:, :length]
 
 
@@ -108,11 +111,9 @@ class MultiHeadLatentAttention(nnx.Module):
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
-        segment_ids_BT: Int[Array, "B T"],
-        positions_BT: Int[Array, "B T"],
+        context: Context,
     ) -> Float[Array, "B T D"]:
-        q_BTNH = self._queries(x_BTD, positions_BT)
-        k_BTNH, v_BTNG = self._keys_values(x_BTD, positions_BT)
-        scale = softmax_scale(self.config)
-        out_BTNG = causal_attention(q_BTNH, k_BTNH, v_BTNG, segment_ids_BT, scale)
+        q_BTNH = self._queries(x_BTD, context.positions_BT)
+        k_BTNH, v_BTNG = self._keys_values(x_BTD, context.positions_BT)
+        out_BTNG = attend(q_BTNH, k_BTNH, v_BTNG, context, softmax_scale(self.config))
         return self.o_proj(out_BTNG.reshape(*out_BTNG.shape[:2], -1))

@@ -1,4 +1,4 @@
-"""The decoder layer, and stacks of them run by one scan. Knows nothing of heads or drafting."""
+"""The decoder layer, and stacks of them run by one scan."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -6,10 +6,11 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from mtp_model.attention import MultiHeadLatentAttention
 from mtp_model.config import ModelConfig
+from mtp_model.context import Context
 from mtp_model.layers import RMSNorm
 from mtp_model.moe import FeedForward, MixtureOfExperts
 from mtp_model.sharding import spread_batch
@@ -21,7 +22,6 @@ class DecoderLayer(nnx.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x))."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, moe: bool):
-        self.moe = moe
         self.num_experts = config.n_routed_experts
         self.input_layernorm = RMSNorm(config.hidden_size, config)
         self.self_attn = MultiHeadLatentAttention(config, rngs)
@@ -34,15 +34,13 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
-        segment_ids_BT: Int[Array, "B T"],
-        positions_BT: Int[Array, "B T"],
-        counted_BT: Int[Array, "B T"],
+        context: Context,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "E"]]:
         """The residual stream after the layer, and the expert load (zeros for a dense layer)."""
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), segment_ids_BT, positions_BT)
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), context)
         normed_BTD = self.post_attention_layernorm(x_BTD)
         if isinstance(self.mlp, MixtureOfExperts):
-            out_BTD, load_E = self.mlp(normed_BTD, counted_BT)
+            out_BTD, load_E = self.mlp(normed_BTD, context.counted_BT)
         else:
             out_BTD = self.mlp(normed_BTD)
             load_E = jnp.zeros((self.num_experts,), jnp.float32)
@@ -60,13 +58,13 @@ def stack(count: int, make: Callable[[nnx.Rngs], M], rngs: nnx.Rngs) -> M:
     return build(rngs)
 
 
-def run_stack(layers: DecoderLayer, x_BTD, segment_ids_BT, positions_BT, counted_BT):
+def run_stack(layers: DecoderLayer, x_BTD, context: Context):
     """Run stacked layers one after the other; activations inside a layer are recomputed in the
     backward pass. Returns the residual stream and the loads [layers, E]."""
 
     @jax.checkpoint
     def step(x_BTD, layer: DecoderLayer):
-        return layer(x_BTD, segment_ids_BT, positions_BT, counted_BT)
+        return layer(x_BTD, context)
 
     return jax.lax.scan(step, x_BTD, layers)
 

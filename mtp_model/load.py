@@ -1,19 +1,28 @@
-"""From a checkpoint directory to a module that holds its weights, on one device or on a mesh."""
+"""From a checkpoint directory to a module that holds its weights: whole, on a mesh, or a layer."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from mtp_model.checkpoint.directory import Checkpoint, CheckpointError, open_checkpoint
 from mtp_model.config import ModelConfig
 from mtp_model.files.objects import AnyPath, CloudPath
 from mtp_model.layers import FP8, dequantise
-from mtp_model.model import DeepSeekV3, Scope
-from mtp_model.sharding import require_axes, stored_spec
+from mtp_model.model import (
+    DeepSeekV3,
+    Layer,
+    Scope,
+    StackName,
+    abstract_layer,
+    abstract_model,
+    leaf_name,
+)
+from mtp_model.sharding import require_axes
 
 CONCURRENT_READ_GB = 4  # host memory that a restore may have in flight
 
@@ -40,12 +49,34 @@ def load(
     checkpoint = open_checkpoint(path)
     config = checkpoint_config(checkpoint)
     computed_in = jnp.dtype(compute_dtype or dtype or config.dtype)
-    model = nnx.eval_shape(lambda: DeepSeekV3(config, nnx.Rngs(0), scope, computed_in))
-    graph, state = nnx.split(model)
-    model = nnx.merge(graph, _restore(checkpoint, state, mesh))
+    dtypes = {name: leaf.dtype for name, leaf in checkpoint.leaves.items()}
+    graph, state = nnx.split(abstract_model(config, scope, dtypes, mesh, computed_in))
+    model = nnx.merge(graph, _restore(checkpoint, state))
     if dtype is not None:
         cast_weights(model, dtype)
     return model
+
+
+def load_layer(checkpoint: Checkpoint, stack: StackName, index: int) -> Layer:
+    """One module of a stack, as stored, on the first device; reads that layer's bytes only.
+
+    stack: `dense_layers` or `moe_layers` for a decoder layer, `mtp` for an MTP module.
+    """
+    config = checkpoint_config(checkpoint)
+    counts = {
+        "dense_layers": config.num_dense_layers,
+        "moe_layers": config.num_moe_layers,
+        "mtp": config.num_nextn_predict_layers,
+    }
+    if not 0 <= index < counts[stack]:
+        raise ValueError(f"{checkpoint.path}: {stack} has {counts[stack]} layers, no {index}")
+    graph, state = nnx.split(abstract_layer(config, stack))
+    flat = []
+    for path, variable in nnx.to_flat_state(state):
+        name = leaf_name((stack, *path))
+        _raise_unless_stored(checkpoint, name, (counts[stack], *variable.shape))
+        flat.append((path, variable.replace(jnp.asarray(_read_layer(checkpoint, name, index)))))
+    return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
 def checkpoint_config(checkpoint: Checkpoint) -> ModelConfig:
@@ -83,30 +114,37 @@ def _owner(model: nnx.Module, path: tuple) -> tuple[Any, str]:
     return owner, path[-1]
 
 
-def _restore(checkpoint: Checkpoint, state: nnx.State, mesh: Mesh | None) -> nnx.State:
+def _restore(checkpoint: Checkpoint, state: nnx.State) -> nnx.State:
     """The state with the stored arrays in place of its abstract leaves."""
     flat = nnx.to_flat_state(state)
     targets = {}
     for path, variable in flat:
-        name = ".".join(map(str, path))
-        stored = checkpoint.leaves.get(name)
-        if stored is None or stored.shape != variable.shape:
-            found = "nothing" if stored is None else f"shape {stored.shape}"
-            raise CheckpointError(
-                f"{checkpoint.path}: leaf {name} of shape {variable.shape} is needed, "
-                f"{found} is stored (scope {checkpoint.provenance['scope']!r})"
-            )
-        placed = _placement(variable, mesh)
-        targets[path] = jax.ShapeDtypeStruct(stored.shape, stored.dtype, sharding=placed)
+        _raise_unless_stored(checkpoint, leaf_name(path), variable.shape)
+        leaf = variable.get_value()
+        placed = leaf.sharding or SingleDeviceSharding(jax.devices()[0])
+        targets[path] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed)
     arrays = _read(checkpoint.params, targets)
     return nnx.from_flat_state([(path, leaf.replace(arrays[path])) for path, leaf in flat])
 
 
-def _placement(variable: nnx.Variable, mesh: Mesh | None) -> jax.sharding.Sharding:
-    if mesh is None:
-        return SingleDeviceSharding(jax.devices()[0])
-    axes = variable.get_metadata("out_sharding")
-    return NamedSharding(mesh, stored_spec(axes))
+def _raise_unless_stored(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
+    stored = checkpoint.leaves.get(name)
+    if stored is None or stored.shape != shape:
+        found = "nothing" if stored is None else f"shape {stored.shape}"
+        raise CheckpointError(
+            f"{checkpoint.path}: leaf {name} of shape {shape} is needed, "
+            f"{found} is stored (scope {checkpoint.provenance['scope']!r})"
+        )
+
+
+def _read_layer(checkpoint: Checkpoint, name: str, index: int) -> np.ndarray:
+    """The part of a stacked leaf that belongs to one layer, tensor by tensor."""
+    leaf = checkpoint.leaves[name]
+    out = np.empty(leaf.shape[1:], leaf.dtype)
+    for inner in np.ndindex(leaf.shape[1 : leaf.num_stack_dims]):
+        as_bytes = out[inner].reshape(-1).view(np.uint8)
+        checkpoint.read_rows_into(name, (index, *inner), 0, leaf.tensor_shape[0], as_bytes)
+    return out
 
 
 def _read(params: AnyPath, targets: dict[tuple, jax.ShapeDtypeStruct]) -> dict[tuple, jax.Array]:

@@ -1,25 +1,29 @@
-"""The whole network: main model and MTP modules. Knows nothing of files, losses or optimisers.
+"""The whole network, main model and MTP modules, with weights or without.
 
 Source: DeepSeek-V3 report (arXiv 2412.19437). B batch, T position, D hidden, V vocab, L layers,
 E experts. Depth k = 1, 2, ... drafts the token after the k next ones.
 """
 
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float
 
 from mtp_model.block import DecoderLayer, run_stack, stack, take_layer
 from mtp_model.config import ModelConfig
+from mtp_model.context import Context, Ids, make_context
 from mtp_model.layers import Embedding, RMSNorm
-from mtp_model.mtp import run_module, shift_within_segments, stack_modules
-from mtp_model.sharding import spread_batch
+from mtp_model.mtp import MultiTokenPredictor, run_module, shift_within_segments
+from mtp_model.sharding import spread_batch, stored_spec
 
 Scope = Literal["all", "main", "mtp"]
-Ids = Int[Array | np.ndarray, "B T"]  # tokens, segments, positions: of JAX or numpy
+StackName = Literal["dense_layers", "moe_layers", "mtp"]  # the stacked modules of the tree
+Layer = DecoderLayer | MultiTokenPredictor
 
 
 class MainStates(NamedTuple):
@@ -68,26 +72,19 @@ class DeepSeekV3(nnx.Module):
         self.norm = RMSNorm(config.hidden_size, config)
         self.lm_head = Embedding(config, rngs)
         if scope != "main" and config.num_nextn_predict_layers:
-            self.mtp = stack_modules(config, rngs)
+            count = config.num_nextn_predict_layers
+            self.mtp = stack(count, lambda rngs: MultiTokenPredictor(config, rngs), rngs)
 
-    def main(
-        self,
-        tokens_BT: Ids,
-        segment_ids_BT: Ids,
-        positions_BT: Ids,
-    ) -> MainStates:
-        """Hidden states of the main model. Segment 0 is padding and not counted as load."""
-        tokens_BT, segment_ids_BT, positions_BT = _as_jax(tokens_BT, segment_ids_BT, positions_BT)
+    def main(self, tokens_BT: Ids, context: Context) -> MainStates:
+        """Hidden states of the main model."""
         if self.scope == "mtp":
             raise ValueError("this model was loaded with scope='mtp': it has no main layers")
-        x_BTD = spread_batch(self.embed_tokens.lookup(tokens_BT, self.compute_dtype))
-        counted_BT = (segment_ids_BT != 0).astype(jnp.int32)
+        x_BTD = self._embed(tokens_BT)
         load_LE = jnp.zeros((0, self.config.n_routed_experts), jnp.float32)
-        where = (segment_ids_BT, positions_BT, counted_BT)
         if self.config.num_dense_layers:
-            x_BTD, _ = run_stack(self.dense_layers, x_BTD, *where)
+            x_BTD, _ = run_stack(self.dense_layers, x_BTD, context)
         if self.config.num_moe_layers:
-            x_BTD, load_LE = run_stack(self.moe_layers, x_BTD, *where)
+            x_BTD, load_LE = run_stack(self.moe_layers, x_BTD, context)
         hidden_BTD = self.norm(x_BTD)
         post_norm = self.config.mtp_hidden_state == "post_norm"
         return MainStates(hidden_BTD, hidden_BTD if post_norm else x_BTD, load_LE)
@@ -96,33 +93,38 @@ class DeepSeekV3(nnx.Module):
         self,
         state_BTD: Float[Array, "B T D"],
         tokens_BT: Ids,
-        segment_ids_BT: Ids,
-        positions_BT: Ids,
+        context: Context,
         num_draft_tokens: int | None = None,
-        zero_first_embedding: bool = False,
     ) -> DraftStates:
         """Hidden states of the MTP depths, each fed the true next token.
 
+        state: `state_BTD` of the main model; tokens: those that the main model was fed.
         num_draft_tokens: depths to run; beyond the modules that exist they are reused in turn.
-        zero_first_embedding: vLLM's habit of a zero embedding at position 0, for parity checks.
         """
-        tokens_BT, segment_ids_BT, positions_BT = _as_jax(tokens_BT, segment_ids_BT, positions_BT)
-        depths = self._num_depths(num_draft_tokens)
+        tokens_BT = jnp.asarray(tokens_BT)
         hidden, loads = [], []
-        for k in range(1, depths + 1):
-            shifted = shift_within_segments(tokens_BT, segment_ids_BT, k)
-            e_BTD = spread_batch(self.embed_tokens.lookup(shifted.tokens_BT, self.compute_dtype))
-            if zero_first_embedding:
-                e_BTD = jnp.where((positions_BT == 0)[..., None], jnp.zeros((), e_BTD.dtype), e_BTD)
-            module = take_layer(self.mtp, (k - 1) % self.config.num_nextn_predict_layers)
-            counted_BT = shifted.inside_BT.astype(jnp.int32)
-            state_BTD, load_E = run_module(
-                module, state_BTD, e_BTD, segment_ids_BT, positions_BT, counted_BT
-            )
+        for k in range(1, self._num_depths(num_draft_tokens) + 1):
+            shifted = shift_within_segments(tokens_BT, context.segment_ids_BT, k)
+            inside = context._replace(counted_BT=shifted.inside_BT.astype(jnp.int32))
+            state_BTD, load_E = self.draft_step(state_BTD, shifted.tokens_BT, inside, k)
             hidden.append(state_BTD)
             loads.append(load_E)
         load_LE = jnp.stack(loads) if loads else jnp.zeros((0, self.config.n_routed_experts))
         return DraftStates(tuple(hidden), load_LE)
+
+    def draft_step(
+        self,
+        state_BTD: Float[Array, "B T D"],
+        tokens_BT: Ids,
+        context: Context,
+        depth: int,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "E"]]:
+        """State and expert load of one depth (1, 2, ...), from the state of the depth before it.
+
+        tokens: those it is fed; in row i the token that is `depth` places after token i.
+        """
+        module = take_layer(self.mtp, (depth - 1) % self.config.num_nextn_predict_layers)
+        return run_module(module, state_BTD, self._embed(tokens_BT), context)
 
     def __call__(
         self,
@@ -138,13 +140,15 @@ class DeepSeekV3(nnx.Module):
         """
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones_like(tokens_BT)
-        if positions_BT is None:
-            positions_BT = positions_in_segments(jnp.asarray(segment_ids_BT))
-        main = self.main(tokens_BT, segment_ids_BT, positions_BT)
-        where = (tokens_BT, segment_ids_BT, positions_BT)
-        drafts = self.draft(main.state_BTD, *where, num_draft_tokens)
+        context = make_context(segment_ids_BT, positions_BT)
+        main = self.main(tokens_BT, context)
+        drafts = self.draft(main.state_BTD, tokens_BT, context, num_draft_tokens)
         mtp_logits = tuple(self.lm_head.logits(h_BTD) for h_BTD in drafts.hidden)
         return Output(self.lm_head.logits(main.hidden_BTD), main.hidden_BTD, mtp_logits)
+
+    def _embed(self, tokens_BT: Ids) -> Float[Array, "B T D"]:
+        found_BTD = self.embed_tokens.lookup(jnp.asarray(tokens_BT), self.compute_dtype)
+        return spread_batch(found_BTD)
 
     def _num_depths(self, requested: int | None) -> int:
         available = 0 if self.scope == "main" else self.config.num_nextn_predict_layers
@@ -157,21 +161,48 @@ def _layers(config: ModelConfig, rngs: nnx.Rngs, count: int, moe: bool) -> Decod
     return stack(count, lambda rngs: DecoderLayer(config, rngs, moe), rngs)
 
 
-def _as_jax(*ids: Ids) -> tuple[Int[Array, "B T"], ...]:
-    return tuple(jnp.asarray(array) for array in ids)
+def abstract_model(
+    config: ModelConfig,
+    scope: Scope = "all",
+    dtypes: Mapping[str, Any] | None = None,
+    mesh: Mesh | None = None,
+    compute_dtype: Any = None,
+) -> DeepSeekV3:
+    """The network without memory: every leaf has shape, dtype and, on a mesh, its placement.
+
+    dtypes: of leaves, by path; a leaf that is not in it is float32.
+    """
+    model = nnx.eval_shape(lambda: DeepSeekV3(config, nnx.Rngs(0), scope, compute_dtype))
+    graph, state = nnx.split(model)
+    return nnx.merge(graph, nnx.map_state(partial(_described, dtypes or {}, mesh), state))
 
 
-def positions_in_segments(segment_ids_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """0, 1, 2, ... from the start of each run of equal segment ids."""
-    index_T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
-    starts_BT = jnp.pad(
-        segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1], [(0, 0), (1, 0)], constant_values=True
-    )
-    start_BT = jnp.where(starts_BT, index_T[None], 0)
-    return index_T[None] - jax.lax.cummax(start_BT, axis=1)
+def abstract_layer(config: ModelConfig, stack_name: StackName) -> Layer:
+    """One module of a stack without memory: a decoder layer, or an MTP module."""
+
+    def make() -> Layer:
+        if stack_name == "mtp":
+            return MultiTokenPredictor(config, nnx.Rngs(0))
+        return DecoderLayer(config, nnx.Rngs(0), moe=stack_name == "moe_layers")
+
+    return nnx.eval_shape(make)
 
 
-def abstract_leaves(config: ModelConfig, scope: Scope = "all") -> dict[str, nnx.Variable]:
-    """Every leaf by its path (`moe_layers.mlp.gate.weight`): shape and logical axes, no memory."""
-    model = nnx.eval_shape(lambda: DeepSeekV3(config, nnx.Rngs(0), scope))
-    return {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(model))}
+def _described(
+    dtypes: Mapping[str, Any], mesh: Mesh | None, path: tuple, leaf: nnx.Variable
+) -> nnx.Variable:
+    """A leaf of `eval_shape` with the dtype and the placement it is to have."""
+    dtype = dtypes.get(leaf_name(path), leaf.dtype)
+    spec = stored_spec(leaf.get_metadata("out_sharding"))
+    placed = NamedSharding(mesh, spec) if mesh is not None else None
+    return leaf.replace(jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=placed))
+
+
+def leaf_name(path: tuple) -> str:
+    """The path of a leaf as the checkpoint directory names it, `moe_layers.mlp.gate.weight`."""
+    return ".".join(map(str, path))
+
+
+def leaves_by_name(model: nnx.Module) -> dict[str, nnx.Variable]:
+    """Every leaf of a module by its path."""
+    return {leaf_name(path): leaf for path, leaf in nnx.to_flat_state(nnx.state(model))}

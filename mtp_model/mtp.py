@@ -1,4 +1,4 @@
-"""The Multi-Token Prediction modules: each drafts one token further. Knows nothing of losses.
+"""The Multi-Token Prediction modules: each drafts one token further.
 
 Source: DeepSeek-V3 report (arXiv 2412.19437) section 2.2. The concatenation is embedding first,
 as the released weights need (equation 21 prints the reverse). B batch, T position, D hidden.
@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from mtp_model.block import DecoderLayer, stack
+from mtp_model.block import DecoderLayer
 from mtp_model.config import ModelConfig
+from mtp_model.context import Context
 from mtp_model.layers import Linear, RMSNorm
 
 
@@ -60,21 +61,13 @@ class MultiTokenPredictor(nnx.Module):
         self,
         state_BTD: Float[Array, "B T D"],
         e_BTD: Float[Array, "B T D"],
-        segment_ids_BT: Int[Array, "B T"],
-        positions_BT: Int[Array, "B T"],
-        counted_BT: Int[Array, "B T"],
+        context: Context,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "E"]]:
         """h_k, which the head reads and the next depth is fed, and the expert load."""
         pair = [self.enorm(e_BTD), self.hnorm(state_BTD)]
         x_BTD = self.eh_proj(jnp.concatenate(pair, axis=-1))  # embedding first
-        y_BTD, load_E = self.block(x_BTD, segment_ids_BT, positions_BT, counted_BT)
+        y_BTD, load_E = self.block(x_BTD, context)
         return self.shared_head.norm(y_BTD), load_E
-
-
-def stack_modules(config: ModelConfig, rngs: nnx.Rngs) -> MultiTokenPredictor:
-    """All MTP modules of the checkpoint, stacked."""
-    count = config.num_nextn_predict_layers
-    return stack(count, lambda rngs: MultiTokenPredictor(config, rngs), rngs)
 
 
 @jax.checkpoint

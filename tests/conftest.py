@@ -20,8 +20,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 CHECKED_MODULES = [
-    *(f"mtp_model.{name}" for name in ("attention", "block", "dispatch", "grouped", "layers")),
-    *(f"mtp_model.{name}" for name in ("model", "moe", "mtp", "rope", "rows")),
+    *(f"mtp_model.{name}" for name in ("attention", "block", "context", "dispatch")),
+    *(f"mtp_model.{name}" for name in ("grouped", "layers", "model", "moe", "mtp", "rope", "rows")),
     *("finetune.objective.losses", "finetune.objective.acceptance"),
 ]
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from mtp_model.config import ModelConfig
-from mtp_model.model import Scope, abstract_leaves
+from mtp_model.model import Scope, abstract_model, leaves_by_name
 
 TABLE_VERSION = 1
 SCALE_SUFFIX = "_scale_inv"
@@ -200,7 +200,7 @@ def _row_slots(row: Row, stack: Stack, config: ModelConfig, shapes: Mapping) -> 
 @functools.lru_cache(maxsize=8)  # the model is traced for it
 def leaf_shapes(config: ModelConfig, scope: Scope = "all") -> Mapping[str, tuple[int, ...]]:
     """Shape of every leaf of the module tree, by path."""
-    leaves = abstract_leaves(config, scope)
+    leaves = leaves_by_name(abstract_model(config, scope))
     return MappingProxyType({path: tuple(leaf.shape) for path, leaf in leaves.items()})
 
 

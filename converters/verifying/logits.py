@@ -20,8 +20,9 @@ from converters.format.listing import Listing
 from converters.format.mapping import Slot, slots
 from mtp_model.checkpoint.directory import Checkpoint, CheckpointError
 from mtp_model.config import ModelConfig
+from mtp_model.context import make_context
 from mtp_model.load import checkpoint_config, load
-from mtp_model.model import DeepSeekV3, positions_in_segments
+from mtp_model.model import DeepSeekV3
 from mtp_model.reporting import human_bytes
 
 if TYPE_CHECKING:
@@ -194,8 +195,7 @@ def _all_logits(model: DeepSeekV3, tokens_BT: jax.Array, segments_BT: jax.Array)
 def _draft_logits(
     model: DeepSeekV3, h0_BTD: jax.Array, tokens_BT: jax.Array, segments_BT: jax.Array
 ) -> list[jax.Array]:
-    positions_BT = positions_in_segments(segments_BT)
-    drafts = model.draft(h0_BTD, tokens_BT, segments_BT, positions_BT)
+    drafts = model.draft(h0_BTD, tokens_BT, make_context(segments_BT))
     return [model.lm_head.logits(h_BTD) for h_BTD in drafts.hidden]
 
 

@@ -1,7 +1,7 @@
 """Losses of a packed batch: the main model's and each MTP depth's, in chunks of the sequence.
 
-Knows nothing of optimisers or of which parameters train. Depth 0 is the main model; depth k = 1,
-2, ... predicts k tokens further. Source: DeepSeek-V3 report (arXiv 2412.19437) section 2.2.
+Depth 0 is the main model; depth k = 1, 2, ... predicts k tokens further.
+Source: DeepSeek-V3 report (arXiv 2412.19437) section 2.2.
 B batch, T position, C chunk of positions, D hidden, V vocab, K depths, L layers, E experts.
 """
 
@@ -15,7 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 from finetune.data.packing import Batch
 from finetune.objective.acceptance import AcceptanceCounts, count_acceptance
 from finetune.settings import TrainMode
-from mtp_model import DeepSeekV3
+from mtp_model import DeepSeekV3, MainStates
+from mtp_model.context import Context, make_context
 from mtp_model.layers import Embedding
 from mtp_model.mtp import shift_left
 from mtp_model.sharding import BATCH_AXES, axis_size
@@ -110,22 +111,21 @@ def token_loss(
     return TokenLoss(jnp.sum(nll_sums), num_targets, greedy_BT)
 
 
-def measure(
-    model: DeepSeekV3,
-    batch: Batch,
-    num_draft_tokens: int | None = None,
-    train_main: bool = True,
-) -> tuple[Measured, ExpertLoad]:
-    """Run the main model and the depths on a batch, each depth fed the true next token.
+def context_of(batch: Batch) -> Context:
+    """What the layers are told about the tokens of a batch."""
+    return make_context(batch.segment_ids_BT, batch.positions_BT)
 
+
+def measure(
+    model: DeepSeekV3, batch: Batch, main: MainStates, num_draft_tokens: int | None = None
+) -> tuple[Measured, ExpertLoad]:
+    """Run the depths on a batch, each fed the true next token, and add up all losses.
+
+    main: what the main model made of the batch, `model.main(batch.tokens_BT, context_of(batch))`;
+    a gradient flows back into it unless it is stopped there.
     num_draft_tokens: depths to run (default: the modules there are; more reuse them).
-    train_main: False keeps every gradient out of the main model.
     """
-    where = (batch.segment_ids_BT, batch.positions_BT)
-    main = model.main(batch.tokens_BT, *where)
-    if not train_main:
-        main = jax.lax.stop_gradient(main)
-    drafts = model.draft(main.state_BTD, batch.tokens_BT, *where, num_draft_tokens)
+    drafts = model.draft(main.state_BTD, batch.tokens_BT, context_of(batch), num_draft_tokens)
     losses = [
         token_loss(model.lm_head, hidden_BTD, targets(batch, k))
         for k, hidden_BTD in enumerate((main.hidden_BTD, *drafts.hidden))

@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 from imported import import_tiny
 
+from finetune.optimizer import learning_rates, make_optimizer
 from finetune.settings import OptimizerSettings
-from finetune.state import learning_rates, make_optimizer
 from finetune.weights import load_for_training, matrices
 from mtp_model.checkpoint.directory import open_checkpoint
 

@@ -1,4 +1,6 @@
-"""Loading a checkpoint directory: scopes, dtypes, meshes, and what is refused."""
+"""Loading a checkpoint directory: scopes, dtypes, meshes, layers, and what is refused."""
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +11,12 @@ from imported import assert_close, assert_far, import_tiny, load_float32, random
 from jax.sharding import AxisType
 
 import mtp_model
+from mtp_model.block import take_layer
+from mtp_model.checkpoint import directory
 from mtp_model.checkpoint.directory import CheckpointError, open_checkpoint
-from mtp_model.load import cast_weights, load
+from mtp_model.context import make_context
+from mtp_model.load import cast_weights, checkpoint_config, load, load_layer
+from mtp_model.model import abstract_model, leaves_by_name
 from mtp_model.sharding import MESH_AXES, make_mesh
 
 
@@ -19,13 +25,9 @@ def checkpoint(tmp_path_factory):
     return import_tiny(tmp_path_factory.mktemp("load"), dtype="fp8", num_mtp=2)
 
 
-def leaves(model):
-    return {".".join(path): leaf for path, leaf in nnx.to_flat_state(nnx.state(model))}
-
-
 def test_leaves_are_as_stored(checkpoint):
     stored = open_checkpoint(checkpoint)
-    loaded = leaves(load(checkpoint))
+    loaded = leaves_by_name(load(checkpoint))
     assert loaded.keys() == stored.leaves.keys()
     for path, leaf in loaded.items():
         assert (leaf.shape, leaf.dtype) == (stored.leaves[path].shape, stored.leaves[path].dtype)
@@ -35,7 +37,7 @@ def test_leaves_are_as_stored(checkpoint):
 
 
 def test_a_dtype_leaves_scales_and_router_biases_alone(checkpoint):
-    loaded = leaves(load(checkpoint, dtype=jnp.bfloat16))
+    loaded = leaves_by_name(load(checkpoint, dtype=jnp.bfloat16))
     for path, leaf in loaded.items():
         kept = isinstance(leaf, mtp_model.BlockScale | mtp_model.RouterBias)
         assert leaf.dtype == (jnp.float32 if kept else jnp.bfloat16), path
@@ -44,7 +46,7 @@ def test_a_dtype_leaves_scales_and_router_biases_alone(checkpoint):
 def test_casting_a_part_dequantises_that_part(checkpoint):
     model = load(checkpoint)
     cast_weights(model, jnp.float32, only=nnx.PathContains("mtp"))
-    whole, part = leaves(load_float32(checkpoint)), leaves(model)
+    whole, part = leaves_by_name(load_float32(checkpoint)), leaves_by_name(model)
     path = "block.mlp.experts.down_proj.weight"
     np.testing.assert_array_equal(part["mtp." + path][...], whole["mtp." + path][...])
     assert part["moe_layers.mlp.experts.down_proj.weight"].dtype == jnp.float8_e4m3fn
@@ -54,14 +56,14 @@ def test_casting_a_part_dequantises_that_part(checkpoint):
     ("scope", "absent"), [("main", {"mtp"}), ("mtp", {"dense_layers", "moe_layers"})]
 )
 def test_scopes_of_a_whole_checkpoint(checkpoint, scope, absent):
-    everything = {path.split(".")[0] for path in leaves(load(checkpoint))}
-    loaded = {path.split(".")[0] for path in leaves(load(checkpoint, scope=scope))}
+    everything = {path.split(".")[0] for path in leaves_by_name(load(checkpoint))}
+    loaded = {path.split(".")[0] for path in leaves_by_name(load(checkpoint, scope=scope))}
     assert everything - loaded == absent
 
 
 def test_the_mtp_modules_alone_draft_the_same(checkpoint):
     tokens = random_tokens(384)
-    where = (tokens, np.ones_like(tokens), np.tile(np.arange(24, dtype=np.int32), (2, 1)))
+    where = (tokens, make_context(np.ones_like(tokens)))
     whole, alone = load_float32(checkpoint), load_float32(checkpoint, scope="mtp")
     state = jax.jit(lambda model: model.main(*where).state_BTD)(whole)
     draft = jax.jit(lambda model: model.draft(state, *where).hidden)
@@ -76,6 +78,59 @@ def test_a_part_cannot_be_loaded_as_a_whole(tmp_path):
     assert load(part, scope="mtp").scope == "mtp"
     with pytest.raises(ValueError, match=r"leaf dense_layers.*nothing is stored \(scope 'mtp'\)"):
         load(part)
+
+
+@pytest.mark.parametrize("stack", ["dense_layers", "moe_layers", "mtp"])
+def test_a_layer_alone_is_that_of_the_whole_model(checkpoint, stack):
+    whole = take_layer(getattr(load(checkpoint, compute_dtype=np.float32), stack), 1)
+    alone = load_layer(open_checkpoint(checkpoint), stack, 1)
+    theirs, ours = leaves_by_name(whole), leaves_by_name(alone)
+    assert ours.keys() == theirs.keys()
+    for path, leaf in ours.items():
+        assert np.asarray(leaf[...]).tobytes() == np.asarray(theirs[path][...]).tobytes(), path
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 24, 40)), np.float32)
+    context = make_context(np.tile(np.repeat(np.array([1, 2, 0], np.int32), 8), (2, 1)))
+    inputs = (x, x, context) if stack == "mtp" else (x, context)
+    run = jax.jit(lambda layer, *inputs: layer(*inputs)[0])
+    np.testing.assert_array_equal(run(alone, *inputs), run(whole, *inputs))
+
+
+def test_a_layer_alone_reads_its_own_bytes_only(checkpoint, monkeypatch):
+    stored, read = open_checkpoint(checkpoint), []
+
+    def recorded(path, offset, out):
+        read.append(len(out))
+        return read_range(path, offset, out)
+
+    read_range = directory.read_range
+    monkeypatch.setattr(directory, "read_range", recorded)
+    load_layer(stored, "moe_layers", 1)
+    in_layer = [leaf for name, leaf in stored.leaves.items() if name.startswith("moe_layers.")]
+    sizes = [math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in in_layer]
+    assert sum(read) == sum(sizes)
+    assert max(read) <= max(leaf.tensor_bytes for leaf in in_layer)
+
+
+@pytest.mark.parametrize("index", [-1, 2])
+def test_a_layer_that_is_not_there(checkpoint, index):
+    with pytest.raises(ValueError, match=f"mtp has 2 layers, no {index}"):
+        load_layer(open_checkpoint(checkpoint), "mtp", index)
+
+
+def test_an_abstract_model_says_what_loading_gives(checkpoint):
+    mesh = make_mesh(fsdp=2, expert=2, tensor=2)
+    stored = open_checkpoint(checkpoint)
+    dtypes = {name: leaf.dtype for name, leaf in stored.leaves.items()}
+    abstract = leaves_by_name(abstract_model(checkpoint_config(stored), "all", dtypes, mesh))
+    loaded = leaves_by_name(load(checkpoint, mesh=mesh))
+    assert abstract.keys() == loaded.keys()
+    for name, leaf in abstract.items():
+        found, said = loaded[name][...], leaf.get_value()
+        assert isinstance(said, jax.ShapeDtypeStruct)
+        assert (said.shape, said.dtype) == (found.shape, found.dtype), name
+        assert said.sharding is not None
+        assert said.sharding.is_equivalent_to(found.sharding, found.ndim), name
 
 
 def test_an_unfinished_directory_is_refused(tmp_path):

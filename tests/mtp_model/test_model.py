@@ -1,7 +1,6 @@
 """The network against the plain-torch reference, module by module and whole, with every mistake
 that checkpoints of this family have suffered made on purpose."""
 
-import functools
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,9 +24,11 @@ from converters.verifying import torch_reference as reference
 from converters.verifying.torch_reference import TorchReference, open_reference, under
 from mtp_model import attention
 from mtp_model.block import take_layer
+from mtp_model.context import make_context
 from mtp_model.load import load
 from mtp_model.model import DeepSeekV3
 from mtp_model.moe import Router
+from mtp_model.mtp import run_module, shift_within_segments
 
 VARIANTS = {
     "f32, one MTP module": {"dtype": "f32"},
@@ -114,18 +115,18 @@ def test_each_module(two_modules):
     get = under(ref.get, f"model.layers.{config['first_k_dense_replace'] + 1}")
     x_torch, segments = torch.tensor(np.asarray(x)), jnp.ones((2, 24), jnp.int32)
     places = ref.places(torch.ones((2, 24), dtype=torch.int32))
-    positions = jnp.tile(jnp.arange(24, dtype=jnp.int32), (2, 1))
+    context = make_context(segments)
 
     norm = reference.rms_norm(x_torch, get("input_layernorm.weight"), config["rms_norm_eps"])
     check_module(layer.input_layernorm(x), norm, "norm")
     attended = reference.attention(x_torch, under(get, "self_attn"), config, places)
-    check_module(layer.self_attn(x, segments, positions), attended, "attention")
+    check_module(layer.self_attn(x, context), attended, "attention")
     shared = reference.mlp(x_torch, under(get, "mlp.shared_experts"))
     check_module(layer.mlp.shared_experts(x), shared, "shared experts")
     mixed = reference.moe(x_torch, under(get, "mlp"), config)
     check_module(layer.mlp(x, segments)[0], mixed, "MoE")
     whole = reference.decoder_layer(x_torch, get, config, places, is_moe=True)
-    check_module(layer(x, segments, positions, segments)[0], whole, "decoder layer")
+    check_module(layer(x, context)[0], whole, "decoder layer")
 
 
 @torch.no_grad()
@@ -299,18 +300,22 @@ def test_bf16_is_near_float32(fp8_checkpoint):
     assert mean < 0.1
 
 
-def test_zero_first_embedding_is_vllms_habit(two_modules):
+def test_a_module_can_be_fed_as_vllm_feeds_it(two_modules):
+    """vLLM feeds a zero embedding at position 0: a module takes the embeddings it is given."""
     model, _, _ = two_modules
     tokens = random_tokens(model.config.vocab_size)[:1]
     tokens[0, 1] = 9
-    where = (tokens, np.ones_like(tokens), np.arange(24, dtype=np.int32)[None])
+    context = make_context(np.ones_like(tokens))
+    fed = shift_within_segments(jnp.asarray(tokens), context.segment_ids_BT, 1).tokens_BT
 
-    @functools.partial(jax.jit, static_argnames="zero")
-    def first_draft(model, state, zero=False):
-        return model.draft(state, *where, 1, zero_first_embedding=zero).hidden[0]
+    @jax.jit
+    def zeroed_draft(model, state):
+        e_BTD = model.embed_tokens.lookup(fed, model.compute_dtype).at[:, 0].set(0.0)
+        return run_module(take_layer(model.mtp, 0), state, e_BTD, context)[0]
 
-    main_state = jax.jit(lambda model: model.main(*where).state_BTD)(model)
-    zeroed = first_draft(model, main_state, zero=True)
+    first_draft = jax.jit(lambda model, state: model.draft(state, tokens, context, 1).hidden[0])
+    main_state = jax.jit(lambda model: model.main(tokens, context).state_BTD)(model)
+    zeroed = zeroed_draft(model, main_state)
     assert_far(zeroed, first_draft(model, main_state), "a zero embedding at position 0")
     graph, state = nnx.split(model)
     table = state.embed_tokens.weight

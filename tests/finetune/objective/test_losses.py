@@ -11,6 +11,7 @@ from finetune.data.packing import Batch
 from finetune.data.tokens import Tokens
 from finetune.objective.losses import (
     ExpertLoad,
+    context_of,
     mean_losses,
     measure,
     objective,
@@ -42,7 +43,11 @@ def model():
     return nnx.merge(graphdef, nnx.map_state(random, abstract))
 
 
-measured_jit = jax.jit(lambda model, batch: measure(model, batch)[0])
+def measure_whole(model: DeepSeekV3, batch: Batch):
+    return measure(model, batch, model.main(batch.tokens_BT, context_of(batch)))
+
+
+measured_jit = jax.jit(lambda model, batch: measure_whole(model, batch)[0])
 
 
 # --- valid targets
@@ -228,7 +233,7 @@ def test_router_biases_move_towards_the_mean_load():
 
 
 def test_only_real_tokens_are_counted_as_load(model):
-    load = jax.jit(lambda model, batch: measure(model, batch)[1])(model, packed(DOCUMENTS))
+    load = jax.jit(lambda model, batch: measure_whole(model, batch)[1])(model, packed(DOCUMENTS))
     num_tokens = sum(each.ids.size for each in DOCUMENTS)
     choices = model.config.num_experts_per_tok
     assert load.moe_layers_LE.sum(axis=1).tolist() == [choices * num_tokens]
