@@ -60,10 +60,10 @@ def initial(optimizer: optax.GradientTransformation, trainable: nnx.State) -> op
 
 
 def _placements(opt_state: optax.OptState, trainable: nnx.State) -> optax.OptState:
-    """A sharding for each leaf: a parameter's for its moments, everywhere for counts.
+    """Where each leaf lives: a moment with its parameter, a count of steps on every device.
 
-    Without them the first step's state is placed otherwise than the second's, and the step is
-    compiled twice.
+    Left to JAX, the first step's state would be placed otherwise than the second's, and the step
+    would be compiled twice.
     """
     of_parameters = jax.tree.map(lambda leaf: leaf.sharding, trainable)
     everywhere = jax.tree.leaves(of_parameters)[0]

@@ -1,6 +1,6 @@
-"""What training moves and what it leaves alone, and one step of it.
+"""The state of training and one step of it: which weights move, and which stay as they are.
 
-A mode is a filter: the gradient is taken with respect to the selected parameters only, so that of
+A training mode is a filter on the parameters: the gradient is taken with respect to the selected parameters only, so that of
 a frozen main model JAX keeps no residuals and runs no backward pass. L layers, E experts.
 """
 

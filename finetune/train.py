@@ -1,6 +1,6 @@
 """The training loop: `finetune-deepseek train`, from settings to RUN/final.
 
-Reads top to bottom; each concern it joins is in a file of its own.
+Read it from top to bottom; loading, packing, the step and the logs have files of their own.
 """
 
 import contextlib

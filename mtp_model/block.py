@@ -48,7 +48,7 @@ class DecoderLayer(nnx.Module):
 
 
 def stack(count: int, make: Callable[[nnx.Rngs], M], rngs: nnx.Rngs) -> M:
-    """`count` modules in one, every leaf with a leading `layers` dimension."""
+    """`count` modules as one whose leaves have a leading `layers` dimension."""
 
     @nnx.split_rngs(splits=count)
     @nnx.vmap(in_axes=(0,), out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})

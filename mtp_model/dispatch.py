@@ -1,8 +1,8 @@
 """Bringing each token to its experts and back: dropless, static shapes, with or without a mesh.
 
 Tokens are sorted by expert; under an expert axis every peer is sent a fixed number of rows by
-one all-to-all, and rounds are repeated until the fullest peer is served. Knows nothing of how
-tokens choose experts or what experts compute.
+one all-to-all, and rounds are repeated until the fullest peer is served. The caller chooses the
+experts of each token, and says what an expert computes by a function (`serve`).
 
 T tokens, K choices a token, N = T K rows, P peers, C slots a peer, M = P C slots, D hidden.
 """
@@ -56,7 +56,7 @@ def _make_plan(choices_TK, num_experts: int, num_peers: int) -> tuple[_Plan, int
 
 
 def _round_slots(plan: _Plan, round_index) -> tuple[jax.Array, jax.Array]:
-    """row_of_slot_M (N where empty) and slot_of_row_N (M where not in this round)."""
+    """The row in each slot (N in an empty one), and the slot of each row (M outside this round)."""
     num_rows = plan.order_N.shape[0]
     first_P = plan.start_P1[:-1] + round_index * plan.slots
     sorted_PC = first_P[:, None] + jnp.arange(plan.slots)[None]

@@ -2,7 +2,7 @@
 
 M rows, I in, O out, L local experts. Two ways with one result: `lax.ragged_dot` where XLA has a
 grouped kernel (TPU), blocks of rows padded to one expert each elsewhere (there `ragged_dot` costs
-L times the FLOPs). Knows nothing of routing.
+L times the FLOPs).
 """
 
 import jax

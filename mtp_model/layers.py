@@ -30,7 +30,7 @@ class BlockScale(nnx.Variable):
 
 
 def annotated(kind: type[V], value: jax.Array, axes: Axes) -> V:
-    """A variable with its logical axes; where it lives is decided when it is loaded."""
+    """A variable that names the logical axes of its dimensions; `load` places it by them."""
     return kind(value, out_sharding=axes, sharding_rules=RULES, eager_sharding=False)
 
 
@@ -60,7 +60,8 @@ def init_normal(rngs: nnx.Rngs, shape: tuple[int, ...]) -> jax.Array:
 class Weight(nnx.Module):
     """One stored matrix (or a stack of them) with the scales of its FP8 blocks.
 
-    Subclassed for how it is used. shape: [..., out, in]; axes: a logical axis for each dimension.
+    Its subclasses say what the matrix does. shape: [..., out, in]; axes: a logical axis for each
+    dimension; quantised False: not FP8 in the released format, so without scales.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class Linear(Weight):
 
 
 class Embedding(Weight):
-    """Rows of [V, D]: the input embedding, and the output head."""
+    """A table [V, D] with a row for each token: the input embedding, and the output head."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         shape = (config.vocab_size, config.hidden_size)

@@ -1,4 +1,4 @@
-"""Moving rows by gathers only, forward and backward. Knows nothing of experts.
+"""Moving rows by gathers only, forward and backward.
 
 A scatter of rows is slow to compile and to run on TPU; where the inverse of the movement is
 known, the gradient is a gather too.

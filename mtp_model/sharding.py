@@ -1,6 +1,6 @@
 """Where arrays live on a mesh: the mesh axes and what each logical axis of a weight maps to.
 
-Knows nothing of layers. Without a mesh every function here leaves its argument as it is.
+Without a mesh every function here leaves its argument as it is.
 """
 
 from collections.abc import Sequence

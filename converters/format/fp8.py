@@ -83,11 +83,6 @@ def quantise(weight: np.ndarray, scale: np.ndarray, block: Block) -> NDArray[np.
     return codes
 
 
-def block_scales(weight: np.ndarray, block: Block) -> NDArray[np.float32]:
-    """max |weight| / 448 of every block; 1.0 for a block of zeros; Fp8Error for NaN, infinity."""
-    return _scales(_largest(weight, block))
-
-
 def requantise(weight: np.ndarray, stored_scale: np.ndarray | None, block: Block) -> Requantised:
     """FP8 for `weight`: with `stored_scale` if that loses nothing, with new scales otherwise.
 
@@ -119,6 +114,7 @@ def _largest(weight: np.ndarray, block: Block) -> NDArray[np.float32]:
 
 
 def _scales(largest: NDArray[np.float32]) -> NDArray[np.float32]:
+    """max |weight| / 448 of every block; 1.0 for a block of zeros."""
     scales = np.maximum(largest / np.float32(FP8_MAX), _SMALLEST_SCALE)
     return np.where(largest == 0, np.float32(1), scales)
 

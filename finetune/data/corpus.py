@@ -1,4 +1,4 @@
-"""Training text on disk: where each document is, checked once; knows nothing of batches.
+"""Training text on disk: where each document is, and that it can be read.
 
 A corpus is an index (file, first byte, bytes) of 20 bytes a document; the text stays on disk.
 """

@@ -1,6 +1,6 @@
 """Documents packed into batches of fixed shape, and the position in them that a run resumes from.
 
-Knows documents as an indexed sequence of tokens, and nothing of files. B rows, T tokens a row.
+B rows, T tokens a row.
 """
 
 import functools

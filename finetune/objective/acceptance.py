@@ -1,6 +1,7 @@
 """How many drafted tokens greedy decoding would accept, counted on given text.
 
-Knows tokens only. B batch, T position, K depths.
+B batch, T position, K depths.
+
 With g[i] the main model's greedy choice at position i (its prediction of t[i+1]) and d_k[i] the
 choice of depth k (its prediction of t[i+k+1]), both fed the text:
 
@@ -40,7 +41,7 @@ class AcceptanceCounts(NamedTuple):
 def count_acceptance(
     batch: Batch, greedy_BT: Int[Array, "B T"], drafted: tuple[Int[Array, "B T"], ...]
 ) -> AcceptanceCounts:
-    """Count over a batch. greedy: the main model's argmax; drafted: each depth's."""
+    """Count over a batch. greedy: the main model's choices (argmax); drafted: each depth's."""
     segments_BT = batch.segment_ids_BT
     accepted_BT = segments_BT != 0
     masks = []

@@ -80,14 +80,13 @@ def token_loss(
     lm_head: Embedding,
     hidden_BTD: Float[Array, "B T D"],
     target: Targets,
-    chunk: int | None = None,
 ) -> TokenLoss:
-    """Cross entropy of the head's logits, `chunk` positions at a time.
+    """Cross entropy of the head's logits, a chunk of positions at a time.
 
     Each chunk's logits are computed again in the backward pass.
     """
     rows, length, _ = hidden_BTD.shape
-    chunk = chunk or chunk_length(rows, length, lm_head.weight.shape[0])
+    chunk = chunk_length(rows, length, lm_head.weight.shape[0])
     count = -(-length // chunk)
 
     @jax.checkpoint

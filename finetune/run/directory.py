@@ -1,4 +1,4 @@
-"""The run directory: new, to be continued, finished, or not ours; knows nothing of training."""
+"""The run directory: whether it is new, to be continued, finished, or not ours."""
 
 import contextlib
 import shutil

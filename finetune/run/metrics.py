@@ -1,7 +1,7 @@
 """Sums of a batch as the numbers people read, and the files those go to.
 
-Knows nothing of models. RUN/metrics.jsonl has one object a step, RUN/evaluations.jsonl one for
-each evaluation on held-out text; TensorBoard has both.
+RUN/metrics.jsonl has one object a step, RUN/evaluations.jsonl one for each evaluation on held-out
+text; TensorBoard has both.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""curves.png: what a run did, from the rows of its logs; knows nothing of models or files of logs.
+"""curves.png: what a run did, drawn from the rows of its logs.
 
 Thin lines are training batches; dots are evaluations on held-out text.
 """

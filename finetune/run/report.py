@@ -1,4 +1,4 @@
-"""Results as tables for people; knows numbers and names only."""
+"""What was measured, as tables and sentences for people."""
 
 from rich.table import Table
 

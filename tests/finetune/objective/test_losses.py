@@ -9,6 +9,7 @@ from packed import DOCUMENTS, VOCAB, document, measured_of, packed
 
 from finetune.data.packing import Batch
 from finetune.data.tokens import Tokens
+from finetune.objective import losses
 from finetune.objective.losses import (
     ExpertLoad,
     context_of,
@@ -141,14 +142,20 @@ def test_the_whole_network_agrees_with_its_logits(model):
 # --- chunks
 
 
+def set_chunk(monkeypatch: pytest.MonkeyPatch, rows: int, chunk: int) -> None:
+    """Room for the logits of this many positions."""
+    monkeypatch.setattr(losses, "LOGITS_BYTES", 4 * rows * VOCAB * chunk)
+
+
 @pytest.mark.parametrize("chunk", [1, 5, 16, 100])
-def test_chunks_do_not_change_loss_or_gradient(model, chunk):
+def test_chunks_do_not_change_loss_or_gradient(model, chunk, monkeypatch):
+    set_chunk(monkeypatch, 2, chunk)
     batch = packed(DOCUMENTS)
     h_BTD = jax.random.normal(jax.random.key(0), (2, 16, model.config.hidden_size))
 
     @jax.jit
     def loss_of(h_BTD, lm_head):
-        found = token_loss(lm_head, h_BTD, targets(batch, 0), chunk)
+        found = token_loss(lm_head, h_BTD, targets(batch, 0))
         return found.nll_sum, found.greedy_BT
 
     @jax.jit
@@ -173,13 +180,14 @@ def test_chunks_do_not_change_loss_or_gradient(model, chunk):
     )
 
 
-def test_whole_logits_never_exist(model):
+def test_whole_logits_never_exist(model, monkeypatch):
     """No array of the traced loss and gradient holds [B, T, V] float32."""
     rows, length, chunk = 2, 64, 8
+    set_chunk(monkeypatch, rows, chunk)
     batch = packed([document(1, 60), document(2, 50)], rows=rows, row_tokens=length)
 
     def loss_of(h_BTD, lm_head):
-        return token_loss(lm_head, h_BTD, targets(batch, 0), chunk).nll_sum
+        return token_loss(lm_head, h_BTD, targets(batch, 0)).nll_sum
 
     h_BTD = jnp.ones((rows, length, model.config.hidden_size))
     traced = jax.make_jaxpr(jax.grad(loss_of, argnums=(0, 1)))(h_BTD, model.lm_head)
