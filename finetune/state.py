@@ -1,7 +1,8 @@
 """The state of training and one step of it: which weights move, and which stay as they are.
 
-A training mode is a filter on the parameters: the gradient is taken with respect to the selected parameters only, so that of
-a frozen main model JAX keeps no residuals and runs no backward pass. L layers, E experts.
+A training mode is a filter on the parameters. The gradient is taken with respect to those it
+selects only: JAX then keeps no residuals of a frozen main model and runs no backward pass in it.
+L layers, E experts.
 """
 
 from collections.abc import Callable
