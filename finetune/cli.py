@@ -14,16 +14,13 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from finetune.data.corpus import DataError
 from finetune.evaluate import EvaluateSettings, evaluate
-from finetune.run.directory import RunError
 from finetune.run.report import comparison_table, evaluation_table
 from finetune.settings import RunSettings, SettingsError, blank, read_yaml
-from finetune.train import Result, StoppedError, train
-from mtp_model import ConfigError
-from mtp_model.checkpoint.directory import CheckpointError
+from finetune.train import Result, train
+from mtp_model.commands import exit_status
 
-FAILURES = (DataError, RunError, StoppedError, CheckpointError, ConfigError, OSError)
+WRONG_USAGE = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +46,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(argv: Sequence[str]) -> int:
     """Run one command; returns its exit status."""
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    return exit_status(
+        lambda: _run(argv, errors),
+        tell=lambda error: errors.print(f"error: {error}", markup=False),
+        interrupted="interrupted; a training run goes on with the same command",
+    )
+
+
+def _run(argv: Sequence[str], errors: Console) -> int:
     try:
         command = parse(argv)
         if isinstance(command, TrainCommand):
@@ -57,13 +62,7 @@ def run(argv: Sequence[str]) -> int:
             _evaluate(command, errors)
     except SettingsError as error:
         errors.print(f"error: {error}", markup=False)
-        return 2
-    except FAILURES as error:
-        errors.print(f"error: {error}", markup=False)
-        return 1
-    except KeyboardInterrupt:
-        errors.print("interrupted; a training run goes on with the same command")
-        return 130
+        return WRONG_USAGE
     return 0
 
 

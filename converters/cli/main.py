@@ -4,127 +4,12 @@ Exit status: 0 when all that was asked holds, 1 for a failed check or bad input,
 """
 
 import importlib.metadata
-import os
-import re
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import tyro
-from tyro.conf import Positional, arg, subcommand
-
-from mtp_model.problems import ProblemsError
-
-PROG = "convert-deepseek"
-_MODEL = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-_SHARE = re.compile(r"(\d{1,6})/(\d{1,6})", re.ASCII)
-
-_Src = Annotated[
-    Positional[str],
-    arg(
-        metavar="SRC",
-        help="safetensors checkpoint: a local folder, gs://bucket/folder, or org/name[@revision]",
-    ),
-]
-_Dst = Annotated[
-    Positional[str], arg(metavar="DST", help="folder to write, local or gs://bucket/folder")
-]
-_Ckpt = Annotated[
-    Positional[str], arg(metavar="CKPT", help="checkpoint directory, local or gs://bucket/folder")
-]
-_Workers = Annotated[int, arg(metavar="N", help="threads; memory grows with their number")]
-_Json = Annotated[bool, arg(help="print JSON instead of tables")]
-_Overwrite = Annotated[bool, arg(help="replace what DST holds, if this toolkit wrote it")]
-_BASE = (
-    "what CKPT was imported from, unchanged: only files that hold changed tensors are written, the "
-    "others are hard links, reflinks or copies of SRC's (never write into a linked file), within "
-    "gs:// copies that move no bytes. SRC also "
-    "gives the tensors that CKPT of --scope mtp or main does not hold"
-)
-_PUSH = (
-    "then upload DST to this model on the Hub, made private where there is none; the token comes "
-    "from HF_TOKEN or `hf auth login`"
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Inspect:
-    """Say what a checkpoint is and whether it can be imported, from its headers and config.json."""
-
-    src: _Src
-    json: _Json = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Import:
-    """Turn a safetensors checkpoint into a checkpoint directory; run again to continue."""
-
-    src: _Src
-    dst: _Dst
-    scope: Literal["all", "main", "mtp"] = "all"
-    """main: without MTP modules; mtp: only these, embedding, norm and head; see export --base"""
-    dtype: Literal["keep", "bf16", "f32"] = "keep"
-    """of the weights; keep: as in SRC, FP8 included"""
-    copies: Literal["check", "main"] = "check"
-    """MTP copies of embedding and head that differ from them; check: an error, main: ignored"""
-    mtp_hidden_state: Literal["config", "post_norm", "pre_norm"] = "config"
-    """what MTP depth 1 is fed; config: as config.json says, post_norm if it does not"""
-    workers: _Workers = 3
-    worker: Annotated[str, arg(metavar="I/N")] = "1/1"
-    """do the I-th of N shares, for N processes or hosts with one DST; the last finishes it"""
-    overwrite: _Overwrite = False
-    json: _Json = False
-
-    @property
-    def share(self) -> tuple[int, int] | None:
-        """--worker as (I - 1, N); None where it is no share."""
-        match = _SHARE.fullmatch(self.worker)
-        number, count = (int(match[1]), int(match[2])) if match else (0, 0)
-        return (number - 1, count) if 1 <= number <= count else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Export:
-    """Turn a checkpoint directory into its source's safetensors files; run again to continue."""
-
-    ckpt: _Ckpt
-    dst: _Dst
-    dtype: Literal["keep", "bf16"] = "keep"
-    """of the weights; keep: as in the source, what was trained quantised again; bf16: no FP8"""
-    base: Annotated[str | None, arg(metavar="SRC", help=_BASE)] = None
-    push: Annotated[str | None, arg(metavar="ORG/NAME", help=_PUSH)] = None
-    workers: _Workers = 3
-    overwrite: _Overwrite = False
-    json: _Json = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verify:
-    """Prove that exporting CKPT gives SRC's tensors byte for byte; CKPT alone: its digests."""
-
-    src: Annotated[
-        Positional[str],
-        arg(metavar="SRC|CKPT", help="safetensors checkpoint to compare CKPT with, or CKPT alone"),
-    ]
-    ckpt: Annotated[Positional[str | None], arg(metavar="[CKPT]", help="checkpoint directory")] = (
-        None
-    )
-    scope: Literal["all", "main", "mtp"] = "all"
-    """what is compared, of what CKPT holds"""
-    logits: bool = False
-    """compare float32 logits with a torch reference on SRC; holds CKPT in memory, needs torch"""
-    report: Annotated[str | None, arg(metavar="DIR")] = None
-    """write report.json, report.md and a picture of the logits' differences there"""
-    workers: _Workers = 3
-    json: _Json = False
-
-    @property
-    def needs_source(self) -> bool:
-        return self.logits or self.scope != "all"
-
-
-Command = Inspect | Import | Export | Verify
+from converters.cli.arguments import PROG, Command, Export, Import, Inspect, parse
+from mtp_model.commands import exit_status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -133,70 +18,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv == ["--version"]:
         print(f"{PROG} {importlib.metadata.version('deepseek-mtp')}")
         return 0
-    return _run(parse(argv))
+    command = parse(argv)
+    from converters.cli.common import tell  # rich and jax take a second; --help need not wait
 
-
-def parse(argv: Sequence[str]) -> Command:
-    """The command that the arguments stand for; exits with 2 where they stand for none."""
-    command = tyro.cli(
-        Annotated[Inspect, subcommand("inspect")]
-        | Annotated[Import, subcommand("import")]
-        | Annotated[Export, subcommand("export")]
-        | Annotated[Verify, subcommand("verify")],
-        prog=PROG,
-        description=f"Convert DeepSeek-V3-family checkpoints. `{PROG} --version`: its version.",
-        args=list(argv),
-        config=(tyro.conf.FlagCreatePairsOff,),
+    return exit_status(
+        lambda: _function_of(command)(command),
+        tell=lambda error: tell(error, as_json=command.json),
+        interrupted=f"{PROG}: interrupted; the same command continues",
     )
-    fault = _usage_fault(command)
-    if fault:
-        print(f"{PROG}: {fault}", file=sys.stderr)
-        raise SystemExit(2)
-    return command
 
 
-def _usage_fault(command: Command) -> str | None:
-    if getattr(command, "workers", 1) < 1:
-        return "--workers needs to be 1 or more"
-    if isinstance(command, Import) and not command.share:
-        return f"--worker {command.worker} is no share; needed I/N with I from 1 to N, as 2/4"
+def _function_of(command: Command) -> Callable[[Any], int]:
+    if isinstance(command, Inspect):
+        from converters.cli.inspect_command import run_inspect
+
+        return run_inspect
+    if isinstance(command, Import):
+        from converters.cli.import_command import run_import
+
+        return run_import
     if isinstance(command, Export):
-        return _export_fault(command)
-    if isinstance(command, Verify) and not command.ckpt and command.needs_source:
-        return "--logits and --scope compare with a source: verify SRC CKPT"
-    return None
+        from converters.cli.export_command import run_export
 
+        return run_export
+    from converters.cli.verify_command import run_verify
 
-def _export_fault(command: Export) -> str | None:
-    if command.base and command.dtype != "keep":
-        return f"--base keeps files as they are; with --dtype {command.dtype} none would be"
-    if command.push is not None and not _MODEL.fullmatch(command.push):
-        return f"--push {command.push} is no model on the Hub; needed ORG/NAME"
-    if command.push is not None and command.dst.startswith("gs://"):
-        return f"--push uploads a folder of this machine, not {command.dst}"
-    return None
-
-
-def _run(command: Command) -> int:
-    from converters.cli import commands  # jax takes a second to import: --help need not wait
-
-    run = {
-        Inspect: commands.run_inspect,
-        Import: commands.run_import,
-        Export: commands.run_export,
-        Verify: commands.run_verify,
-    }[type(command)]
-    try:
-        status = run(command)
-        sys.stdout.flush()  # here, where a reader that has gone is no traceback
-        return status
-    except ProblemsError as err:
-        commands.tell_problems(err, as_json=command.json)
-    except BrokenPipeError:  # the reader of our stdout, `head` for one, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, ImportError) as err:
-        commands.tell_error(f"{PROG}: {err}", as_json=command.json)
-    except KeyboardInterrupt:
-        print(f"{PROG}: interrupted; the same command continues", file=sys.stderr)
-        return 130
-    return 1
+    return run_verify

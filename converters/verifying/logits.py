@@ -76,7 +76,7 @@ def check_logits(
 
     listing: of a local folder; config_dict: its parsed config.json. The checkpoint is in memory
     whole, in float32, the reference one matrix at a time. Raises CheckpointError where the machine
-    has too little memory, ImportError without torch.
+    has too little memory, UserError without torch.
     """
     _raise_unless_it_fits(checkpoint)
     from converters.verifying import torch_reference  # here: it needs the extra `verify`

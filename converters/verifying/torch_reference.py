@@ -14,6 +14,8 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mtp_model.problems import UserError
+
 try:
     import torch
     from torch import Tensor
@@ -22,7 +24,7 @@ try:
     from converters.verifying.torch_config import Config, as_read
     from converters.verifying.torch_weights import Get, weights_of
 except ImportError as error:
-    raise ImportError("needs torch, safetensors: pip install 'deepseek-mtp[verify]'") from error
+    raise UserError("needs torch, safetensors: pip install 'deepseek-mtp[verify]'") from error
 
 DROPPED_GROUP = -math.inf  # what an expert outside the kept groups scores; 0 would beat negatives
 

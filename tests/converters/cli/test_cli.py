@@ -409,7 +409,7 @@ def test_interruption_says_how_to_go_on(
     def interrupted(*_args: object, **_options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("converters.cli.commands.import_checkpoint", interrupted)
+    monkeypatch.setattr("converters.cli.import_command.import_checkpoint", interrupted)
     status, _, err = run(capsys, "import", source, tmp_path / "checkpoint")
     assert status == 130
     assert "the same command continues" in err

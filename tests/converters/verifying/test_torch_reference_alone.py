@@ -182,5 +182,5 @@ def test_errors_say_what_is_wrong(reference: TorchReference):
 def test_missing_torch_names_the_extra(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.delitem(sys.modules, "converters.verifying.torch_reference")
-    with pytest.raises(ImportError, match=r"pip install 'deepseek-mtp\[verify\]'"):
+    with pytest.raises(UserError, match=r"pip install 'deepseek-mtp\[verify\]'"):
         importlib.import_module("converters.verifying.torch_reference")

@@ -26,11 +26,11 @@ from converters.verifying.logits import (
     check_logits,
     seeded_batch,
 )
-from converters.verifying.report_folder import write_report
+from converters.verifying.report import write_report
 from converters.verifying.verify import StorageCheck, Verification
 from mtp_model.checkpoint.directory import Checkpoint, CheckpointError, open_checkpoint
 from mtp_model.checkpoint.writer import ChangedLeaf, write_derived
-from mtp_model.problems import ProblemsError
+from mtp_model.problems import ProblemsError, UserError
 from mtp_model.reporting import to_json
 from tools.make_tiny_checkpoint import make_tiny_checkpoint
 
@@ -369,7 +369,7 @@ def test_logits_without_torch_say_what_to_install(kept: Pair, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.delitem(sys.modules, "converters.verifying.torch_reference", raising=False)
     monkeypatch.delattr(converters.verifying, "torch_reference", raising=False)
-    with pytest.raises(ImportError, match=r"pip install 'deepseek-mtp\[verify\]'"):
+    with pytest.raises(UserError, match=r"pip install 'deepseek-mtp\[verify\]'"):
         logits(*kept)
 
 

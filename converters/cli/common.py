@@ -1,0 +1,63 @@
+"""What the commands share: opening what the user named, printing results and errors."""
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from converters.cli.arguments import PROG
+from converters.format.check import read_config
+from converters.format.listing import Listing, list_checkpoint
+from converters.sources.open import open_source
+from converters.sources.source import Source, kind_fault
+from mtp_model.problems import Problem, ProblemsError, UserError, raise_if_any
+from mtp_model.reporting import (
+    Section,
+    human_bytes,
+    problem_report,
+    problems_as_json,
+    show,
+    stdout,
+    to_json,
+)
+
+
+def source_of(src: str) -> Source:
+    """What SRC stands for; ProblemsError where it is not the kind of thing that is wanted."""
+    source = open_source(src)
+    if fault := kind_fault(source.files()):
+        raise ProblemsError(source.name, [Problem("source", src, fault)])
+    return source
+
+
+def open_both(source: Source) -> tuple[Listing, dict[str, Any]]:
+    """Headers and config.json; ProblemsError with the problems of both."""
+    problems: list[Problem] = []
+    opened = []
+    for read in (list_checkpoint, read_config):
+        try:
+            opened.append(read(source))
+        except ProblemsError as err:
+            problems += err.problems
+    raise_if_any(source.name, problems)
+    listing, config = opened
+    return listing, config
+
+
+def print_result(sections: Iterable[Section], plain: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print(to_json(plain))
+    else:
+        show(stdout(), sections)
+
+
+def tell(error: UserError | OSError, *, as_json: bool) -> None:
+    """Say on stderr what is wrong, alike problems as one line; in full on stdout for --json."""
+    problems = error if isinstance(error, ProblemsError) else None
+    if as_json:
+        print(to_json(problems_as_json(problems) if problems else {"error": f"{PROG}: {error}"}))
+    found = problem_report(problems.where, problems.problems) if problems else f"{PROG}: {error}"
+    print(found, file=sys.stderr)
+
+
+def time_and_rate(nbytes: int, seconds: float) -> str:
+    return f"{seconds:,.1f} s, {human_bytes(nbytes / max(seconds, 1e-9))}/s"

@@ -1,0 +1,52 @@
+"""`convert-deepseek verify`: whether an export would give a source's bytes, and its logits."""
+
+from pathlib import Path
+from typing import Any
+
+from converters.cli.arguments import Verify
+from converters.cli.common import open_both, print_result, source_of
+from converters.format.listing import Listing
+from converters.verifying.digests import check_digests
+from converters.verifying.logits import LogitsCheck, check_logits
+from converters.verifying.report import verification, write_report
+from converters.verifying.verify import Verification, check_storage
+from mtp_model.checkpoint.directory import Checkpoint, open_checkpoint
+from mtp_model.problems import Problem, ProblemsError
+from mtp_model.progress import progress
+
+
+def run_verify(command: Verify) -> int:
+    """Check digests and what else was asked; 1 unless all of it holds."""
+    if command.report:
+        Path(command.report).mkdir(parents=True, exist_ok=True)  # fails now, not after an hour
+    ckpt = command.ckpt or command.src
+    checkpoint = open_checkpoint(ckpt)
+    source = source_of(command.src) if command.ckpt else None
+    opened = open_both(source) if source else None
+    with progress("digests") as report:
+        digests = check_digests(checkpoint, workers=command.workers, progress=report)
+    storage, logits = None, None
+    if opened and digests.holds:
+        with progress("tensors") as report:
+            storage = check_storage(
+                *opened, checkpoint, scope=command.scope, workers=command.workers, progress=report
+            )
+        logits = _logits(*opened, checkpoint) if command.logits else None
+    found = Verification(
+        source=source.name if source else None,
+        checkpoint=ckpt,
+        digests=digests,
+        storage=storage,
+        logits=logits,
+    )
+    print_result(verification(found), found.to_dict(), as_json=command.json)
+    if command.report:
+        write_report(command.report, found)
+    return 0 if found.holds else 1
+
+
+def _logits(listing: Listing, config_dict: dict[str, Any], checkpoint: Checkpoint) -> LogitsCheck:
+    if listing.source.is_far:
+        detail = "is not on this machine; --logits needs a local folder, download it first"
+        raise ProblemsError(listing.source.name, [Problem("source", "SRC", detail)])
+    return check_logits(listing, config_dict, checkpoint)

@@ -1,0 +1,145 @@
+"""What `verify` says, and the folder of --report: report.json, report.md, logits.png."""
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from converters.verifying.logits import DepthCheck, LogitsCheck
+from converters.verifying.verify import Part, StorageCheck, Verification
+from mtp_model.grouping import group_names
+from mtp_model.reporting import (
+    Facts,
+    Grid,
+    Section,
+    cut,
+    human_bytes,
+    markdown,
+    plural,
+    problem_report,
+    to_json,
+)
+
+REPORT_JSON, REPORT_MD, LOGITS_PNG = "report.json", "report.md", "logits.png"
+_MOST_NAMES = 12
+_SMALLEST = 1e-10  # what a difference of exactly 0 is drawn as, on a logarithmic axis
+
+
+def write_report(folder: str | Path, found: Verification) -> None:
+    """Write the report into `folder`, which is made when missing; files in it are replaced."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / REPORT_JSON).write_text(to_json(found.to_dict()) + "\n", encoding="utf-8")
+    when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    text = f"# Verification of {found.checkpoint}\n\n{when}\n\n" + markdown(verification(found))
+    (folder / LOGITS_PNG).unlink(missing_ok=True)  # an earlier report's
+    if found.logits:
+        _draw(found.logits, folder / LOGITS_PNG)
+        text += f"\n![difference by position]({LOGITS_PNG})\n"
+    (folder / REPORT_MD).write_text(text, encoding="utf-8")
+
+
+def _draw(logits: LogitsCheck, file: Path) -> None:
+    """A line for each depth: largest difference at each position, and what is allowed."""
+    from matplotlib.figure import Figure  # takes half a second to import
+
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    for depth in logits.depths:
+        positions, differences = _points(depth)
+        axes.semilogy(positions, differences, ".-", label=_name(depth))
+    axes.axhline(logits.tolerance, color="black", linestyle="--", label="allowed")
+    axes.set_xlabel("position (tokens)")
+    axes.set_ylabel("max |ours - reference| / max |reference|")
+    axes.set_title("float32 logits against the torch reference")
+    axes.legend()
+    figure.savefig(file, dpi=120)
+
+
+def _points(depth: DepthCheck) -> tuple[list[int], list[float]]:
+    pairs = [(i, max(d, _SMALLEST)) for i, d in enumerate(depth.by_position) if d is not None]
+    return [i for i, _ in pairs], [d for _, d in pairs]
+
+
+def _name(depth: DepthCheck) -> str:
+    return f"MTP depth {depth.depth}" if depth.depth else "main model"
+
+
+def verification(found: Verification) -> Iterator[Section]:
+    """What `verify` prints and what its report says."""
+    pairs = [("source", found.source)] if found.source else []
+    pairs += [("checkpoint", found.checkpoint), ("digests", _digests(found))]
+    yield Facts(pairs)
+    if not found.digests.holds:
+        yield problem_report(found.checkpoint, found.digests.problems)
+    if found.storage:
+        yield from _storage(found.storage)
+        if found.storage.files:
+            yield problem_report(found.source or found.checkpoint, found.storage.files)
+    if found.logits:
+        yield from _logits(found.logits)
+    yield Facts([("result", "; ".join(_verdicts(found)))])
+
+
+def _digests(found: Verification) -> str:
+    files = plural(found.digests.files, "chunk file")
+    state = "as they were written" if found.digests.holds else "NOT as they were written"
+    return f"{files}, {human_bytes(found.digests.bytes)}, {state}"
+
+
+def _storage(storage: StorageCheck) -> Iterator[Section]:
+    rows = [_part_row(part, tally) for part, tally in storage.parts.items()]
+    columns = ("part", "tensors", "bytes", "identical", "differing", "worst relative difference")
+    yield Grid(columns, [*rows, _part_row("total", storage.total)])
+    yield from _differing(storage)
+
+
+def _part_row(name: str, part: Part) -> tuple[str, ...]:
+    differing = (f"{part.differing:,}", f"{part.worst:.2e}") if part.differing else ("0", "")
+    identical = f"{part.tensors - part.differing:,}"
+    return name, f"{part.tensors:,}", human_bytes(part.bytes), identical, *differing
+
+
+def _differing(storage: StorageCheck) -> Iterator[Section]:
+    names = [d.name for d in storage.differences if not d.replaced]
+    if names:
+        lines = [
+            f"  {name} ({n:,} tensors)" if n > 1 else f"  {name}" for name, n in group_names(names)
+        ]
+        yield "\n".join(["differing:", *cut(lines, _MOST_NAMES)])
+    stale = [f"  {d.name}" for d in storage.differences if d.replaced]
+    if stale:
+        why = "stale in the source, export writes the main model's (import --copies main):"
+        yield "\n".join([why, *stale])
+
+
+def _logits(logits: LogitsCheck) -> Iterator[Section]:
+    rows = [
+        (
+            f"MTP depth {d.depth}" if d.depth else "main model",
+            f"{d.rows:,}",
+            f"{d.relative_difference:.1e}",
+            f"{logits.tolerance:.0e}",
+            f"{100 * d.argmax_agreement:.2f} %",
+        )
+        for d in logits.depths
+    ]
+    columns = ("logits", "positions", "largest difference", "allowed", "same argmax")
+    yield Grid(columns, rows)
+    if logits.rounded_leaves:
+        leaves = plural(len(logits.rounded_leaves), "trained leaf", "trained leaves")
+        yield f"{leaves} of CKPT, finer than SRC: compared as export rounds and quantises them."
+
+
+def _verdicts(found: Verification) -> Iterator[str]:
+    damaged = len(found.digests.problems)
+    yield f"FAILED: {plural(damaged, 'damaged file')}" if damaged else "digests hold"
+    if found.storage:
+        total = found.storage.total
+        if total.differing:
+            yield f"FAILED: {total.differing:,} of {total.tensors:,} tensors differ from the source"
+        else:
+            yield f"export writes the source's bytes for all {total.tensors:,} tensors"
+        if found.storage.files:
+            yield f"FAILED: {plural(len(found.storage.files), 'file')} would be written otherwise"
+    if found.logits:
+        yield "logits agree" if found.logits.holds else "FAILED: logits differ by more than allowed"

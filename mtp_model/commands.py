@@ -1,0 +1,37 @@
+"""How a command ends: its exit status, and one message for what its user can mend."""
+
+import os
+import sys
+from collections.abc import Callable
+
+from mtp_model.problems import UserError
+
+FAILED, INTERRUPTED = 1, 130
+
+
+def exit_status(
+    run: Callable[[], int],
+    *,
+    tell: Callable[[UserError | OSError], None],
+    interrupted: str,
+) -> int:
+    """The exit status of a command: what `run` returns, or 1 for what `tell` is told.
+
+    A UserError or an OSError (a full disk, a folder that may not be written) is told in one
+    message. A reader of our stdout that has had enough (`| head`) ends the command in silence,
+    Ctrl-C with the line `interrupted`. Every other exception is a bug of ours: it keeps its
+    traceback.
+    """
+    try:
+        status = run()
+        sys.stdout.flush()  # here, where a reader that has gone is no traceback
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except (UserError, OSError) as error:
+        tell(error)
+        return FAILED
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return INTERRUPTED
+    return status
