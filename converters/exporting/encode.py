@@ -158,7 +158,9 @@ class Encoder:
         values = self._read(slot, rows)
         try:
             if self._is_requantised(slot.name):
-                return self._requantised(values, self._stored_scales(slot, rows), out)
+                codes, stored = out.reshape(values.shape), self._stored_scales(slot, rows)
+                found = fp8.requantise_into(codes, values, stored, self._block)
+                return EncodedRows(data=out, scales=found.scale, costs=found.costs)
             wanted = out.view(DTYPES[self._dtypes[slot.name]]).reshape(values.shape)
             if values.dtype == _FP8:
                 fp8.dequantise_into(wanted, values, self._stored_scales(slot, rows), self._block)
@@ -168,16 +170,6 @@ class Encoder:
             where = str(self._checkpoint.path)
             raise ProblemsError(where, [Problem("value", slot.name, str(error))]) from error
         return EncodedRows(data=out)
-
-    def _requantised(self, weight: np.ndarray, stored: np.ndarray, out: np.ndarray) -> EncodedRows:
-        codes, scales, height = out.reshape(weight.shape), np.empty_like(stored), self._block[0]
-        costs = []
-        for number, row in enumerate(range(0, len(weight), height)):
-            one = slice(row, row + height)
-            found = fp8.requantise(weight[one], stored[number : number + 1], self._block)
-            codes[one], scales[number] = found.codes, found.scale[0]
-            costs += [found.cost] if found.cost else []
-        return EncodedRows(data=out, scales=scales, costs=tuple(costs))
 
     def _read(self, slot: Slot, rows: range) -> np.ndarray:
         """Rows of a leaf, in memory that this thread uses again for its next rows."""

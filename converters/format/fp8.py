@@ -20,9 +20,6 @@ from mtp_model.problems import UserError
 if TYPE_CHECKING:
     from types import ModuleType
 
-FP8_MAX = 448.0
-_SMALLEST_SCALE = np.finfo(np.float32).tiny  # amax / 448 may underflow; a scale of 0 loses the sign
-
 Block = tuple[int, int]
 """Rows and columns of a block, as in `weight_block_size`."""
 
@@ -32,7 +29,7 @@ class Fp8Error(UserError):
 
 
 class Cost(NamedTuple):
-    """What weights lose to new scales.
+    """What a row of blocks loses to new scales.
 
     `max_rel_err`: the largest error of an element, divided by the largest magnitude of its block.
     `squared_error`, `squared_weights`: sums of the squares of all errors and of all weights.
@@ -50,14 +47,14 @@ class Cost(NamedTuple):
 
 
 class Requantised(NamedTuple):
-    """FP8 codes [rows, columns] as uint8 and their scales, float32 [row blocks, column blocks].
+    """What comes with the FP8 codes of a weight: scales, float32 [row blocks, column blocks].
 
-    `cost` None: the scales are the stored ones and the weights come back bit for bit.
+    `costs`: of the rows of blocks that got new scales. All others have the stored ones, and their
+    weights come back bit for bit.
     """
 
-    codes: NDArray[np.uint8]
     scale: NDArray[np.float32]
-    cost: Cost | None
+    costs: tuple[Cost, ...]
 
 
 def dequantise_into(out: np.ndarray, codes: np.ndarray, scale: np.ndarray, block: Block) -> None:
@@ -71,52 +68,24 @@ def dequantise_into(out: np.ndarray, codes: np.ndarray, scale: np.ndarray, block
     _kernels().dequantise(words, codes, scale, *block, shift)
 
 
-def quantise(weight: np.ndarray, scale: np.ndarray, block: Block) -> NDArray[np.uint8]:
-    """The codes nearest to weight / scale, ties to even; beyond 448 is 448, NaN stays NaN.
+def requantise_into(
+    codes: NDArray[np.uint8], weight: np.ndarray, stored_scale: np.ndarray, block: Block
+) -> Requantised:
+    """Fill `codes` with FP8 for `weight`, both [rows, columns], a row of blocks at a time.
 
-    `weight` is as `out` of dequantise_into.
-    """
-    words, shift = _words(weight)
-    _check(weight.shape, weight.shape, scale, block)
-    codes = np.empty(weight.shape, np.uint8)
-    _kernels().quantise(codes, words, scale, *block, shift)
-    return codes
-
-
-def requantise(weight: np.ndarray, stored_scale: np.ndarray | None, block: Block) -> Requantised:
-    """FP8 for `weight`: with `stored_scale` if that loses nothing, with new scales otherwise.
-
-    `weight` is as `out` of dequantise_into; with `stored_scale` None the scales are always new.
+    A row of blocks keeps its stored scales if that loses nothing. Others get new ones: the largest
+    magnitude of a block / 448, 1.0 for a block of zeros. `weight` is as `out` of dequantise_into.
     Weights that dequantise_into made come back as the codes they were made of, NaN included, as
     long as code * scale is not subnormal. Fp8Error for other weights with NaN or infinity.
     """
     words, shift = _words(weight)
-    if stored_scale is not None:
-        codes = quantise(weight, stored_scale, block)
-        if _kernels().reproduces(codes, words, stored_scale, *block, shift):
-            return Requantised(codes, stored_scale, None)
-    largest = _largest(weight, block)
-    scale = _scales(largest)
-    codes = quantise(weight, scale, block)
-    worst = np.zeros(scale.shape, np.uint32)
-    error, power = _kernels().errors(worst, codes, words, scale, *block, shift)
-    relative = worst.view(np.float32) / np.where(largest == 0, np.float32(1), largest)
-    return Requantised(codes, scale, Cost(float(relative.max(initial=0)), error, power))
-
-
-def _largest(weight: np.ndarray, block: Block) -> NDArray[np.float32]:
-    words, shift = _words(weight)
-    bits = np.zeros(_grid(weight.shape, block), np.uint32)
-    _kernels().largest(bits, words, *block, shift)
-    largest = bits.view(np.float32)
-    _require_finite("weights", largest, "the largest magnitude")
-    return largest
-
-
-def _scales(largest: NDArray[np.float32]) -> NDArray[np.float32]:
-    """max |weight| / 448 of every block; 1.0 for a block of zeros."""
-    scales = np.maximum(largest / np.float32(FP8_MAX), _SMALLEST_SCALE)
-    return np.where(largest == 0, np.float32(1), scales)
+    _check(codes.shape, weight.shape, stored_scale, block)
+    scale, peaks = stored_scale.copy(), np.zeros(stored_scale.shape, np.uint32)
+    costs = np.full((len(scale), 3), np.nan)
+    _kernels().requantise(_codes(codes), scale, peaks, costs, words, *block, shift)
+    _require_finite("weights", peaks.view(np.float32), "the largest magnitude")
+    changed = costs[~np.isnan(costs[:, 0])]
+    return Requantised(scale, tuple(Cost(*cost) for cost in changed.tolist()))
 
 
 def _kernels() -> "ModuleType":

@@ -24,6 +24,8 @@ NAN = u32(0x7FC00000)
 FP8_NAN = u32(0x7F)
 FP8_MAX = u32(0x7E)  # 448
 FP8_SMALLEST_NORMAL = u32(0x08)  # 2**-6
+FP8_LARGEST = f32(448)
+SMALLEST_SCALE = f32(2.0**-126)  # amax / 448 may underflow; a scale of 0 loses the sign
 F32_2_POW_MINUS_6 = u32(0x3C800000)
 F32_2_POW_14 = u32(0x46800000)
 
@@ -167,3 +169,35 @@ def errors(worst, codes, words, scales, height, width, shift):
                 word_sums[c] += np.float64(word) * np.float64(word)
             worst[row // height, block] = found
     return error_sums.sum(), word_sums.sum()
+
+
+@_kernel
+def requantise(codes, scales, peaks, costs, words, height, width, shift):
+    """Codes of the words, a row of blocks at a time: by `scales` where these give the words again.
+
+    Other rows of blocks get new scales, which `scales` then has. Of these peaks[i] (zeros before)
+    becomes the float32 bits of each block's largest magnitude, and costs[i] (NaN before) the
+    largest error over that, and the sums of squares of errors and words.
+    """
+    rows = codes.shape[0]
+    for i in range(scales.shape[0]):
+        begin, end = i * height, min(rows, (i + 1) * height)
+        code_rows, word_rows, scale = codes[begin:end], words[begin:end], scales[i : i + 1]
+        quantise(code_rows, word_rows, scale, height, width, shift)
+        if reproduces(code_rows, word_rows, scale, height, width, shift):
+            continue
+        peak = peaks[i : i + 1]
+        largest(peak, word_rows, height, width, shift)
+        for block in range(scale.shape[1]):
+            magnitude = u32(peak[0, block]).view(np.float32)
+            new = f32(magnitude / FP8_LARGEST)
+            scale[0, block] = f32(1) if magnitude == f32(0) else max(new, SMALLEST_SCALE)
+        quantise(code_rows, word_rows, scale, height, width, shift)
+        worst = np.zeros(scale.shape, np.uint32)
+        error, power = errors(worst, code_rows, word_rows, scale, height, width, shift)
+        relative = f32(0)
+        for block in range(scale.shape[1]):
+            if peak[0, block]:
+                magnitude = u32(peak[0, block]).view(np.float32)
+                relative = max(relative, f32(u32(worst[0, block]).view(np.float32) / magnitude))
+        costs[i, 0], costs[i, 1], costs[i, 2] = relative, error, power

@@ -89,8 +89,9 @@ def forked(arguments: list[Any]) -> int:
 def compile_kernels() -> None:
     """Once, for all processes."""
     weight = np.ones((8, 16), np.uint16)
-    result = fp8.requantise(weight, np.ones((1, 1), np.float32), (8, 16))
-    fp8.dequantise_into(weight, result.codes, result.scale, (8, 16))
+    codes, scale = np.empty((8, 16), np.uint8), np.ones((1, 1), np.float32)
+    fp8.requantise_into(codes, weight, scale, (8, 16))
+    fp8.dequantise_into(weight, codes, scale, (8, 16))
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from converters.format import fp8_kernels
 from converters.format.listing import Listing, list_checkpoint
 from converters.importing.importer import ImportSummary, import_checkpoint
 from converters.sources.open import open_source
@@ -70,6 +71,25 @@ def _file_tensors(data: bytes) -> dict[str, np.ndarray]:
         values = np.frombuffer(data[begin:end], NUMPY_DTYPES[entry["dtype"]])
         found[name] = values.reshape(entry["shape"])
     return found
+
+
+def quantised(weight: np.ndarray, scale: np.ndarray, block: tuple[int, int]) -> np.ndarray:
+    """The codes nearest to weight / scale; weight is bfloat16, its bits as uint16, or float32."""
+    bits, shift = {2: (np.uint16, 16), 4: (np.uint32, 0)}[weight.itemsize]
+    codes = np.empty(weight.shape, np.uint8)
+    fp8_kernels.quantise(codes, weight.view(bits), scale, *block, np.uint32(shift))
+    return codes
+
+
+def block_scales(weight: np.ndarray, block: tuple[int, int]) -> np.ndarray:
+    """The new scales of FP8 weights, the plain way: max |weight| / 448, 1 for a block of zeros."""
+    shape = [-(-size // edge) for size, edge in zip(weight.shape, block, strict=True)]
+    padded = np.zeros((shape[0], block[0], shape[1], block[1]), np.float32)
+    whole = padded.reshape(shape[0] * block[0], shape[1] * block[1])
+    whole[: weight.shape[0], : weight.shape[1]] = np.abs(weight.astype(np.float32))
+    largest = padded.max(axis=(1, 3))
+    scales = np.maximum(largest / np.float32(448), np.finfo(np.float32).tiny)
+    return np.where(largest == 0, np.float32(1), scales)
 
 
 def dequantised(weight: np.ndarray, scale: np.ndarray, block: tuple[int, int]) -> np.ndarray:

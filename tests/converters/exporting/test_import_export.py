@@ -15,10 +15,12 @@ import xxhash
 from roundtrip import (
     SMALL_CHUNKS,
     assert_same_files,
+    block_scales,
     dequantised,
     listed,
     make_source,
     patch_tensor,
+    quantised,
     read_tensors,
     run_import,
     tree_bytes,
@@ -31,7 +33,6 @@ from converters.exporting import stream as export_stream
 from converters.exporting.encode import Encoder, held_slots
 from converters.exporting.exporter import export_checkpoint
 from converters.format import fp8 as fp8_format
-from converters.format.fp8 import quantise, requantise
 from converters.format.header import make_header, parse_header
 from converters.format.listing import list_checkpoint
 from converters.format.mapping import slots
@@ -269,9 +270,9 @@ def test_only_trained_tensors_change(fp8: Path, in_bf16: Checkpoint, tmp_path: P
     costs = {cost.name: cost for cost in summary.requantised}
     assert set(costs) == set(names)
     for name, weight in zip(names, new, strict=True):
-        scale = requantise(weight, None, BLOCK).scale
+        scale = block_scales(weight, BLOCK)
         assert np.array_equal(out[name + "_scale_inv"], scale)
-        assert np.array_equal(out[name].view(np.uint8), quantise(weight, scale, BLOCK))
+        assert np.array_equal(out[name].view(np.uint8), quantised(weight, scale, BLOCK))
         error = dequantised(out[name], scale, BLOCK) - weight.astype(np.float32)
         rms = np.sqrt((error**2).sum() / (weight.astype(np.float32) ** 2).sum())
         assert costs[name].rms_rel_err == pytest.approx(float(rms), rel=1e-4)
@@ -343,11 +344,11 @@ def test_scales_may_come_before_their_weights_and_in_another_file(
         lambda *_, **__: dataclasses.replace(kept, files=files, dtype="bf16"),
     )
     quantised: list[int] = []
-    real = fp8_format.requantise
+    real = fp8_format.requantise_into
     monkeypatch.setattr(
         fp8_format,
-        "requantise",
-        lambda weight, *rest: quantised.append(weight.size) or real(weight, *rest),
+        "requantise_into",
+        lambda codes, *rest: quantised.append(codes.size) or real(codes, *rest),
     )
     summary = export_checkpoint(final, tmp_path / "out")
     found, wanted = read_tensors(tmp_path / "out"), read_tensors(tmp_path / "plain")
