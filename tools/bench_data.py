@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from converters.format.fp8 import Block
-from converters.format.header import DTYPES, make_header
+from converters.format.header import DTYPES, make_header, parse_header
 from converters.format.mapping import SCALE_SUFFIX
 from converters.format.writer import StreamWriter
 from tools.make_tiny_checkpoint import is_quantised, tiny_config, weight_shapes
@@ -61,8 +61,8 @@ def write_synthetic(folder: Path, flavour: Flavour, gigabytes: float) -> int:
     weight_map = {}
     for number, tensors in enumerate(files, start=1):
         name = f"model-{number:05d}-of-{len(files):06d}.safetensors"
-        header = make_header([(t.name, t.dtype, t.shape) for t in tensors], {"format": "pt"})
-        with StreamWriter(folder / name, header) as out:
+        raw = make_header([(t.name, t.dtype, t.shape) for t in tensors], {"format": "pt"})
+        with StreamWriter(folder / name, parse_header(raw, name, str(folder))) as out:
             for tensor in tensors:
                 for piece in pool.pieces(tensor):
                     out.write(piece)

@@ -81,7 +81,7 @@ def export_checkpoint(
             export = _Export(checkpoint, files, plan, base, journal, progress)
             written = done | export.run([f for f in plan.files if f.file not in done], workers)
         if base:
-            raise_if_changed(base, checkpoint, fingerprint)
+            raise_if_changed(base, fingerprint)
         _delete_others(dst, plan)
         _write_side_files(checkpoint, dst, plan)
         sync_directory(dst)
@@ -211,7 +211,7 @@ class _Export:
         return {file.name: file for file in (check.result() for check in checks)}
 
     def _write(self, file: Header, segments: Segments) -> ExportedFile:
-        with StreamWriter(self._files.open(file.file), file.raw) as out:
+        with StreamWriter(self._files.open(file.file), file) as out:
             self._report(out.size - sum(tensor.nbytes for tensor in file.tensors))
             written = [self._write_tensor(tensor, segments, out) for tensor in file.tensors]
         changed = tuple(tensor.name for tensor in written if tensor.is_changed)

@@ -18,7 +18,7 @@ from converters.exporting.plan import ExportPlan
 from converters.exporting.stream import Segments, encoded_segments, tensor_segments
 from converters.format.header import Header, TensorInfo
 from converters.format.listing import Listing
-from converters.sources.source import read_pieces
+from converters.sources.source import read_pieces, replaced_files
 from mtp_model.checkpoint.directory import Checkpoint
 from mtp_model.files.journal import Fingerprint
 from mtp_model.files.local import ReusedMemory, digest
@@ -134,17 +134,10 @@ def base_state(base: Listing, checkpoint: Checkpoint) -> Fingerprint:
     return {"base": {file: dict(base.source.fingerprint(file)) for file in files}}
 
 
-def raise_if_changed(base: Listing, checkpoint: Checkpoint, began: Fingerprint) -> None:
-    """Raise ProblemsError for files that were replaced since `began`."""
-    now = base_state(base, checkpoint)["base"]
-    raise_if_any(
-        base.source.name,
-        (
-            Problem("changed", file, "was replaced while it was read; run the same command again")
-            for file, state in now.items()
-            if state != began["base"][file]
-        ),
-    )
+def raise_if_changed(base: Listing, began: Fingerprint) -> None:
+    """Raise ProblemsError for files that were replaced since `began`, which has base_state."""
+    changed = replaced_files(base.source, began["base"], "run the same command again")
+    raise_if_any(base.source.name, changed)
 
 
 def _needed(base: Listing, checkpoint: Checkpoint) -> str:

@@ -6,7 +6,7 @@ from typing import Self
 
 import xxhash
 
-from converters.format.header import Header, parse_header
+from converters.format.header import Header
 from converters.sources.source import Buffer, byte_view
 from mtp_model.files.appended import Appended
 from mtp_model.files.appended_file import AppendedFile
@@ -20,18 +20,17 @@ class StreamWriter:
     writes one file; several files may be written at once.
     """
 
-    def __init__(self, file: str | Path | Appended, raw_header: bytes):
-        """`raw_header` is the header text without its length, as in Header.raw."""
+    def __init__(self, file: str | Path | Appended, header: Header):
         is_local = isinstance(file, str | Path)
         self._path = Path(file) if is_local else file.path
-        self._header = parse_header(raw_header, self._path.name, str(self._path))
+        self._header = header
         self._hash = xxhash.xxh3_128()
         self._file: Appended = AppendedFile(Path(file)) if is_local else file
         self._position = 0
         self.size = self._header.size
         """Of the finished file, in bytes."""
-        self.write(len(raw_header).to_bytes(8, "little"))
-        self.write(raw_header)
+        self.write(len(header.raw).to_bytes(8, "little"))
+        self.write(header.raw)
 
     def write(self, buffer: Buffer) -> None:
         """Append a C-contiguous buffer: tensors in offset order, in pieces of any size."""

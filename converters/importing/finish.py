@@ -4,10 +4,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 
 from converters.format.listing import Listing
-from converters.importing.plan import Plan, side_files, source_files
+from converters.importing.plan import Plan, side_files
 from converters.importing.provenance import source_record, tool_versions
 from converters.importing.units import Done
-from converters.sources.source import read_pieces
+from converters.sources.source import read_pieces, replaced_files
 from mtp_model.checkpoint.writer import Digests, ParamsWriter
 from mtp_model.problems import Problem, raise_if_any
 
@@ -26,7 +26,10 @@ def finish_import(writer: ParamsWriter, plan: Plan, done: Mapping[str, Done]) ->
         file: writer.write_side_file(file, _side_pieces(listing, file))
         for file in side_files(listing)
     }
-    raise_if_any(listing.source.name, _changed_files(plan))
+    changed = replaced_files(
+        listing.source, plan.fingerprint["files"], "import it again with --overwrite"
+    )
+    raise_if_any(listing.source.name, changed)
     writer.finish(
         provenance={
             "source": source_record(listing, tensors),
@@ -51,15 +54,6 @@ def _stale_copies(plan: Plan, tensors: Mapping[str, str]) -> Iterator[Problem]:
 def _side_pieces(listing: Listing, file: str) -> Iterator[bytes]:
     size = int(listing.source.fingerprint(file)["size"])
     return read_pieces(listing.source, file, size)
-
-
-def _changed_files(plan: Plan) -> Iterator[Problem]:
-    """Files that were replaced while they were read."""
-    began = plan.fingerprint["files"]
-    for file, state in source_files(plan.conversion.listing).items():
-        if any(began[file][key] != value for key, value in state.items()):
-            advice = "import it again with --overwrite"
-            yield Problem("changed", file, f"was replaced while it was read; {advice}")
 
 
 def _digests(plan: Plan, done: Mapping[str, Done]) -> Digests:

@@ -4,12 +4,13 @@ import contextlib
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mtp_model.checkpoint.directory import COMPLETE, PROVENANCE
+from mtp_model.problems import Problem
 
 Buffer = bytes | bytearray | memoryview | np.ndarray
 Fingerprint = dict[str, int | str]
@@ -96,6 +97,15 @@ def read_pieces(
     """The first `size` bytes of a file, piece by piece."""
     for begin in range(0, size, piece_bytes):
         yield source.read(file, begin, min(piece_bytes, size - begin))
+
+
+def replaced_files(
+    source: Source, began: Mapping[str, Mapping[str, Any]], advice: str
+) -> Iterator[Problem]:
+    """Files that are not the same as when reading `began`, which has their fingerprints."""
+    for file, was in began.items():
+        if any(was.get(key) != value for key, value in source.fingerprint(file).items()):
+            yield Problem("changed", file, f"was replaced while it was read; {advice}")
 
 
 def byte_view(buffer: Buffer) -> NDArray[np.uint8]:

@@ -16,18 +16,20 @@ from mtp_model.problems import Problem
 _OF_THE_HUB = frozenset({"README.md", ".gitattributes"})  # pages of a model there, no part of it
 
 
-def differing_files(listing: Listing, checkpoint: Checkpoint) -> tuple[Problem, ...]:
+def differing_files(
+    listing: Listing, checkpoint: Checkpoint, plan: ExportPlan
+) -> tuple[Problem, ...]:
     """Every file of either side that export would write otherwise, whatever its tensors hold.
 
     A model card may be another: `export --push` writes one.
 
-    Scopes do not matter: the checkpoint knows the headers of tensors that it does not hold.
+    plan: plan_of_source. Scopes do not matter: the checkpoint knows the headers of tensors that it
+    does not hold.
     """
-    plan = _plan(listing, checkpoint)
     return (*_headers(listing, plan), *_side_files(listing, checkpoint, plan))
 
 
-def _plan(listing: Listing, checkpoint: Checkpoint) -> ExportPlan:
+def plan_of_source(listing: Listing, checkpoint: Checkpoint) -> ExportPlan:
     """The export that the source may be: the one whose tensors have the source's dtypes."""
     kept = make_plan(checkpoint, "keep", has_base=True)
     found = {name: tensor.dtype for name, tensor in listing.tensors.items()}

@@ -17,9 +17,8 @@ import numpy as np
 from converters.exporting.encode import Encoder, held_slots
 from converters.format.header import DTYPES
 from converters.format.listing import Listing
-from converters.format.mapping import Slot, slots
+from converters.format.mapping import Slot
 from mtp_model.checkpoint.directory import Checkpoint, CheckpointError
-from mtp_model.config import ModelConfig
 from mtp_model.context import make_context
 from mtp_model.load import checkpoint_config, load
 from mtp_model.model import DeepSeekV3
@@ -83,11 +82,11 @@ def check_logits(
 
     config = checkpoint_config(checkpoint)
     scope, files = checkpoint.provenance["scope"], listing.tensors
-    dtypes = {name: files[name].dtype for name in slots(config, scope) if name in files}
     held = held_slots(checkpoint)
+    dtypes = {name: files[name].dtype for name in held if name in files}
     finer = _finer_leaves(checkpoint, held, dtypes)
     stored = torch_reference.weights_of(Path(listing.source.name), dict(config_dict))
-    get = _rounded_like(checkpoint, config, finer, stored)
+    get = _rounded_like(checkpoint, held, finer, stored)
     as_imported = {**config_dict, "mtp_hidden_state": config.mtp_hidden_state}
     reference = torch_reference.TorchReference(as_imported, get)
     model = load(checkpoint.path, dtype=jnp.float32, scope=scope)
@@ -158,15 +157,15 @@ def _raise_unless_it_fits(checkpoint: Checkpoint) -> None:
 
 
 def _rounded_like(
-    checkpoint: Checkpoint, config: ModelConfig, finer: frozenset[str], get: "Get"
+    checkpoint: Checkpoint, held: Mapping[str, Slot], finer: frozenset[str], get: "Get"
 ) -> "Get":
     """The source's weights, rounded to bfloat16 where import has stored them so."""
-    paths = {name: slot.path for name, slot in slots(config).items()}
     bf16 = {path for path, leaf in checkpoint.leaves.items() if leaf.dtype == DTYPES["BF16"]}
+    rounds = {name for name, slot in held.items() if slot.path in bf16 - finer}
 
     def rounded(name: str):
         weight = get(name)
-        return weight.bfloat16().float() if paths[name] in bf16 - finer else weight
+        return weight.bfloat16().float() if name in rounds else weight
 
     return rounded
 

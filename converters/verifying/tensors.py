@@ -6,14 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from converters.exporting.encode import EncodedRows, Encoder, held_slots
+from converters.exporting.encode import EncodedRows, Encoder
 from converters.format.fp8 import Fp8Error, dequantise_into
 from converters.format.groups import group_of
 from converters.format.header import DTYPES
 from converters.format.listing import Listing
 from converters.format.mapping import Slot
 from converters.sources.source import Read
-from mtp_model.checkpoint.directory import Checkpoint
 from mtp_model.config import ModelConfig
 from mtp_model.files.local import ThreadMemory
 
@@ -39,15 +38,18 @@ class TensorComparer:
     def __init__(
         self,
         listing: Listing,
-        checkpoint: Checkpoint,
         config: ModelConfig,
         slots: Mapping[str, Slot],
+        encoder: Encoder,
+        stale: frozenset[str],
     ):
-        """config: the source's. slots: what is compared, all of it in the source."""
+        """config: the source's. slots: what is compared, all of it in the source.
+
+        encoder: of what export writes for these, in the source's dtypes. stale: names of the copies
+        that were not the main model's tensors at import.
+        """
         self._listing, self._slots = listing, slots
-        dtypes = {name: listing.tensors[name].dtype for name in slots}
-        self._encoder = Encoder(checkpoint, held_slots(checkpoint), dtypes)
-        self._stale = frozenset(checkpoint.provenance["stale_copies"])
+        self._encoder, self._stale = encoder, stale
         self._block = config.weight_block_size or (1, 1)
         # Pieces of all large tensors need about as much, so that no thread takes more than another.
         self._memory = ThreadMemory(2 * _PIECE_BYTES)

@@ -15,13 +15,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from converters.exporting.encode import Encoder
 from converters.format.fit import Comparison, compare
 from converters.format.groups import GROUPS, group_of
 from converters.format.listing import Listing
 from converters.format.mapping import Slot
 from converters.sources.source import Finish, Read, Source
 from converters.verifying.digests import DEFAULT_WORKERS, DigestCheck
-from converters.verifying.files import differing_files
+from converters.verifying.files import differing_files, plan_of_source
 from converters.verifying.logits import LogitsCheck
 from converters.verifying.tensors import Difference, TensorComparer
 from mtp_model.checkpoint.directory import Checkpoint
@@ -113,7 +114,11 @@ def check_storage(
     """
     found = _comparable(listing, config, checkpoint, scope)
     assert found.config is not None
-    comparer = TensorComparer(listing, checkpoint, found.config, found.slots)
+    plan = plan_of_source(listing, checkpoint)
+    dtypes = {name: listing.tensors[name].dtype for name in found.slots}
+    encoder = Encoder(checkpoint, plan.slots, dtypes)
+    stale = frozenset(checkpoint.provenance["stale_copies"])
+    comparer = TensorComparer(listing, found.config, found.slots, encoder, stale)
     slots = [slot for slot in found.slots.values() if slot.name not in comparer.scales]
     slots.sort(key=lambda slot: comparer.place(slot.name))
     differences = _differences(listing.source, comparer, slots, workers, progress)
@@ -121,7 +126,7 @@ def check_storage(
         scope=scope,
         parts=_parts(listing, found, differences),
         differences=tuple(differences),
-        files=differing_files(listing, checkpoint),
+        files=differing_files(listing, checkpoint, plan),
     )
 
 
