@@ -1,7 +1,4 @@
-"""The folder that an export writes: whose it is, what is left there to go on from.
-
-Knows nothing of tensors.
-"""
+"""The folder that an export writes: whose it is, and what is left there to go on from."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -38,7 +35,7 @@ def keep_record(dst: Path) -> None:
 
 
 def forget_record(dst: AnyPath) -> None:
-    """Undo keep_record, for what is a finished checkpoint and nothing else."""
+    """Undo keep_record: what is left is a finished checkpoint and nothing else."""
     if isinstance(dst, Path) and (dst / _RECORD).is_dir():
         delete(dst / _RECORD)
         with suppress(OSError):  # others keep their things there too

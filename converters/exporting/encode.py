@@ -52,7 +52,7 @@ class EncodedRows:
 
 
 def held_slots(checkpoint: Checkpoint) -> dict[str, Slot]:
-    """Every tensor whose leaf the checkpoint has: its scope may leave out most."""
+    """The tensors of the network whose leaves the checkpoint has: its scope may leave out most."""
     found = slots(ModelConfig.from_dict(checkpoint.config_dict))
     return {name: slot for name, slot in found.items() if slot.path in checkpoint.leaves}
 
@@ -87,8 +87,8 @@ class Encoder:
     def spans(self, name: str, most_bytes: int) -> Iterator[range]:
         """The rows of a tensor, piece by piece: whole rows of blocks.
 
-        A piece is at most `most_bytes` of what is read or written, if it can be. New
-        scales are one piece: they follow from all of their weight, and are small.
+        A piece is at most `most_bytes` of what is read or written, if it can be. New scales are one
+        piece: they follow from all of their weight, and are small.
         """
         rows, height = self.slots[name].shape[0], self._block[0]
         row_bytes = max(self.row_bytes(name), self._leaf(name).row_bytes)
@@ -132,7 +132,7 @@ class Encoder:
     def values(self, name: str) -> Iterator[tuple[range, np.ndarray]]:
         """The float32 values that a tensor has once it is written, piece by piece.
 
-        Not of FP8 weights that are stored as FP8.
+        It has none for FP8 weights that are stored as FP8: these change nothing by being written.
         """
         dtype, shape = DTYPES[self._dtypes[name]], self.slots[name].shape[1:]
         for rows, piece in self.pieces(name):

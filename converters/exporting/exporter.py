@@ -42,9 +42,6 @@ from mtp_model.problems import Problem, ProblemsError
 
 DEFAULT_WORKERS = 3
 
-Progress = Callable[[int, int], None]
-"""Called with the bytes that are done, and their total."""
-
 
 def export_checkpoint(
     checkpoint: Checkpoint,
@@ -55,7 +52,7 @@ def export_checkpoint(
     workers: int = DEFAULT_WORKERS,
     overwrite: bool = False,
     continuable: bool = False,
-    progress: Progress | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> ExportSummary:
     """Write the safetensors checkpoint `dst`; run again after an interruption, it continues.
 
@@ -63,7 +60,7 @@ def export_checkpoint(
     base: the source that `checkpoint` was imported from. Its files without changed tensors are
     linked or copied, and it gives the tensors that `checkpoint` does not hold; for `keep` only.
     continuable: the finished export may be run again, and does nothing, until forget_record(dst);
-    only in a folder on this machine.
+    only in a folder on this machine. progress: told the bytes that are done, and their total.
     Raises ProblemsError for a damaged checkpoint, one that lacks tensors of its source, or another
     base than this source; CheckpointError for a destination that is in use.
     """
@@ -96,7 +93,7 @@ def export_checkpoint(
         base=base.source.name if base else None,
         files=exported,
         num_side_files=len(checkpoint.side_files()),
-        num_tensors=len(plan.dtypes),
+        num_tensors=sum(len(file.tensors) for file in plan.files),
         written_bytes=sum(f.size for f in exported if f.how in ("written", "copy")),
         resumed_files=len(done),
         notes=plan.notes,
@@ -136,7 +133,7 @@ class _Export:
         plan: ExportPlan,
         base: Listing | None,
         journal: Journal,
-        progress: Progress | None,
+        progress: Callable[[int, int], None] | None,
     ):
         self._checkpoint = checkpoint
         self._files = files
@@ -169,7 +166,7 @@ class _Export:
         return taken | self._write_all(changed, workers)
 
     def _unchanged(self, base: Listing, todo: list[Header], workers: int) -> list[Header]:
-        """Those of the files that would be written as the base has them."""
+        """The files whose bytes would be those of the base."""
         found = compared_before(self._journal.entries)
         left = [file for file in todo if file.file not in found]
         nbytes = {f.file: sum(t.nbytes for t in self._plan.held(f)) for f in self._plan.files}

@@ -1,25 +1,38 @@
-"""How the files of an export come to be in a folder or in the cloud, and whether they are there.
+"""The files of an export in their folder or in the cloud: written, taken from a source, checked.
 
-Knows files and their bytes; nothing of what is in them.
+A source's file is linked where that can be, and copied where not. A hard link is the very file:
+whoever writes to one of its names writes to both. So nothing here or elsewhere in this toolkit
+writes into a file that exists; files are replaced.
 """
 
-from collections.abc import Mapping
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
-from converters.exporting.links import Taken, can_link, place, source_pieces
 from converters.format.listing import SUFFIX
+from converters.sources.local import LocalSource
 from converters.sources.objects import CloudSource
-from converters.sources.source import Source, byte_view
+from converters.sources.source import Source, byte_view, read_pieces
 from mtp_model.checkpoint.directory import UNFINISHED
 from mtp_model.files.appended import Appended
 from mtp_model.files.appended_file import AppendedFile
 from mtp_model.files.appended_object import AppendedObject
 from mtp_model.files.cloud_objects import copy, state, states
 from mtp_model.files.disk_room import raise_if_full
-from mtp_model.files.local import file_digest
+from mtp_model.files.local import TMP_SUFFIX, file_digest, write_pieces
 from mtp_model.files.objects import AnyPath, CloudError, CloudPath
+from mtp_model.problems import Problem, ProblemsError
+
+How = Literal["hard link", "reflink", "copy", "copy in the cloud"]
+Taken = tuple[How, str | None]
+"""How a file was taken over, and the xxh3-128 of what was copied through this machine."""
+
+_FICLONE = 0x40049409  # of linux/fs.h; the fcntl module has it from Python 3.12 on
+_PIECE_BYTES = 32 << 20
 
 
 class ExportFiles(Protocol):
@@ -54,7 +67,7 @@ class ExportFiles(Protocol):
 
 
 def export_files(dst: AnyPath) -> ExportFiles:
-    """Those of a destination."""
+    """The files of the folder that is exported to."""
     return CloudFiles(dst) if isinstance(dst, CloudPath) else LocalFiles(dst)
 
 
@@ -132,3 +145,57 @@ class CloudFiles:
             new.unlink()
             raise CloudError(f"{new} was copied with another checksum; run the same command again")
         return "copy in the cloud", None
+
+
+def place(source: Source, file: str, target: Path) -> Taken:
+    """Put `file` at `target`, replacing what is there."""
+    if isinstance(source, LocalSource):
+        path = source.path(file)
+        if _hard_link(path, target):
+            return "hard link", None
+        if _reflink(path, target):
+            return "reflink", None
+    return "copy", write_pieces(target, source_pieces(source, file))
+
+
+def can_link(source: Source, file: str, folder: Path) -> bool:
+    """Whether a link of `file` can be in `folder`: then it takes no room there."""
+    if not isinstance(source, LocalSource):
+        return False
+    return source.path(file).stat().st_dev == folder.stat().st_dev
+
+
+def _hard_link(path: Path, target: Path) -> bool:
+    target.unlink(missing_ok=True)
+    try:
+        os.link(path, target)
+    except OSError:  # another disk, or one without links; a file of somebody else; too many links
+        return False
+    return True
+
+
+def _reflink(path: Path, target: Path) -> bool:
+    """A file of its own that shares the other's blocks until one is written."""
+    tmp = target.with_name(target.name + TMP_SUFFIX)
+    try:
+        with path.open("rb") as old, tmp.open("wb") as new:
+            fcntl.ioctl(new, _FICLONE, old.fileno())
+            os.fsync(new.fileno())
+    except OSError:
+        tmp.unlink(missing_ok=True)
+        return False
+    tmp.rename(target)
+    return True
+
+
+def source_pieces(source: Source, file: str) -> Iterator[bytes]:
+    """The file's bytes; proved by their sha256 where the source knows it."""
+    found = source.fingerprint(file)
+    size, state = int(found["size"]), hashlib.sha256()
+    for piece in read_pieces(source, file, size, _PIECE_BYTES):
+        if "sha256" in found:
+            state.update(piece)
+        yield piece
+    if found.get("sha256", state.hexdigest()) != state.hexdigest():
+        detail = "arrived with another sha256 than the source lists; run the same command again"
+        raise ProblemsError(source.name, [Problem("file", file, detail)])

@@ -1,10 +1,10 @@
-"""What an export did, for whoever shows it; does nothing itself."""
+"""What an export did, for whoever shows it."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from converters.exporting.encode import Requantisation
-from converters.exporting.links import How
+from converters.exporting.files import How
 from mtp_model.files.objects import AnyPath
 
 

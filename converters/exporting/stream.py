@@ -2,9 +2,8 @@
 
 A piece is a run of rows of neighbouring tensors, about 32 MiB: small tensors share one.
 
-The new scales of a weight that is quantised again come with its codes. They are handed on to their
-own place, which mostly is just behind; only where scales come before their weight, or without it,
-the weight is quantised for them alone.
+The new scales of a weight that is quantised again come with its codes, and are kept until their own
+place in the files comes, which mostly is just behind.
 """
 
 import itertools
@@ -60,7 +59,11 @@ _NOTHING = EncodedRows(data=_NO_BYTES)
 
 
 def encoded_segments(encoder: Encoder, tensors: Sequence[TensorInfo], workers: int) -> Segments:
-    """These tensors in order, row by row."""
+    """The bytes of these tensors, in their order.
+
+    An export in which a weight's scales are written before it, or without it, quantises the weight
+    for them alone; in any other it is quantised once.
+    """
     brought = _scales_behind_their_weights(encoder, tensors)
     scales: dict[str, np.ndarray] = {}  # of weights that are done, until their place comes
     weight: list[EncodedRows] = []  # what was handed out of the one that is being quantised
@@ -81,7 +84,7 @@ def encoded_segments(encoder: Encoder, tensors: Sequence[TensorInfo], workers: i
 
 
 def tensor_segments(segments: Segments, tensor: TensorInfo) -> Iterator[Segment]:
-    """Those of the tensor that is next."""
+    """The segments of one tensor, which is the next in order."""
     for segment in segments:
         assert segment.tensor is tensor, (segment, tensor)
         yield segment
@@ -90,6 +93,7 @@ def tensor_segments(segments: Segments, tensor: TensorInfo) -> Iterator[Segment]
 
 
 def _scales_behind_their_weights(encoder: Encoder, tensors: Iterable[TensorInfo]) -> set[str]:
+    """Names of new scales whose weight is among the tensors before them."""
     found, before = set(), set()
     for tensor in tensors:
         if encoder.requantised_weight(tensor.name) in before:
