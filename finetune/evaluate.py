@@ -1,4 +1,4 @@
-"""Acceptance and losses of a checkpoint on text: `finetune-deepseek evaluate`."""
+"""`finetune-deepseek evaluate`, a file of its own as `train` has: measure a checkpoint on text."""
 
 import itertools
 from dataclasses import dataclass

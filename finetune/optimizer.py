@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from finetune.settings import OptimizerSettings
+from mtp_model.model import leaf_name
 
 
 def learning_rates(settings: OptimizerSettings, steps: int) -> Callable[[Any], Any]:
@@ -38,7 +39,7 @@ def make_optimizer(
     rate = learning_rates(settings, steps)
 
     def decayed(trainable: nnx.State) -> nnx.State:
-        return nnx.map_state(lambda path, _: is_matrix(".".join(path)), trainable)
+        return nnx.map_state(lambda path, _: is_matrix(leaf_name(path)), trainable)
 
     return optax.chain(
         optax.clip_by_global_norm(settings.clip_norm),

@@ -1,4 +1,4 @@
-"""How many drafted tokens greedy decoding would accept, counted on given text.
+"""How many drafted tokens greedy decoding would accept: a definition, apart from the losses.
 
 B batch, T position, K depths.
 

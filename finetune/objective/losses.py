@@ -15,8 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from finetune.data.packing import Batch
 from finetune.objective.acceptance import AcceptanceCounts, count_acceptance
 from finetune.settings import TrainMode
-from mtp_model import DeepSeekV3, MainStates
-from mtp_model.context import Context, make_context
+from mtp_model import Context, DeepSeekV3, MainStates, make_context
 from mtp_model.layers import Embedding
 from mtp_model.mtp import shift_left
 from mtp_model.sharding import BATCH_AXES, axis_size

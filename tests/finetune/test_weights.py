@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from finetune.state import TrainState
 from finetune.weights import changed_leaf, load_for_training, write_final
 from mtp_model.checkpoint.directory import open_checkpoint
+from mtp_model.model import leaf_name
 from mtp_model.sharding import make_mesh, stored_spec
 
 SHAPE = (3, 8, 24, 16)  # layers, experts, rows, columns
@@ -88,7 +89,7 @@ def test_a_state_on_a_mesh_is_written_as_it_is(tmp_path):
     flat = [*nnx.to_flat_state(trained), *nnx.to_flat_state(biases)]
     assert any(not leaf[...].is_fully_replicated for _, leaf in flat)
     for path, leaf in flat:
-        name, values = ".".join(map(str, path)), np.asarray(leaf[...])
+        name, values = leaf_name(path), np.asarray(leaf[...])
         stored = final.leaves[name]
         for index in np.ndindex(stored.shape[: stored.num_stack_dims]):
             rows = final.read_rows(name, index, 0, stored.tensor_shape[0])

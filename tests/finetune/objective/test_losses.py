@@ -22,6 +22,7 @@ from finetune.objective.losses import (
 from finetune.run.metrics import add_up, summarise
 from finetune.state import balance
 from mtp_model import DeepSeekV3, ModelConfig, RouterBias
+from mtp_model.model import abstract_model
 from tools.make_tiny_checkpoint import tiny_config
 
 DEPTHS = 2
@@ -33,7 +34,7 @@ RELATIVE = 2e-6
 @pytest.fixture(scope="module")
 def model():
     config = ModelConfig.from_dict(tiny_config("f32", num_mtp=DEPTHS, q_lora=True, sizes=SIZES))
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: DeepSeekV3(config, nnx.Rngs(0))))
+    graphdef, abstract = nnx.split(abstract_model(config))
     rng = np.random.default_rng(0)
 
     def random(path, leaf):
