@@ -1,4 +1,4 @@
-"""Many problems of one kind as few lines; knows numbered names, not what they name."""
+"""Many problems of one kind as few lines: names that differ in a number become one name."""
 
 from collections.abc import Iterable
 

@@ -1,4 +1,4 @@
-"""Many small jobs for a few threads, of which only a few are ever submitted; knows no job.
+"""Many small jobs for a few threads, of which only a few are ever submitted.
 
 A future costs a kilobyte: one for each of a large model's tensors would be memory that grows with
 it. And after an exception only what is running has to end.

@@ -1,7 +1,4 @@
-"""How results look: tables for people, Markdown for files, JSON for programs.
-
-Knows tables, facts and lines; must not know what any of them is about.
-"""
+"""How results look: tables for people, Markdown for files, JSON for programs."""
 
 import json
 import math
