@@ -59,7 +59,7 @@ def _run(argv: Sequence[str], errors: Console) -> int:
         if isinstance(command, TrainCommand):
             _train(command, errors)
         else:
-            _evaluate(command, errors)
+            _evaluate(command)
     except SettingsError as error:
         errors.print(f"error: {error}", markup=False)
         return WRONG_USAGE
@@ -106,8 +106,8 @@ def _print_result(result: Result, out: Console) -> None:
     out.print(f"next: convert-deepseek export {final} DST", markup=False)
 
 
-def _evaluate(settings: EvaluateSettings, errors: Console) -> None:
-    summary = evaluate(settings, errors)
+def _evaluate(settings: EvaluateSettings) -> None:
+    summary = evaluate(settings)
     if settings.json:
         print(json.dumps({"checkpoint": str(settings.checkpoint), **summary.to_json()}))
     else:

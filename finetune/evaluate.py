@@ -1,19 +1,18 @@
 """`finetune-deepseek evaluate`, a file of its own as `train` has: measure a checkpoint on text."""
 
 import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TimeElapsedColumn
-
-from finetune.data.packing import Packer
+from finetune.data.packing import Batch, Packer, Position
 from finetune.data.run_text import open_documents
 from finetune.run.metrics import Summary, add_up, summarise
 from finetune.settings import ComputeDtype, SettingsError
 from finetune.state import Split, make_measure_step
 from finetune.weights import compute_dtype, open_trainable
 from mtp_model.load import load
+from mtp_model.progress import Report, progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,18 +54,30 @@ def check(settings: EvaluateSettings) -> None:
         raise SettingsError("settings that cannot be used", faults)
 
 
-def evaluate(settings: EvaluateSettings, console: Console) -> Summary:
-    """Measure on all of the text (or `max_rows` of it); progress goes to `console`."""
+def evaluate(settings: EvaluateSettings) -> Summary:
+    """Measure on all of the text (or `max_rows` of it)."""
     check(settings)
     _, config = open_trainable(settings.checkpoint)
     documents = open_documents(settings.checkpoint, settings.data, config)
     dtype = compute_dtype(settings.compute_dtype)
     split = Split.of(load(settings.checkpoint, compute_dtype=dtype), "mtp")
     step = make_measure_step(split.graphdef, settings.draft_tokens)
-    packer = Packer(documents, rows=settings.rows, row_tokens=settings.row_tokens, seed=0, epochs=1)
+    weights = (split.trainable, split.biases, split.frozen)
     most = settings.max_rows and max(1, settings.max_rows // settings.rows)
-    columns = (SpinnerColumn(), "batches", MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        batches = progress.track(itertools.islice(packer, most), total=most)
-        weights = (split.trainable, split.biases, split.frozen)
-        return summarise(add_up(step(*weights, batch) for batch, _ in batches))
+    packer = Packer(documents, rows=settings.rows, row_tokens=settings.row_tokens, seed=0, epochs=1)
+    with progress("evaluate", "batches", total=most) as report:
+        batches = _reported(itertools.islice(packer, most), report, most, len(documents))
+        return summarise(add_up(step(*weights, batch) for batch in batches))
+
+
+def _reported(
+    batches: Iterable[tuple[Batch, Position]],
+    report: Report,
+    most: int | None,
+    num_documents: int,
+) -> Iterator[Batch]:
+    """The batches; each is reported when the next is asked for, which is when it is measured."""
+    for done, (batch, position) in enumerate(batches, start=1):
+        yield batch
+        epoch, begun = position.next
+        report(done, most, f"document {num_documents if epoch else begun:,} of {num_documents:,}")

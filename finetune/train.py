@@ -20,11 +20,10 @@ from rich.console import Console
 from finetune.data.packing import Batch, Packer, Position
 from finetune.data.run_text import RunText, held_out_batches, open_run_text
 from finetune.optimizer import learning_rates, make_optimizer
-from finetune.run.checkpoints import Checkpoints, Progress
+from finetune.run.checkpoints import Checkpoints, RunPosition
 from finetune.run.directory import RunDirectory, RunError
 from finetune.run.metrics import RunLog, Summary, add_up, read_rows, summarise
 from finetune.run.plots import draw_curves
-from finetune.run.progress import ProgressBar
 from finetune.run.report import evaluation_sentence
 from finetune.settings import RunSettings, SettingsError, as_plain, check
 from finetune.state import (
@@ -47,6 +46,7 @@ from mtp_model.checkpoint.directory import COMPLETE, Checkpoint
 from mtp_model.files.local import file_digest
 from mtp_model.files.objects import is_cloud
 from mtp_model.problems import UserError
+from mtp_model.progress import above_bars, progress
 
 
 class StoppedError(UserError):
@@ -79,7 +79,7 @@ class _Job:
 
 
 def train(settings: RunSettings, console: Console, overwrite: bool = False) -> Result:
-    """Train, or go on where a killed run stopped. Progress goes to `console`.
+    """Train, or go on where a killed run stopped. What is done is said on `console`.
 
     Raises SettingsError, RunError, DataError or CheckpointError before anything is written, and
     StoppedError when the loss is not finite.
@@ -144,61 +144,60 @@ def _loop(job: _Job) -> TrainState:
     with contextlib.ExitStack() as stack:
         checkpoints = Checkpoints(run.checkpoints, settings.checkpoints.keep)
         stack.callback(checkpoints.close)
-        state, progress = _resume(job, checkpoints)
-        log = RunLog(run.metrics, run.evaluations, run.tensorboard, progress.step)
+        state, at = _resume(job, checkpoints)
+        log = RunLog(run.metrics, run.evaluations, run.tensorboard, at.step)
         stack.callback(log.close)
-        batches = stack.enter_context(_batches(job, progress))
-        bar = stack.enter_context(ProgressBar(job.console, settings.steps, progress.step))
+        batches = stack.enter_context(_batches(job, at))
+        report = stack.enter_context(progress("train", "steps", at.step, settings.steps))
         rate_of = learning_rates(settings.optimizer, settings.steps)
 
-        if progress.step == 0:
+        if at.step == 0:
             _evaluate(job, log, state, 0)
-        for step in range(progress.step + 1, settings.steps + 1):
+        for step in range(at.step + 1, settings.steps + 1):
             began = time.perf_counter()
             batch, position = next(batches)
             state, result = job.train_step(state, job.split.frozen, batch)
             result = jax.device_get(result)  # waits for the step
             _raise_unless_finite(step, result, checkpoints, run)
 
-            tokens = progress.tokens + int(result.measured.num_tokens)
-            progress = dataclasses.replace(
-                progress, step=step, tokens=tokens, position=position.to_json()
-            )
-            row = _row(progress, result, float(rate_of(step)), time.perf_counter() - began)
+            tokens = at.tokens + int(result.measured.num_tokens)
+            at = dataclasses.replace(at, step=step, tokens=tokens, position=position.to_json())
+            row = _row(at, result, float(rate_of(step)), time.perf_counter() - began)
             log.step(row)
-            bar.update(step, row["loss"], row["tokens_per_s"])
+            measured = f"loss {row['loss']:.3f}, {row['tokens_per_s']:,.0f} tokens/s"
+            report(step, settings.steps, measured)
 
             last = step == settings.steps
             if last or step % settings.evaluation.every == 0:
                 _evaluate(job, log, state, step)
             if last or step % settings.checkpoints.every == 0:
-                checkpoints.save(state, progress)
+                checkpoints.save(state, at)
     return state
 
 
-def _resume(job: _Job, checkpoints: Checkpoints) -> tuple[TrainState, Progress]:
+def _resume(job: _Job, checkpoints: Checkpoints) -> tuple[TrainState, RunPosition]:
     """The newest checkpoint, or the beginning. RunError when data or weights have changed."""
     inputs = {
         "data": job.text.digest,
         "checkpoint": file_digest(job.base.path / COMPLETE),
     }
-    progress = checkpoints.latest()
-    if progress is None:
-        return job.first_state, Progress(inputs=inputs)
-    changed = [name for name, digest in inputs.items() if (progress.inputs or {})[name] != digest]
+    at = checkpoints.latest()
+    if at is None:
+        return job.first_state, RunPosition(inputs=inputs)
+    changed = [name for name, digest in inputs.items() if (at.inputs or {})[name] != digest]
     if changed:
         raise RunError(
             f"{job.run.path} cannot be continued: {' and '.join(changed)} changed since it began; "
             "restore what it was, or start anew with --overwrite"
         )
-    job.console.print(f"continuing after step {progress.step}")
-    return checkpoints.restore(progress.step, job.first_state), progress
+    job.console.print(f"continuing after step {at.step}")
+    return checkpoints.restore(at.step, job.first_state), at
 
 
 @contextlib.contextmanager
-def _batches(job: _Job, progress: Progress) -> Iterator[Iterator[tuple[Batch, Position]]]:
+def _batches(job: _Job, at: RunPosition) -> Iterator[Iterator[tuple[Batch, Position]]]:
     """Batches from the run's position on, each packed while the step before it runs."""
-    position = Position.from_json(progress.position) if progress.position else None
+    position = Position.from_json(at.position) if at.position else None
     batch = job.settings.batch
     packer = Packer(
         job.text.train,
@@ -226,18 +225,19 @@ def _evaluate(job: _Job, log: RunLog, state: TrainState, step: int) -> None:
         parts = (state.trainable, state.biases, job.split.frozen)
         summary = summarise(add_up(job.measure_step(*parts, batch) for batch in job.held_out))
         log.evaluation({"step": step, **summary.to_json()})
-        job.console.print(evaluation_sentence(step, summary))
+        with above_bars():
+            job.console.print(evaluation_sentence(step, summary))
     steps, evaluations = read_rows(run.metrics), read_rows(run.evaluations)
     if steps or evaluations:
         title = f"{run.path.name}: --train {job.settings.train} from {job.base.path.name}"
         draw_curves(run.curves, steps, evaluations, title)
 
 
-def _row(progress: Progress, result: StepResult, lr: float, step_s: float) -> dict[str, Any]:
+def _row(at: RunPosition, result: StepResult, lr: float, step_s: float) -> dict[str, Any]:
     """One line of metrics.jsonl."""
     summary = summarise(result.measured)
     return {
-        "step": progress.step,
+        "step": at.step,
         "loss": float(result.loss),
         "main_loss": summary.main_loss,
         "mtp_loss": summary.mtp_loss,
@@ -246,7 +246,7 @@ def _row(progress: Progress, result: StepResult, lr: float, step_s: float) -> di
         "reached": summary.reached,
         "grad_norm": float(result.grad_norm),
         "lr": lr,
-        "tokens": progress.tokens,
+        "tokens": at.tokens,
         "tokens_per_s": summary.tokens / step_s,
         "step_s": step_s,
     }

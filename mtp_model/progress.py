@@ -1,57 +1,141 @@
-"""How far a long command is, on stderr; must not know what is being done.
-
-On a terminal a bar; elsewhere a plain line now and then, so that logs stay readable.
-"""
+"""How far a long command is, on stderr: a bar on a terminal, elsewhere a line now and then."""
 
 import contextlib
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from tqdm import tqdm
 
-from mtp_model.reporting import human_bytes, stderr
+from mtp_model.reporting import human_bytes, human_time
 
-LINE_EVERY_S = 10.0
+LINE_EVERY_S = 10.0  # the README promises a line every 30 s
+_REDRAW_EVERY_S = 1.0
 
-Report = Callable[[int, int], None]
-"""Told the bytes that are done, and their total; any thread may."""
+OnProgress = Callable[[int, int], None]
+"""What long work calls with how much is done, and of how much in all; any of its threads may."""
+
+
+class Report(Protocol):
+    """So much is done of so much (None: nobody knows), with a note; any thread may say it."""
+
+    def __call__(self, done: int, total: int | None, note: str = "") -> None: ...
 
 
 @contextlib.contextmanager
-def progress(what: str) -> Iterator[Report]:
-    """Show bytes, rate and time left of what runs inside."""
-    if not sys.stderr.isatty():
-        yield _Lines(what)
-        return
-    columns = TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn()
-    with Progress(*columns, TimeRemainingColumn(), console=stderr(), transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+def progress(
+    what: str, unit: str = "B", done: int = 0, total: int | None = None
+) -> Iterator[Report]:
+    """Show amount, rate and time left of what runs inside, which says how far it is.
+
+    A thread shows them, so that they also come while the work is in one long step (compiling).
+    unit: "B" for bytes, else a noun in the plural ("steps").
+    """
+    terminal = sys.stderr.isatty()
+    display = (_Bar if terminal else _Lines)(what, unit, done, total)
+    ended = threading.Event()
+
+    def keep_showing() -> None:
+        while not ended.wait(_REDRAW_EVERY_S if terminal else LINE_EVERY_S):
+            display.refresh()
+
+    thread = threading.Thread(target=keep_showing, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield display.report
+    finally:
+        ended.set()
+        thread.join()
+        display.close()
+
+
+def above_bars() -> contextlib.AbstractContextManager[None]:
+    """What is printed inside stands above the bar that is on the terminal, if any."""
+    return tqdm.external_write_mode(file=sys.stderr)
+
+
+class _Bar:
+    """tqdm's bar, which any thread may move."""
+
+    def __init__(self, what: str, unit: str, done: int, total: int | None):
+        self._lock = threading.Lock()
+        self._moved = False
+        self._bar = tqdm(
+            desc=what,
+            initial=done,
+            total=total,
+            unit=unit if unit == "B" else f" {unit}",
+            unit_scale=unit == "B",
+            smoothing=0.05,
+            dynamic_ncols=True,
+            leave=False,
+            file=sys.stderr,
+        )
+
+    def report(self, done: int, total: int | None, note: str = "") -> None:
+        bar = self._bar
+        with self._lock:
+            if not self._moved:  # what a resumed run found, or what was compiled, is not speed
+                bar.initial = bar.n = bar.last_print_n = done
+                self._moved = True
+            bar.total = total
+            bar.set_postfix_str(note, refresh=False)
+            bar.update(done - bar.n)
+
+    def refresh(self) -> None:
+        self._bar.refresh()
+
+    def close(self) -> None:
+        self._bar.close()
 
 
 class _Lines:
-    """A line every LINE_EVERY_S seconds; none for what takes less."""
+    """A line at each `refresh`, and a last one where there was one: short work says nothing."""
 
-    def __init__(self, what: str):
-        self._what = what
-        self._began: tuple[float, int] | None = None
-        self._told_s = time.monotonic()
+    def __init__(self, what: str, unit: str, done: int, total: int | None):
+        self._what, self._unit = what, unit
+        self._opened_s = time.monotonic()
+        self._first: tuple[float, int] | None = None
+        self._last = (done, total, "")
+        self._file = sys.stderr
+        self._said = False
 
-    def __call__(self, done: int, total: int) -> None:
+    def report(self, done: int, total: int | None, note: str = "") -> None:
+        self._first = self._first or (time.monotonic(), done)
+        self._last = (done, total, note)
+
+    def refresh(self) -> None:
+        self._said = True
+        with contextlib.suppress(OSError, ValueError):  # a log that has gone stops no work
+            print(self._line(), file=self._file, flush=True)
+
+    def close(self) -> None:
+        if self._said:
+            self.refresh()
+
+    def _line(self) -> str:
+        done, total, note = self._last
         now = time.monotonic()
-        began_s, already = self._began = self._began or (now, done)
-        if now - self._told_s < LINE_EVERY_S:
-            return
-        self._told_s = now
-        rate = (done - already) / max(now - began_s, 1e-9)  # what a resumed run found is not speed
-        left = f", {(total - done) / rate:,.0f} s left" if rate > 0 else ""
-        amounts = f"{human_bytes(done)} of {human_bytes(total)}, {human_bytes(rate)}/s"
-        print(f"{self._what}: {amounts}{left}", file=sys.stderr, flush=True)
+        first_s, already = self._first or (now, done)
+        rate = (done - already) / max(now - first_s, 1e-9)  # what a resumed run found is not speed
+        parts = [self._amount(done, total)] if self._first or total else []
+        if rate > 0:
+            parts.append(f"{self._counted(rate)}/s")
+            parts += [f"{human_time((total - done) / rate)} left"] if total else []
+        else:
+            parts.append(f"{human_time(now - self._opened_s)} so far")
+        return f"{self._what}: " + ", ".join([*parts, note] if note else parts)
+
+    def _amount(self, done: int, total: int | None) -> str:
+        if total is None:
+            return self._counted(done)
+        if self._unit == "B":
+            return f"{human_bytes(done)} of {human_bytes(total)}"
+        return f"{done:,} of {total:,} {self._unit}"
+
+    def _counted(self, count: float) -> str:
+        if self._unit == "B":
+            return human_bytes(count)
+        return f"{count:,.{0 if isinstance(count, int) else 2}f} {self._unit}"

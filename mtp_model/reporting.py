@@ -117,6 +117,13 @@ def human_count(count: float) -> str:
     return _scaled(count, ("", "K", "M", "B", "T"))
 
 
+def human_time(seconds: float) -> str:
+    """`28 s`, `35 min` or `12.5 h`."""
+    if seconds < 120:
+        return f"{seconds:,.0f} s"
+    return f"{seconds / 60:,.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
+
+
 def _scaled(count: float, units: Sequence[str]) -> str:
     power = 0
     while abs(count) >= 999.995 and power < len(units) - 1:

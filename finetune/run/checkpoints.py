@@ -1,7 +1,4 @@
-"""What a killed run continues from: training state and progress, saved by Orbax.
-
-Knows pytrees and paths only.
-"""
+"""What a killed run continues from: the training state and how far the run is, saved by Orbax."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,8 +11,8 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Progress:
-    """What is not an array: how far the run is, and what it was fed."""
+class RunPosition:
+    """How far a run is, and what it was fed; saved as `progress` beside the training state."""
 
     step: int = 0
     tokens: int = 0  # trained on, padding not counted
@@ -36,25 +33,25 @@ class Checkpoints:
         )
         self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
-    def save(self, state: Any, progress: Progress) -> None:
-        """Save under `progress.step`; older checkpoints beyond those to keep are deleted."""
+    def save(self, state: Any, at: RunPosition) -> None:
+        """Save under the step the run is at; older checkpoints beyond those to keep are deleted."""
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(_by_name(state)),
-            progress=ocp.args.JsonSave(asdict(progress)),
+            progress=ocp.args.JsonSave(asdict(at)),
         )
-        self.manager.save(progress.step, args=args, force=True)
+        self.manager.save(at.step, args=args, force=True)
 
-    def latest(self) -> Progress | None:
-        """Progress of the newest checkpoint, None where there is none."""
+    def latest(self) -> RunPosition | None:
+        """Where the newest checkpoint is in its run, None where there is none."""
         step = self.manager.latest_step()
         if step is None:
             return None
         args = ocp.args.Composite(progress=ocp.args.JsonRestore())
-        return Progress(**self.manager.restore(step, args=args)["progress"])
+        return RunPosition(**self.manager.restore(step, args=args)["progress"])
 
     def restore(self, step: int, like: T) -> T:
         """The state of a checkpoint in the place of `like`, whose buffers are freed for it."""
-        wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, _by_name(like))
+        wanted = {name: _abstract(leaf) for name, leaf in _by_name(like).items()}
         for leaf in jax.tree.leaves(like):
             leaf.delete()
         args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
@@ -64,6 +61,10 @@ class Checkpoints:
 
     def close(self) -> None:
         self.manager.close()
+
+
+def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
 def _names(tree: Any) -> list[str]:

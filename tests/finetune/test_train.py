@@ -1,8 +1,11 @@
 """Training: what moves, what it leaves behind, and that a killed run loses nothing."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -35,6 +38,7 @@ from finetune.settings import (
 from finetune.state import TRAINABLE
 from finetune.train import StoppedError, train
 from finetune.weights import load_for_training
+from mtp_model import progress
 from mtp_model.checkpoint.claim import locked
 from mtp_model.checkpoint.directory import CheckpointError, open_checkpoint
 from mtp_model.load import load
@@ -73,9 +77,17 @@ def settings(checkpoint, data, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def finished(settings):
-    """A run of --train mtp that nothing disturbed."""
-    return train(settings, QUIET)
+def finished_and_log(settings):
+    """A run of --train mtp that nothing disturbed, and the lines it wrote to a log."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as log:
+        patch.setattr(progress, "LINE_EVERY_S", 0.02)
+        result = train(settings, QUIET)
+    return result, log.getvalue().splitlines()
+
+
+@pytest.fixture(scope="module")
+def finished(finished_and_log):
+    return finished_and_log[0]
 
 
 def arguments(settings: RunSettings, out: Path) -> list[str]:
@@ -409,7 +421,15 @@ def test_a_checkpoint_in_the_cloud_gives_the_same_result(
     assert result.after == finished.after
 
 
-def test_evaluate_prints_a_table_or_json(finished, data, capsys):
+def test_a_log_says_how_far_training_is(finished_and_log):
+    lines = finished_and_log[1]
+    assert re.fullmatch(r"train: 0 of 7 steps, \d s so far", lines[0]), "while it compiles"
+    reached = r"train: 7 of 7 steps, [\d.]+ steps/s, 0 s left, loss \d\.\d{3}, [\d,]+ tokens/s"
+    assert re.fullmatch(reached, lines[-1])
+
+
+def test_evaluate_prints_a_table_or_json(finished, data, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.02)
     options = ["--data", str(data), "--rows", "2", "--row-tokens", "32", "--max-rows", "4"]
     command = ["evaluate", "--checkpoint", str(finished.run.final), *options, "--draft-tokens", "2"]
     assert cli.run([*command, "--json"]) == 0
@@ -417,7 +437,9 @@ def test_evaluate_prints_a_table_or_json(finished, data, capsys):
     assert len(found["mtp_loss"]) == len(found["acceptance"]) == 2, "the one module is reused"
     assert found["tokens"] <= 4 * 32
     assert cli.run(command) == 0
-    out, _ = capsys.readouterr()
+    out, err = capsys.readouterr()
+    done = r"evaluate: 2 of 2 batches, .* 0 s left, document \d+ of \d+"
+    assert re.fullmatch(done, err.splitlines()[-1]), "it says how far it is"
     assert "draft 2" in out
     assert "mean accepted length" in out
 

@@ -1,6 +1,5 @@
 """`convert-deepseek` as a user meets it: results on stdout, the rest on stderr, exit statuses."""
 
-import io
 import json
 import subprocess
 import sys
@@ -11,7 +10,6 @@ import pytest
 from roundtrip import assert_same_files, tree_bytes
 
 from converters.cli.main import main
-from mtp_model import progress
 from tools.make_tiny_checkpoint import make_tiny_checkpoint
 
 ROOT = Path(__file__).parents[3]
@@ -440,36 +438,3 @@ def test_reader_that_goes_away_is_no_traceback(source: Path):
     assert process.stderr.read() == b""
     process.stderr.close()
     assert process.wait() == 1
-
-
-def test_progress_without_a_terminal_is_a_line_now_and_then(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    now = iter([0.0, 0.0, 4.0, 11.0, 12.0, 31.0])
-    monkeypatch.setattr("mtp_model.progress.time.monotonic", lambda: next(now))
-    with progress.progress("import") as report:
-        for done in (1_000, 2_000, 12_000, 20_000, 32_000):
-            report(done * 1_000_000, 40_000_000_000)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == [
-        "import: 12.00 GB of 40.00 GB, 1.00 GB/s, 28 s left",
-        "import: 32.00 GB of 40.00 GB, 1.00 GB/s, 8 s left",
-    ]
-
-
-class Terminal(io.StringIO):
-    """A stream that says it is a terminal."""
-
-    def isatty(self) -> bool:
-        return True
-
-
-def test_progress_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch):
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "120")
-    with progress.progress("import") as report:
-        report(500_000_000, 2_000_000_000)
-    assert "import" in terminal.getvalue()
-    assert "0.5/2.0 GB" in terminal.getvalue()
