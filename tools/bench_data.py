@@ -29,6 +29,7 @@ RELEASED_SIZES = {
     "intermediate_size": 18432,
     "moe_intermediate_size": 2048,
     "num_attention_heads": 128,
+    "num_key_value_heads": 128,
     "q_lora_rank": 1536,
     "kv_lora_rank": 512,
     "qk_nope_head_dim": 128,
