@@ -14,14 +14,14 @@ from finetune.state import TRAINABLE, Split, TrainState
 from mtp_model import ModelConfig
 from mtp_model.checkpoint.directory import Checkpoint, CheckpointError, open_checkpoint
 from mtp_model.checkpoint.writer import ChangedLeaf, write_derived
-from mtp_model.load import cast_weights, checkpoint_config, load
+from mtp_model.load import cast_weights, load
 from mtp_model.model import leaf_name
 
 
 def open_trainable(path: str) -> tuple[Checkpoint, ModelConfig]:
     """A checkpoint with a main model and MTP modules; CheckpointError says what it lacks."""
     checkpoint = open_checkpoint(path)
-    config = checkpoint_config(checkpoint)
+    config = checkpoint.config
     scope = checkpoint.provenance["scope"]
     if scope != "all":
         raise CheckpointError(

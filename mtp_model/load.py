@@ -10,7 +10,6 @@ from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from mtp_model.checkpoint.directory import Checkpoint, CheckpointError, open_checkpoint
-from mtp_model.config import ModelConfig
 from mtp_model.files.objects import AnyPath, CloudPath
 from mtp_model.layers import FP8, dequantise
 from mtp_model.model import (
@@ -47,7 +46,7 @@ def load(
     if mesh is not None:
         require_axes(mesh)
     checkpoint = open_checkpoint(path)
-    config = checkpoint_config(checkpoint)
+    config = checkpoint.config
     computed_in = jnp.dtype(compute_dtype or dtype or config.dtype)
     dtypes = {name: leaf.dtype for name, leaf in checkpoint.leaves.items()}
     graph, state = nnx.split(abstract_model(config, scope, dtypes, mesh, computed_in))
@@ -62,7 +61,7 @@ def load_layer(checkpoint: Checkpoint, stack: StackName, index: int) -> Layer:
 
     stack: `dense_layers` or `moe_layers` for a decoder layer, `mtp` for an MTP module.
     """
-    config = checkpoint_config(checkpoint)
+    config = checkpoint.config
     counts = {
         "dense_layers": config.num_dense_layers,
         "moe_layers": config.num_moe_layers,
@@ -77,12 +76,6 @@ def load_layer(checkpoint: Checkpoint, stack: StackName, index: int) -> Layer:
         _raise_unless_stored(checkpoint, name, (counts[stack], *variable.shape))
         flat.append((path, variable.replace(jnp.asarray(_read_layer(checkpoint, name, index)))))
     return nnx.merge(graph, nnx.from_flat_state(flat))
-
-
-def checkpoint_config(checkpoint: Checkpoint) -> ModelConfig:
-    """The network's config, with what provenance.json adds to the source's config.json."""
-    hidden_state = checkpoint.provenance["mtp_hidden_state"]
-    return ModelConfig.from_dict({**checkpoint.config_dict, "mtp_hidden_state": hidden_state})
 
 
 def cast_weights(model: nnx.Module, dtype: Any, only: nnx.filterlib.Filter = nnx.Param) -> None:

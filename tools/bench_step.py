@@ -14,21 +14,18 @@ from pathlib import Path
 
 from converters.exporting.exporter import export_checkpoint
 from converters.format import fp8_kernels  # noqa: F401  numba before the clock starts
-from converters.format.check import read_config
-from converters.format.listing import list_checkpoint
+from converters.format.listing import open_safetensors
 from converters.importing.importer import import_checkpoint
 from converters.sources.open import open_source
 from converters.verifying.digests import check_digests
 from converters.verifying.verify import check_storage
 from mtp_model.checkpoint.directory import open_checkpoint
-from mtp_model.config import ModelConfig
 
 
 def run_import(src: Path, dst: Path, arguments: argparse.Namespace) -> None:
     """A safetensors checkpoint to a checkpoint directory."""
-    listing = list_checkpoint(open_source(str(src)))
-    config = ModelConfig.from_dict(read_config(listing.source))
-    import_checkpoint(listing, config, dst, dtype=arguments.dtype, workers=arguments.workers)
+    checkpoint = open_safetensors(open_source(str(src)))
+    import_checkpoint(checkpoint, dst, dtype=arguments.dtype, workers=arguments.workers)
 
 
 def run_export(src: Path, dst: Path, arguments: argparse.Namespace) -> None:
@@ -39,9 +36,8 @@ def run_export(src: Path, dst: Path, arguments: argparse.Namespace) -> None:
 
 def run_verify(src: Path, dst: Path, arguments: argparse.Namespace) -> None:
     """A safetensors checkpoint against a checkpoint directory."""
-    listing = list_checkpoint(open_source(str(src)))
-    config = read_config(listing.source)
-    found = check_storage(listing, config, open_checkpoint(dst), workers=arguments.workers)
+    source = open_safetensors(open_source(str(src)))
+    found = check_storage(source, open_checkpoint(dst), workers=arguments.workers)
     assert found.holds, found.total
 
 

@@ -5,11 +5,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from converters.cli.arguments import PROG
-from converters.format.check import read_config
-from converters.format.listing import Listing, list_checkpoint
 from converters.sources.open import open_source
 from converters.sources.source import Source, kind_fault
-from mtp_model.problems import Problem, ProblemsError, UserError, raise_if_any
+from mtp_model.problems import Problem, ProblemsError, UserError
 from mtp_model.reporting import (
     Section,
     human_bytes,
@@ -27,20 +25,6 @@ def source_of(src: str) -> Source:
     if fault := kind_fault(source.files()):
         raise ProblemsError(source.name, [Problem("source", src, fault)])
     return source
-
-
-def open_both(source: Source) -> tuple[Listing, dict[str, Any]]:
-    """Headers and config.json; ProblemsError with the problems of both."""
-    problems: list[Problem] = []
-    opened = []
-    for read in (list_checkpoint, read_config):
-        try:
-            opened.append(read(source))
-        except ProblemsError as err:
-            problems += err.problems
-    raise_if_any(source.name, problems)
-    listing, config = opened
-    return listing, config
 
 
 def print_result(sections: Iterable[Section], plain: dict[str, Any], *, as_json: bool) -> None:

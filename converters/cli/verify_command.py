@@ -1,11 +1,10 @@
 """`convert-deepseek verify`: whether an export would give a source's bytes, and its logits."""
 
 from pathlib import Path
-from typing import Any
 
 from converters.cli.arguments import Verify
-from converters.cli.common import open_both, print_result, source_of
-from converters.format.listing import Listing
+from converters.cli.common import print_result, source_of
+from converters.format.listing import SourceCheckpoint, open_safetensors
 from converters.verifying.digests import check_digests
 from converters.verifying.logits import LogitsCheck, check_logits
 from converters.verifying.report import verification, write_report
@@ -22,16 +21,16 @@ def run_verify(command: Verify) -> int:
     ckpt = command.ckpt or command.src
     checkpoint = open_checkpoint(ckpt)
     source = source_of(command.src) if command.ckpt else None
-    opened = open_both(source) if source else None
+    opened = open_safetensors(source) if source else None
     with progress("digests") as report:
         digests = check_digests(checkpoint, workers=command.workers, progress=report)
     storage, logits = None, None
     if opened and digests.holds:
         with progress("tensors") as report:
             storage = check_storage(
-                *opened, checkpoint, scope=command.scope, workers=command.workers, progress=report
+                opened, checkpoint, scope=command.scope, workers=command.workers, progress=report
             )
-        logits = _logits(*opened, checkpoint) if command.logits else None
+        logits = _logits(opened, checkpoint) if command.logits else None
     found = Verification(
         source=source.name if source else None,
         checkpoint=ckpt,
@@ -45,8 +44,8 @@ def run_verify(command: Verify) -> int:
     return 0 if found.holds else 1
 
 
-def _logits(listing: Listing, config_dict: dict[str, Any], checkpoint: Checkpoint) -> LogitsCheck:
-    if listing.source.is_far:
+def _logits(source: SourceCheckpoint, checkpoint: Checkpoint) -> LogitsCheck:
+    if source.source.is_far:
         detail = "is not on this machine; --logits needs a local folder, download it first"
-        raise ProblemsError(listing.source.name, [Problem("source", "SRC", detail)])
-    return check_logits(listing, config_dict, checkpoint)
+        raise ProblemsError(source.source.name, [Problem("source", "SRC", detail)])
+    return check_logits(source, checkpoint)

@@ -17,7 +17,6 @@ from converters.format.header import DTYPES
 from converters.format.mapping import Slot, slots
 from mtp_model.checkpoint.chunks import Leaf
 from mtp_model.checkpoint.directory import Checkpoint
-from mtp_model.config import ModelConfig
 from mtp_model.files.local import ThreadMemory
 from mtp_model.problems import Problem, ProblemsError, raise_if_any
 
@@ -53,7 +52,7 @@ class EncodedRows:
 
 def held_slots(checkpoint: Checkpoint) -> dict[str, Slot]:
     """The tensors of the network whose leaves the checkpoint has: its scope may leave out most."""
-    found = slots(ModelConfig.from_dict(checkpoint.config_dict))
+    found = slots(checkpoint.config)
     return {name: slot for name, slot in found.items() if slot.path in checkpoint.leaves}
 
 
@@ -72,7 +71,7 @@ class Encoder:
         """
         unknown = (Problem("unknown", name) for name in dtypes if name not in slots)
         raise_if_any(str(checkpoint.path), unknown)
-        config = ModelConfig.from_dict(checkpoint.config_dict)
+        config = checkpoint.config
         self.slots = slots
         self._checkpoint = checkpoint
         self._dtypes = dtypes

@@ -11,7 +11,6 @@ from converters.format.header import Header, TensorInfo, make_header, parse_head
 from converters.format.listing import INDEX_FILE
 from converters.format.mapping import Slot, slots
 from mtp_model.checkpoint.directory import CONFIG, LAYOUT, Checkpoint
-from mtp_model.config import ModelConfig
 from mtp_model.files.untrusted_json import shown
 from mtp_model.problems import Problem, ProblemsError
 
@@ -70,7 +69,7 @@ def make_plan(checkpoint: Checkpoint, dtype: Dtype, *, has_base: bool = False) -
 
 def as_bf16(kept: ExportPlan, checkpoint: Checkpoint) -> ExportPlan:
     """The same files with what a bfloat16 checkpoint of this network has: no scales."""
-    config = ModelConfig.from_dict(checkpoint.config_dict)
+    config = checkpoint.config
     plain = slots(dataclasses.replace(config, dtype="bfloat16", weight_block_size=None))
     written = []
     for file in kept.files:

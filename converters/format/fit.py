@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from converters.format.header import TensorInfo
-from converters.format.listing import Listing
+from converters.format.listing import Listing, SourceCheckpoint
 from converters.format.mapping import SCALE_SUFFIX, Slot, slots
 from mtp_model.config import ConfigError, ModelConfig
 from mtp_model.families import MODEL_TYPES
 from mtp_model.files.untrusted_json import shown
 from mtp_model.grouping import braces
 from mtp_model.model import Scope
-from mtp_model.problems import Problem
+from mtp_model.problems import Problem, raise_if_any
 
 _LARGEST_NUM_TENSORS = 1 << 20  # the released checkpoints have 91,991
 _FP8 = "F8_E4M3"
@@ -28,8 +28,8 @@ Slots = Mapping[str, Slot]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """What the headers say of the scope."""
+class Fit:
+    """How config and headers of a checkpoint fit together, for a scope."""
 
     config: ModelConfig | None
     """None when config.json is no network that we know; the other checks need it."""
@@ -45,7 +45,7 @@ class _Contradiction(NamedTuple):
     names: set[str]
 
 
-def compare(listing: Listing, config: Mapping[str, Any], *, scope: Scope = "all") -> Comparison:
+def fit(listing: Listing, config: Mapping[str, Any], *, scope: Scope = "all") -> Fit:
     """All that headers and config (the parsed config.json) tell about the tensors of a scope."""
     try:
         cfg = ModelConfig.from_dict(config)
@@ -54,11 +54,19 @@ def compare(listing: Listing, config: Mapping[str, Any], *, scope: Scope = "all"
         cfg, faults = None, err.faults
     if cfg is None or faults:
         problems = tuple(_config_problem(fault) for fault in faults)
-        return Comparison(config=None, slots={}, problems=problems)
+        return Fit(config=None, slots={}, problems=problems)
     return _compare(listing.tensors, cfg, scope)
 
 
-def _compare(tensors: Tensors, cfg: ModelConfig, scope: Scope) -> Comparison:
+def sound_fit(checkpoint: SourceCheckpoint, scope: Scope) -> tuple[ModelConfig, Mapping[str, Slot]]:
+    """The network and the tensors of a scope; ProblemsError when anything does not fit."""
+    found = fit(checkpoint, checkpoint.config, scope=scope)
+    raise_if_any(checkpoint.source.name, found.problems)
+    assert found.config is not None
+    return found.config, found.slots
+
+
+def _compare(tensors: Tensors, cfg: ModelConfig, scope: Scope) -> Fit:
     if scope == "main":
         tensors = {name: t for name, t in tensors.items() if not _is_mtp(name, cfg)}
     known = slots(cfg)
@@ -74,7 +82,7 @@ def _compare(tensors: Tensors, cfg: ModelConfig, scope: Scope) -> Comparison:
     problems += [p for p in misfits if not (p.kind == "dtype" and p.subject in explained)]
     unfit = {problem.subject for problem in misfits}
     sound = {name: s for name, s in wanted.items() if name in tensors and name not in unfit}
-    return Comparison(config=cfg, slots=sound, problems=tuple(problems))
+    return Fit(config=cfg, slots=sound, problems=tuple(problems))
 
 
 def _config_problem(fault: str) -> Problem:

@@ -6,11 +6,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from converters.format.check import read_config
-from converters.format.fit import Comparison, compare
-from converters.format.groups import GROUPS, group_of
-from converters.format.listing import Listing, list_checkpoint
-from converters.format.mapping import Slot
+from converters.format.fit import Fit, fit
+from converters.format.listing import Listing, list_checkpoint, read_config
+from converters.format.mapping import GROUPS, Slot, group_of
 from converters.sources.source import Source
 from mtp_model.config import ModelConfig
 from mtp_model.problems import Problem, ProblemsError
@@ -79,7 +77,7 @@ def inspect_source(source: Source) -> Inspection:
     except ProblemsError as err:
         problems += err.problems
     if config is not None and listing is not None:
-        comparison = compare(listing, config)
+        comparison = fit(listing, config)
         problems += comparison.problems
     headers = listing.headers.values() if listing else ()
     return Inspection(
@@ -93,7 +91,7 @@ def inspect_source(source: Source) -> Inspection:
     )
 
 
-def _dtypes(listing: Listing, comparison: Comparison | None) -> dict[str, Tally]:
+def _dtypes(listing: Listing, comparison: Fit | None) -> dict[str, Tally]:
     scales = _scales(comparison.slots.values()) if comparison else frozenset()
     names: dict[str, list[str]] = {}
     for tensor in listing.tensors.values():
@@ -114,7 +112,7 @@ def _tally(listing: Listing, names: Iterable[str], scales: frozenset[str]) -> Ta
     )
 
 
-def _network(listing: Listing, comparison: Comparison) -> Network | None:
+def _network(listing: Listing, comparison: Fit) -> Network | None:
     config, slots = comparison.config, comparison.slots
     if config is None:
         return None
@@ -136,9 +134,7 @@ def _network(listing: Listing, comparison: Comparison) -> Network | None:
     )
 
 
-def _modules(
-    listing: Listing, comparison: Comparison, scales: frozenset[str]
-) -> Iterator[MtpModule]:
+def _modules(listing: Listing, comparison: Fit, scales: frozenset[str]) -> Iterator[MtpModule]:
     config = comparison.config
     assert config is not None
     for module in range(config.num_nextn_predict_layers):

@@ -1,8 +1,10 @@
-"""What a checkpoint holds: index, headers, side files; must not know what a tensor is for."""
+"""What a checkpoint holds: config, index, headers, side files; no tensor is read."""
 
-from collections.abc import Iterable, Iterator
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 from converters.format.header import (
     MAX_HEADER_BYTES,
@@ -11,20 +13,22 @@ from converters.format.header import (
     bounded,
     read_header,
 )
-from converters.sources.source import Source, name_fault
+from converters.sources.source import Fingerprint, Source, name_fault
 from mtp_model.files.untrusted_json import JsonError, is_text_map, parse, shown
 from mtp_model.problems import Problem, ProblemsError, raise_if_any
 
+CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 SUFFIX = ".safetensors"
 
+_LARGEST_CONFIG_BYTES = 1 << 20
 _THREADS = 8  # a header is a few small reads: latency on a remote source, not bandwidth
 
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """A whole checkpoint, headers only. `index` is the index file, None for a single file."""
+    """All files of a checkpoint, headers only. `index`: the index file, None for a single file."""
 
     source: Source
     headers: dict[str, Header]
@@ -32,6 +36,42 @@ class Listing:
     side_files: tuple[str, ...]
     """Every file that is neither safetensors nor the index: config, tokenizer, code, ..."""
     index: bytes | None
+
+    @property
+    def copied_files(self) -> tuple[str, ...]:
+        """Every file that export writes again as it was: side files, and the index."""
+        return (*self.side_files, *([INDEX_FILE] if self.index is not None else []))
+
+    def file_states(self) -> dict[str, Fingerprint]:
+        """What tells, for every file, that it is still the same."""
+        names = (*self.headers, *self.copied_files)
+        return {file: dict(self.source.fingerprint(file)) for file in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceCheckpoint(Listing):
+    """A safetensors checkpoint that was opened: its files, and the parsed config.json."""
+
+    config: Mapping[str, Any]
+
+
+def open_safetensors(source: Source) -> SourceCheckpoint:
+    """Headers and config.json; ProblemsError tells everything that is wrong with both, at once."""
+    problems: list[Problem] = []
+    listing, config = None, None
+    try:
+        listing = list_checkpoint(source)
+    except ProblemsError as err:
+        problems += err.problems
+    try:
+        config = read_config(source)
+    except ProblemsError as err:
+        problems += err.problems
+    raise_if_any(source.name, problems)
+    assert listing is not None
+    assert config is not None
+    fields = {field.name: getattr(listing, field.name) for field in dataclasses.fields(listing)}
+    return SourceCheckpoint(**fields, config=config)
 
 
 def list_checkpoint(source: Source) -> Listing:
@@ -52,6 +92,27 @@ def list_checkpoint(source: Source) -> Listing:
     return Listing(
         source=source, headers=headers, tensors=tensors, side_files=side_files, index=index
     )
+
+
+def read_config(source: Source) -> dict[str, Any]:
+    """The parsed config.json of a source; ProblemsError when there is none or it is no object."""
+    size = source.files().get(CONFIG_FILE)
+    fault, config = None, None
+    if size is None:
+        fault = "is missing; every size of the network comes from it"
+    elif size > _LARGEST_CONFIG_BYTES:
+        fault = f"is {size} bytes, more than {_LARGEST_CONFIG_BYTES}"
+    else:
+        try:
+            config = parse(source.read(CONFIG_FILE, 0, size))
+        except JsonError as err:
+            fault = str(err)
+    if not fault and not isinstance(config, dict):
+        fault = f"is {shown(config)}, needed an object"
+    if fault:
+        raise ProblemsError(source.name, [Problem("config", CONFIG_FILE, fault)])
+    assert isinstance(config, dict)
+    return config
 
 
 def _read_index(source: Source, sizes: dict[str, int]) -> tuple[bytes | None, dict[str, str]]:

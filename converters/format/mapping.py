@@ -10,7 +10,7 @@ Source of the names: the released DeepSeek-V3 checkpoint and its README_WEIGHTS.
 import enum
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -204,7 +204,8 @@ def leaf_shapes(config: ModelConfig, scope: Scope = "all") -> Mapping[str, tuple
     return MappingProxyType({path: tuple(leaf.shape) for path, leaf in leaves.items()})
 
 
-def slots(config: ModelConfig, scope: Scope = "all") -> dict[str, Slot]:
+@functools.lru_cache(maxsize=4)  # V3 has 92,000 of them
+def slots(config: ModelConfig, scope: Scope = "all") -> Mapping[str, Slot]:
     """Every tensor the checkpoint of this network has, by name: scales and copies included."""
     shapes = leaf_shapes(config, scope)
     found: dict[str, Slot] = {}
@@ -215,4 +216,57 @@ def slots(config: ModelConfig, scope: Scope = "all") -> dict[str, Slot]:
     uncovered = shapes.keys() - {slot.path for slot in found.values() if not slot.copy_of}
     if uncovered:
         raise AssertionError(f"no row of the table for {sorted(uncovered)}")
-    return found
+    return MappingProxyType(found)
+
+
+def float32_leaves(slots: Iterable[Slot]) -> frozenset[str]:
+    """Leaves that are float32 whatever a checkpoint's own dtype is: scales and router biases."""
+    always = {
+        stack.value + row.path for row in TABLE if row.kind is FLOAT32 for stack in row.stacks
+    }
+    paths = {slot.path for slot in slots}
+    return frozenset(path for path in paths if path in always or path.endswith(SCALE_SUFFIX))
+
+
+GROUPS = (
+    "embedding and head",
+    "attention",
+    "dense MLP",
+    "routed experts",
+    "shared experts",
+    "router",
+    "norms",
+    "MTP modules",
+    "copies",
+)
+"""The main model's parts, then the MTP modules whole, then what they repeat of the main model."""
+
+_NORMS = {
+    "norm",
+    "input_layernorm",
+    "post_attention_layernorm",
+    "q_a_layernorm",
+    "kv_a_layernorm",
+}
+_BY_MODULE = {
+    "embed_tokens": "embedding and head",
+    "lm_head": "embedding and head",
+    "experts": "routed experts",
+    "shared_experts": "shared experts",
+    "gate": "router",
+}
+
+
+def group_of(slot: Slot) -> str:
+    """The group of a tensor; scales go with their weights."""
+    parts = slot.path.split(".")
+    if slot.copy_of:
+        return "copies"
+    if parts[0] == "mtp":
+        return "MTP modules"
+    if parts[-2] in _NORMS:
+        return "norms"
+    for part in parts:
+        if part in _BY_MODULE:
+            return _BY_MODULE[part]
+    return "attention" if "self_attn" in parts else "dense MLP"

@@ -1,78 +1,91 @@
-"""What only a tensor's bytes tell: scales that scale nothing, copies that do not repeat.
+"""What the values of a tensor may be: weights are finite, scales are finite and above 0.
 
-Knows slots and the source; must not know config or table.
+The same rules for every source; import applies them to the bytes that it reads anyway.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
 
 from converters.format.header import TensorInfo
 from converters.format.listing import Listing
-from converters.format.mapping import Slot
-from mtp_model.problems import Problem
 
-PIECE_BYTES = 4 << 20
-OnBytes = Callable[[int], None]
-"""Told the number of bytes of every read."""
+_PIECE_BYTES = 4 << 20
+_SCRATCH_BYTES = 128 << 10  # fits into a core's own cache
 
-
-def bytes_to_read(listing: Listing, slots: Mapping[str, Slot]) -> int:
-    """Bytes of all scales, and of all copies with what they copy."""
-    scales = sum(listing.tensors[name].nbytes for name in _scales(slots))
-    copies = sum(listing.tensors[slot.name].nbytes for slot in _copies(slots))
-    return scales + 2 * copies
+# Without its sign a number is finite exactly if its bits, as a whole number, are below these.
+_FINITE_BELOW = {
+    "F8_E4M3": np.uint8(0x7F),  # NaN alone: this format has no infinity
+    "BF16": np.uint16(0x7F80),
+    "F16": np.uint16(0x7C00),
+    "F32": np.uint32(0x7F80_0000),
+}
 
 
-def _scales(slots: Mapping[str, Slot]) -> Iterator[str]:
-    return (slot.scale for slot in slots.values() if slot.scale and slot.scale in slots)
+def all_finite(raw: np.ndarray, dtype: str) -> bool:
+    """Whether bytes (uint8, 1-D, contiguous) of a safetensors dtype hold no NaN and no infinity."""
+    limit = _FINITE_BELOW[dtype]
+    numbers = raw.view(limit.dtype)
+    whole = len(raw) // 8 * 8
+    words = raw[:whole].view(np.uint64)
+    without_sign = np.uint64(int.from_bytes(_without_sign(limit.dtype), "little"))
+    scratch = np.empty(min(_SCRATCH_BYTES // 8, len(words)), np.uint64)
+    for begin in range(0, len(words), max(len(scratch), 1)):
+        part = words[begin : begin + len(scratch)]
+        part = np.bitwise_and(part, without_sign, out=scratch[: len(part)])
+        if part.view(limit.dtype).max() >= limit:
+            return False
+    rest = numbers[whole // limit.itemsize :]
+    sign = limit.dtype.type(1 << (8 * limit.itemsize - 1))
+    return not (rest & ~sign >= limit).any()
 
 
-def _copies(slots: Mapping[str, Slot]) -> Iterator[Slot]:
-    return (slot for slot in slots.values() if slot.copy_of in slots)
+def _without_sign(dtype: np.dtype) -> bytes:
+    """Eight bytes of numbers of which every bit but the sign is set."""
+    largest = (1 << (8 * dtype.itemsize - 1)) - 1
+    return largest.to_bytes(dtype.itemsize, "little") * (8 // dtype.itemsize)
 
 
-def scale_problems(
-    listing: Listing, slots: Mapping[str, Slot], on_bytes: OnBytes
-) -> Iterator[Problem]:
-    """Scales that are not finite or not above 0: no weight comes out of those."""
-    for name in _scales(slots):
-        tensor = listing.tensors[name]
-        raw = listing.source.read(tensor.file, tensor.begin, tensor.nbytes)
-        values = np.frombuffer(raw, "<f4").reshape(tensor.shape)
-        bad = ~(np.isfinite(values) & (values > 0))
-        if bad.any():
-            first = tuple(map(int, np.argwhere(bad)[0]))
-            found = f"has {bad.sum()} of {bad.size} values that are not finite and above 0"
-            yield Problem("value", name, f"{found}; the first is {values[first]} at {first}")
-        on_bytes(tensor.nbytes)
+def weight_fault(values: np.ndarray, first_row: int) -> str:
+    """What to say of rows of a weight of which some value is not finite."""
+    bad = ~np.isfinite(values.astype(np.float32))
+    first = tuple(map(int, np.argwhere(bad)[0]))
+    where = (first[0] + first_row, *first[1:])
+    return f"holds {_name(values[first])} at {where}, which no weight is"
 
 
-def stale_copies(
-    listing: Listing, slots: Mapping[str, Slot], on_bytes: OnBytes
-) -> Iterator[Problem]:
-    """Copies whose bytes are not those of the tensor that they repeat."""
-    for slot in _copies(slots):
-        assert slot.copy_of
-        copy, original = listing.tensors[slot.name], listing.tensors[slot.copy_of]
-        rows = np.concatenate([*_differing_rows(listing, copy, original, on_bytes)])
-        if len(rows):
-            found = f"differs from {slot.copy_of} in {len(rows)} of {copy.shape[0]} rows"
-            yield Problem("copy", slot.name, f"{found}, the first is row {rows[0]}")
+def scale_fault(values: np.ndarray) -> str | None:
+    """What is wrong with block scales (float32): no weight comes out of those."""
+    good = np.isfinite(values) & (values > 0)
+    if good.all():
+        return None
+    first = tuple(map(int, np.argwhere(~good)[0]))
+    found = f"has {(~good).sum()} of {good.size} values that are not finite and above 0"
+    return f"{found}; the first is {values[first]} at {first}"
+
+
+def copy_fault(listing: Listing, copy: TensorInfo, original: TensorInfo) -> str:
+    """How a copy differs from the tensor that it repeats. Reads both, piece by piece."""
+    rows = np.concatenate([*_differing_rows(listing, copy, original)])
+    found = f"differs from {original.name} in {len(rows)} of {copy.shape[0]} rows"
+    return f"{found}, the first is row {rows[0]}"
 
 
 def _differing_rows(
-    listing: Listing, copy: TensorInfo, original: TensorInfo, on_bytes: OnBytes
+    listing: Listing, copy: TensorInfo, original: TensorInfo
 ) -> Iterator[np.ndarray]:
-    """Numbers of the rows that differ, piece by piece; both tensors have one shape and dtype."""
+    """Numbers of the rows that differ; both tensors have one shape and dtype."""
     row_bytes = copy.nbytes // copy.shape[0]
-    step = max(PIECE_BYTES // row_bytes, 1)
+    step = max(_PIECE_BYTES // row_bytes, 1)
     ours, theirs = np.empty((2, step * row_bytes), np.uint8)
     for start in range(0, copy.shape[0], step):
         nbytes = min(step, copy.shape[0] - start) * row_bytes
         for tensor, piece in ((copy, ours), (original, theirs)):
             begin = tensor.begin + start * row_bytes
             listing.source.read_into(tensor.file, begin, piece[:nbytes])
-        on_bytes(2 * nbytes)
         differs = (ours[:nbytes] != theirs[:nbytes]).reshape(-1, row_bytes).any(axis=1)
         yield start + np.flatnonzero(differs)
+
+
+def _name(value: np.generic) -> str:
+    return "NaN" if np.isnan(np.float32(value)) else "infinity"

@@ -1,6 +1,6 @@
 """Safetensors in, checkpoint directory out: streamed, resumable, every byte hashed on the way.
 
-Memory is bounded by the units in flight, one a worker; units.py says what a unit is.
+Memory is bounded by the units in flight, one a worker; convert.py says what a unit is.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -9,25 +9,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
-from converters.format.listing import Listing
-from converters.importing.finish import finish_import
-from converters.importing.plan import Copies, Dtype, Options, Plan, make_plan
-from converters.importing.units import (
+from converters.format.listing import SourceCheckpoint
+from converters.importing.convert import (
     Buffers,
     Done,
     Unit,
+    is_early,
     make_buffers,
     run_unit,
     unit_bytes,
     unit_reads,
 )
+from converters.importing.finish import finish_import, raise_if_stale
+from converters.importing.plan import Copies, Dtype, ImportPlan, make_plan
 from converters.sources.ahead import room_for_fetched
 from converters.sources.source import Finish
 from mtp_model.checkpoint.chunks import DEFAULT_POLICY, ChunkPolicy
 from mtp_model.checkpoint.claim import claim, clear, locked
 from mtp_model.checkpoint.directory import COMPLETE, UNFINISHED, CheckpointError, open_checkpoint
 from mtp_model.checkpoint.writer import ParamsWriter
-from mtp_model.config import HiddenState, ModelConfig
+from mtp_model.config import HiddenState
 from mtp_model.files.disk_room import raise_if_full
 from mtp_model.files.journal import (
     Journal,
@@ -39,6 +40,7 @@ from mtp_model.files.journal import (
 from mtp_model.files.objects import AnyPath, CloudPath, as_path
 from mtp_model.in_flight import in_flight
 from mtp_model.model import Scope
+from mtp_model.problems import Problem, raise_if_any
 
 DEFAULT_WORKERS = 3
 _MAKING_ROOM = "setup-lock"  # within UNFINISHED: held to begin and to finish
@@ -65,8 +67,7 @@ class ImportSummary:
 
 
 def import_checkpoint(
-    listing: Listing,
-    config: ModelConfig,
+    checkpoint: SourceCheckpoint,
     dst: str | AnyPath,
     *,
     scope: Scope = "all",
@@ -88,13 +89,18 @@ def import_checkpoint(
     worker: (i, n) does the i-th of n shares, for n processes with one destination; the last one
     to end finishes the directory. mtp_hidden_state None: as the config says.
 
-    Raises ProblemsError for a source that is unfit, was changed, or holds values that cannot be
-    converted (NaN in FP8 weights or scales), CheckpointError for a destination that is in use.
+    Raises ProblemsError for a source that is unfit, was changed, or holds values that no such
+    tensor may have (all of these in one report), CheckpointError for a destination in use.
     """
     dst = as_path(dst)
-    hidden_state = mtp_hidden_state or config.mtp_hidden_state
-    options = Options(scope=scope, dtype=dtype, copies=copies, mtp_hidden_state=hidden_state)
-    plan = make_plan(listing, config, options, policy)
+    plan = make_plan(
+        checkpoint,
+        scope=scope,
+        dtype=dtype,
+        copies=copies,
+        mtp_hidden_state=mtp_hidden_state,
+        policy=policy,
+    )
     share = plan.share(worker)
     todo: list[Unit] = []
     with claim(dst, shared=worker[1] > 1):
@@ -117,7 +123,7 @@ def import_checkpoint(
     )
 
 
-def _is_result(dst: AnyPath, plan: Plan) -> bool:
+def _is_result(dst: AnyPath, plan: ImportPlan) -> bool:
     """Whether `dst` is what this very import gave, with every chunk in full."""
     try:
         provenance = open_checkpoint(dst).provenance
@@ -130,12 +136,12 @@ def _is_result(dst: AnyPath, plan: Plan) -> bool:
     return all(is_whole(path, name) for path, names in pieces for name in names)
 
 
-def _begin(dst: AnyPath, plan: Plan, worker: tuple[int, int], overwrite: bool) -> Journal:
+def _begin(dst: AnyPath, plan: ImportPlan, worker: tuple[int, int], overwrite: bool) -> Journal:
     _make_room(dst, plan, overwrite)
     return Journal(dst / UNFINISHED, plan.fingerprint, worker)
 
 
-def _make_room(dst: AnyPath, plan: Plan, overwrite: bool) -> None:
+def _make_room(dst: AnyPath, plan: ImportPlan, overwrite: bool) -> None:
     """Make `dst` ready to begin or continue; with `overwrite` whatever was there before goes."""
     folder = dst / UNFINISHED
     if overwrite and begun_by_another(folder, plan.fingerprint):
@@ -144,7 +150,9 @@ def _make_room(dst: AnyPath, plan: Plan, overwrite: bool) -> None:
         clear(dst, overwrite=overwrite)
 
 
-def _still_there(writer: ParamsWriter, plan: Plan, entries: Iterable[dict]) -> dict[str, Done]:
+def _still_there(
+    writer: ParamsWriter, plan: ImportPlan, entries: Iterable[dict]
+) -> dict[str, Done]:
     """Finished units whose chunk files are whole: a rename may be lost when the power fails."""
     paths = {unit.key: unit.path for unit in plan.units}
     found = {}
@@ -160,7 +168,7 @@ def _still_there(writer: ParamsWriter, plan: Plan, entries: Iterable[dict]) -> d
 
 def _do_share(
     dst: AnyPath,
-    plan: Plan,
+    plan: ImportPlan,
     share: list[Unit],
     worker: tuple[int, int],
     journal: Journal,
@@ -191,7 +199,9 @@ def _raise_if_full(dst: AnyPath, stored_bytes: int, fetched: Mapping[Path, int])
 class _Counter:
     """Counts source bytes for the progress callback."""
 
-    def __init__(self, plan: Plan, share: list[Unit], todo: list[Unit], progress: Progress | None):
+    def __init__(
+        self, plan: ImportPlan, share: list[Unit], todo: list[Unit], progress: Progress | None
+    ):
         self._bytes = {unit.key: unit_bytes(plan.conversion, unit) for unit in share}
         self._total = sum(self._bytes.values())
         self._done = self._total - sum(self._bytes[unit.key] for unit in todo)
@@ -209,7 +219,7 @@ class _Counter:
 
 
 def _run(
-    plan: Plan,
+    plan: ImportPlan,
     todo: list[Unit],
     writer: ParamsWriter,
     journal: Journal,
@@ -217,26 +227,40 @@ def _run(
     report: _Counter,
     finish: Finish,
 ) -> None:
+    """Do these units. ProblemsError with all that is wrong with their values.
+
+    Where scales and copies come first, nothing else is read when something is wrong with these.
+    """
     idle: SimpleQueue[Buffers] = SimpleQueue()
     for _ in range(workers):
         idle.put(make_buffers(plan.conversion))
 
-    def work(unit: Unit) -> Unit:
+    def work(unit: Unit) -> tuple[Unit, Done]:
         buffers = idle.get()
         try:
             done = run_unit(plan.conversion, unit, writer, buffers)
         finally:
             idle.put(buffers)
-        journal.append(done.to_json())
+        if not done.problems:
+            journal.append(done.to_json())
         finish(unit.key)
-        return unit
+        return unit, done
 
-    with closing(in_flight(work, todo, workers)) as finished:
-        for unit in finished:
-            report.add(unit)
+    source = plan.conversion.listing.source
+    num_early = 0 if source.is_far else sum(is_early(plan.conversion, unit) for unit in todo)
+    for units in (todo[:num_early], todo[num_early:]):
+        problems: list[Problem] = []
+        tensors: dict[str, str] = {}
+        with closing(in_flight(work, units, workers)) as finished:
+            for unit, done in finished:
+                report.add(unit)
+                problems += done.problems
+                tensors |= done.tensors if is_early(plan.conversion, unit) else {}
+        raise_if_any(source.name, sorted(problems, key=lambda problem: problem.subject))
+        raise_if_stale(plan, tensors)
 
 
-def _finish_if_last(dst: AnyPath, plan: Plan) -> bool:
+def _finish_if_last(dst: AnyPath, plan: ImportPlan) -> bool:
     """Finish the directory when every share is done; False while other workers are at it."""
     folder = dst / UNFINISHED
     try:

@@ -9,18 +9,17 @@ from typing import Literal
 import ml_dtypes
 import numpy as np
 
-from converters.format.fit import compare
+from converters.format.fit import sound_fit
 from converters.format.header import DTYPES
-from converters.format.listing import INDEX_FILE, Listing
-from converters.format.mapping import TABLE_VERSION, Slot, slots
-from converters.importing.units import Conversion, Unit, make_units, unit_bytes
+from converters.format.listing import Listing, SourceCheckpoint
+from converters.format.mapping import TABLE_VERSION, Slot, float32_leaves
+from converters.importing.convert import Conversion, Unit, make_units, unit_bytes
 from mtp_model.checkpoint.chunks import ChunkPolicy, Leaf
 from mtp_model.checkpoint.directory import digest_of_json
-from mtp_model.config import HiddenState, ModelConfig
+from mtp_model.config import HiddenState
 from mtp_model.files.journal import Fingerprint
 from mtp_model.files.local import digest
 from mtp_model.model import Scope
-from mtp_model.problems import raise_if_any
 
 Dtype = Literal["keep", "bf16", "f32"]
 Copies = Literal["check", "main"]
@@ -39,7 +38,7 @@ class Options:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class ImportPlan:
     """An import: how tensors become leaves, cut into units, and what must not change meanwhile."""
 
     options: Options
@@ -70,43 +69,43 @@ class Plan:
         ]
 
 
-def make_plan(listing: Listing, config: ModelConfig, options: Options, policy: ChunkPolicy) -> Plan:
-    """The plan; ProblemsError for a source whose headers do not fit the config."""
-    found = compare(listing, config.to_dict(), scope=options.scope)
-    raise_if_any(listing.source.name, found.problems)
+def make_plan(
+    checkpoint: SourceCheckpoint,
+    *,
+    scope: Scope,
+    dtype: Dtype,
+    copies: Copies,
+    mtp_hidden_state: HiddenState | None,
+    policy: ChunkPolicy,
+) -> ImportPlan:
+    """The plan; ProblemsError for a source whose headers do not fit its config."""
+    config, slots = sound_fit(checkpoint, scope)
+    options = Options(
+        scope=scope,
+        dtype=dtype,
+        copies=copies,
+        mtp_hidden_state=mtp_hidden_state or config.mtp_hidden_state,
+    )
     if config.weight_block_size:
         policy = policy.with_block_rows(config.weight_block_size[0])
     conversion = Conversion(
-        listing=listing,
-        slots=found.slots,
-        leaves=_leaves(found.slots, config, options, policy),
+        listing=checkpoint,
+        slots=slots,
+        leaves=_leaves(slots, options, policy),
         block=config.weight_block_size,
     )
     # A whole import records the digests of whole files, so it reads copies in any case.
-    with_copies = options.scope == "all" or options.copies == "check"
-    return Plan(
+    with_copies = scope == "all" or copies == "check"
+    return ImportPlan(
         options=options,
         conversion=conversion,
         units=make_units(conversion, with_copies=with_copies),
-        fingerprint=_fingerprint(listing, options, policy),
+        fingerprint=_fingerprint(checkpoint, options, policy),
     )
 
 
-def side_files(listing: Listing) -> tuple[str, ...]:
-    """Every file that export writes again as it was, the index among them."""
-    return (*listing.side_files, *([INDEX_FILE] if listing.index is not None else []))
-
-
-def source_files(listing: Listing) -> dict[str, dict[str, int | str]]:
-    """What tells, for every file of the source, that it is still the same."""
-    names = (*listing.headers, *side_files(listing))
-    return {file: dict(listing.source.fingerprint(file)) for file in names}
-
-
-def _leaves(
-    found: Mapping[str, Slot], config: ModelConfig, options: Options, policy: ChunkPolicy
-) -> dict[str, Leaf]:
-    always_f32 = _always_f32(found, config, options)
+def _leaves(found: Mapping[str, Slot], options: Options, policy: ChunkPolicy) -> dict[str, Leaf]:
+    always_f32 = float32_leaves(found.values())
     stacks: dict[str, tuple[int, ...]] = {}
     tensors: dict[str, Slot] = {}
     for slot in found.values():
@@ -124,19 +123,12 @@ def _leaves(
     return leaves
 
 
-def _always_f32(found: Mapping[str, Slot], config: ModelConfig, options: Options) -> set[str]:
-    """Leaves that are float32 in every policy, as in a bfloat16 checkpoint: scales, biases."""
-    if config.dtype == "float32":
-        found = slots(dataclasses.replace(config, dtype="bfloat16"), options.scope)
-    return {slot.path for slot in found.values() if slot.dtype == "F32"}
-
-
 def _fingerprint(listing: Listing, options: Options, policy: ChunkPolicy) -> Fingerprint:
     """Everything that the chunks depend on."""
     decided = dataclasses.asdict(options)
     del decided["copies"]  # no chunk depends on it
     headers = {file: {"header": digest(header.raw)} for file, header in listing.headers.items()}
-    files = source_files(listing)
+    files = listing.file_states()
     return {
         "options": {**decided, **dataclasses.asdict(policy), "table version": TABLE_VERSION},
         "files": {file: headers.get(file, {}) | state for file, state in files.items()},

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from converters.exporting.plan import ExportPlan, as_bf16, make_plan
 from converters.exporting.reuse import source_file_digest
 from converters.format.listing import Listing
-from converters.importing.plan import side_files
 from mtp_model.checkpoint.directory import Checkpoint
 from mtp_model.files.local import digest
 from mtp_model.problems import Problem
@@ -54,7 +53,7 @@ def _headers(listing: Listing, plan: ExportPlan) -> Iterator[Problem]:
 def _side_files(listing: Listing, checkpoint: Checkpoint, plan: ExportPlan) -> Iterator[Problem]:
     replaced = {file: digest(content) for file, content in plan.replaced.items()}
     written = checkpoint.side_file_digests() | replaced
-    sizes, found = listing.source.files(), side_files(listing)
+    sizes, found = listing.source.files(), set(listing.copied_files)
     for file in sorted((written.keys() | found) - _OF_THE_HUB):
         if file not in written:
             yield _unknown(file)

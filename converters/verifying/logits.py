@@ -16,11 +16,11 @@ import numpy as np
 
 from converters.exporting.encode import Encoder, held_slots
 from converters.format.header import DTYPES
-from converters.format.listing import Listing
+from converters.format.listing import SourceCheckpoint
 from converters.format.mapping import Slot
 from mtp_model.checkpoint.directory import Checkpoint, CheckpointError
 from mtp_model.context import make_context
-from mtp_model.load import checkpoint_config, load
+from mtp_model.load import load
 from mtp_model.model import DeepSeekV3
 from mtp_model.reporting import human_bytes
 
@@ -68,26 +68,24 @@ class LogitsCheck:
         return all(depth.holds for depth in self.depths)
 
 
-def check_logits(
-    listing: Listing, config_dict: Mapping[str, Any], checkpoint: Checkpoint
-) -> LogitsCheck:
+def check_logits(source: SourceCheckpoint, checkpoint: Checkpoint) -> LogitsCheck:
     """Compare main model and every MTP depth, as far as the checkpoint directory holds them.
 
-    listing: of a local folder; config_dict: its parsed config.json. The checkpoint is in memory
+    source: a local folder. The checkpoint is in memory
     whole, in float32, the reference one matrix at a time. Raises CheckpointError where the machine
     has too little memory, UserError without torch.
     """
     _raise_unless_it_fits(checkpoint)
     from converters.verifying import torch_reference  # here: it needs the extra `verify`
 
-    config = checkpoint_config(checkpoint)
-    scope, files = checkpoint.provenance["scope"], listing.tensors
+    config = checkpoint.config
+    scope, files = checkpoint.provenance["scope"], source.tensors
     held = held_slots(checkpoint)
     dtypes = {name: files[name].dtype for name in held if name in files}
     finer = _finer_leaves(checkpoint, held, dtypes)
-    stored = torch_reference.weights_of(Path(listing.source.name), dict(config_dict))
+    stored = torch_reference.weights_of(Path(source.source.name), source.config)
     get = _rounded_like(checkpoint, held, finer, stored)
-    as_imported = {**config_dict, "mtp_hidden_state": config.mtp_hidden_state}
+    as_imported = {**source.config, "mtp_hidden_state": config.mtp_hidden_state}
     reference = torch_reference.TorchReference(as_imported, get)
     model = load(checkpoint.path, dtype=jnp.float32, scope=scope)
     _round_as_exported(model, checkpoint, Encoder(checkpoint, held, dtypes), finer)

@@ -8,10 +8,9 @@ import numpy as np
 
 from converters.exporting.encode import EncodedRows, Encoder
 from converters.format.fp8 import Fp8Error, dequantise_into
-from converters.format.groups import group_of
 from converters.format.header import DTYPES
 from converters.format.listing import Listing
-from converters.format.mapping import Slot
+from converters.format.mapping import Slot, group_of
 from converters.sources.source import Read
 from mtp_model.config import ModelConfig
 from mtp_model.files.local import ThreadMemory

@@ -16,10 +16,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from converters.exporting.encode import Encoder
-from converters.format.fit import Comparison, compare
-from converters.format.groups import GROUPS, group_of
-from converters.format.listing import Listing
-from converters.format.mapping import Slot
+from converters.format.fit import sound_fit
+from converters.format.listing import Listing, SourceCheckpoint
+from converters.format.mapping import GROUPS, Slot, group_of
 from converters.sources.source import Finish, Read, Source
 from converters.verifying.digests import DEFAULT_WORKERS, DigestCheck
 from converters.verifying.files import differing_files, plan_of_source
@@ -98,8 +97,7 @@ class Verification:
 
 
 def check_storage(
-    listing: Listing,
-    config: Mapping[str, Any],
+    source: SourceCheckpoint,
     checkpoint: Checkpoint,
     *,
     scope: Scope = "all",
@@ -108,25 +106,24 @@ def check_storage(
 ) -> StorageCheck:
     """Compare all files, and tensor by tensor, `workers` at once, a few pieces of rows in memory.
 
-    config: the source's parsed config.json. scope: what is compared, of what the checkpoint holds.
+    scope: what is compared, of what the checkpoint holds.
     Raises ProblemsError for a source that is unfit or another network than the checkpoint,
     CheckpointError where the disk of temporary files has no room for what a far source needs.
     """
-    found = _comparable(listing, config, checkpoint, scope)
-    assert found.config is not None
-    plan = plan_of_source(listing, checkpoint)
-    dtypes = {name: listing.tensors[name].dtype for name in found.slots}
+    config, tensors = _comparable(source, checkpoint, scope)
+    plan = plan_of_source(source, checkpoint)
+    dtypes = {name: source.tensors[name].dtype for name in tensors}
     encoder = Encoder(checkpoint, plan.slots, dtypes)
     stale = frozenset(checkpoint.provenance["stale_copies"])
-    comparer = TensorComparer(listing, found.config, found.slots, encoder, stale)
-    slots = [slot for slot in found.slots.values() if slot.name not in comparer.scales]
+    comparer = TensorComparer(source, config, tensors, encoder, stale)
+    slots = [slot for slot in tensors.values() if slot.name not in comparer.scales]
     slots.sort(key=lambda slot: comparer.place(slot.name))
-    differences = _differences(listing.source, comparer, slots, workers, progress)
+    differences = _differences(source.source, comparer, slots, workers, progress)
     return StorageCheck(
         scope=scope,
-        parts=_parts(listing, found, differences),
+        parts=_parts(source, tensors, differences),
         differences=tuple(differences),
-        files=differing_files(listing, checkpoint, plan),
+        files=differing_files(source, checkpoint, plan),
     )
 
 
@@ -167,19 +164,17 @@ def _fetched_ahead(source: Source, reads: Mapping[str, Sequence[Read]]) -> Itera
 
 
 def _comparable(
-    listing: Listing, config: Mapping[str, Any], checkpoint: Checkpoint, scope: Scope
-) -> Comparison:
+    source: SourceCheckpoint, checkpoint: Checkpoint, scope: Scope
+) -> tuple[ModelConfig, Mapping[str, Slot]]:
     """The source's side of what both have; ProblemsError where there is nothing to compare."""
     held: Scope = checkpoint.provenance["scope"]
-    found = compare(listing, config, scope=held if scope == "all" else scope)
-    raise_if_any(listing.source.name, found.problems)
-    assert found.config is not None
-    ours = ModelConfig.from_dict(checkpoint.config_dict)
-    raise_if_any(f"{listing.source.name} for {checkpoint.path}", _other_network(found.config, ours))
+    config, slots = sound_fit(source, held if scope == "all" else scope)
+    where = f"{source.source.name} for {checkpoint.path}"
+    raise_if_any(where, _other_network(config, checkpoint.config))
     if scope not in ("all", held) and held != "all":
         detail = f"was imported with --scope {held}; it cannot be verified with --scope {scope}"
         raise_if_any(str(checkpoint.path), [Problem("scope", "the checkpoint", detail)])
-    return found
+    return config, slots
 
 
 def _other_network(source: ModelConfig, checkpoint: ModelConfig) -> Iterator[Problem]:
@@ -193,9 +188,11 @@ def _other_network(source: ModelConfig, checkpoint: ModelConfig) -> Iterator[Pro
         yield Problem("config", "weight_block_size", detail)
 
 
-def _parts(listing: Listing, found: Comparison, differences: list[Difference]) -> dict[str, Part]:
+def _parts(
+    listing: Listing, slots: Mapping[str, Slot], differences: list[Difference]
+) -> dict[str, Part]:
     members: dict[str, list[int]] = {}
-    for slot in found.slots.values():
+    for slot in slots.values():
         members.setdefault(group_of(slot), []).append(listing.tensors[slot.name].nbytes)
     parts = {}
     for group in (group for group in GROUPS if group in members):

@@ -9,6 +9,7 @@
 Weights are read as bytes from chunk files, never through jax arrays, so that no bit can change.
 """
 
+import functools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import numpy as np
 
 from mtp_model.checkpoint import orbax as orbax_metadata
 from mtp_model.checkpoint.chunks import Index, Leaf, chunk_file_name
+from mtp_model.config import ModelConfig
 from mtp_model.files.local import digest, file_digest, read_range
 from mtp_model.files.objects import AnyPath, as_path
 from mtp_model.files.records import Each, Maybe, faults
@@ -83,6 +85,12 @@ class Checkpoint:
     config_dict: dict[str, Any]
     provenance: dict[str, Any]
     leaves: dict[str, Leaf]
+
+    @functools.cached_property
+    def config(self) -> ModelConfig:
+        """The network, as the source's config.json and the import's --mtp-hidden-state say."""
+        hidden_state = self.provenance["mtp_hidden_state"]
+        return ModelConfig.from_dict({**self.config_dict, "mtp_hidden_state": hidden_state})
 
     @property
     def params(self) -> AnyPath:

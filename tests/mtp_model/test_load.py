@@ -15,7 +15,7 @@ from mtp_model.block import take_layer
 from mtp_model.checkpoint import directory
 from mtp_model.checkpoint.directory import CheckpointError, open_checkpoint
 from mtp_model.context import make_context
-from mtp_model.load import cast_weights, checkpoint_config, load, load_layer
+from mtp_model.load import cast_weights, load, load_layer
 from mtp_model.model import abstract_model, leaves_by_name
 from mtp_model.sharding import MESH_AXES, make_mesh
 
@@ -122,7 +122,7 @@ def test_an_abstract_model_says_what_loading_gives(checkpoint):
     mesh = make_mesh(fsdp=2, expert=2, tensor=2)
     stored = open_checkpoint(checkpoint)
     dtypes = {name: leaf.dtype for name, leaf in stored.leaves.items()}
-    abstract = leaves_by_name(abstract_model(checkpoint_config(stored), "all", dtypes, mesh))
+    abstract = leaves_by_name(abstract_model(stored.config, "all", dtypes, mesh))
     loaded = leaves_by_name(load(checkpoint, mesh=mesh))
     assert abstract.keys() == loaded.keys()
     for name, leaf in abstract.items():

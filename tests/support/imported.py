@@ -1,16 +1,14 @@
 """A tiny checkpoint through the importer, and the module tree loaded from it."""
 
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from converters.format.listing import list_checkpoint
+from converters.format.listing import open_safetensors
 from converters.importing.importer import import_checkpoint
 from converters.sources.open import open_source
-from mtp_model.config import ModelConfig
 from mtp_model.load import load
 from mtp_model.model import DeepSeekV3
 from tools.make_tiny_checkpoint import make_tiny_checkpoint
@@ -28,8 +26,7 @@ def import_tiny(folder: Path, dtype: Any = "f32", import_options: Any = None, **
 
 
 def import_folder(source: Path, checkpoint: Path, **options) -> None:
-    config = ModelConfig.from_dict(json.loads((source / "config.json").read_text()))
-    import_checkpoint(list_checkpoint(open_source(str(source))), config, checkpoint, **options)
+    import_checkpoint(open_safetensors(open_source(str(source))), checkpoint, **options)
 
 
 def load_float32(checkpoint: Path, **options) -> DeepSeekV3:

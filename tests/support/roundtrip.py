@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 
 from converters.format import fp8_kernels
-from converters.format.listing import Listing, list_checkpoint
+from converters.format.listing import SourceCheckpoint, open_safetensors
 from converters.importing.importer import ImportSummary, import_checkpoint
 from converters.sources.open import open_source
 from mtp_model.checkpoint.chunks import ChunkPolicy
-from mtp_model.config import ModelConfig
 from mtp_model.files.objects import AnyPath
 from tools.make_tiny_checkpoint import NUMPY_DTYPES, make_tiny_checkpoint
 
@@ -28,15 +27,14 @@ def make_source(folder: Path, **options: Any) -> Path:
     return folder
 
 
-def listed(src: Path) -> tuple[Listing, ModelConfig]:
+def opened(src: Path) -> SourceCheckpoint:
     """What the importer needs of a source."""
-    config = ModelConfig.from_dict(json.loads((src / "config.json").read_bytes()))
-    return list_checkpoint(open_source(str(src))), config
+    return open_safetensors(open_source(str(src)))
 
 
 def run_import(src: Path, dst: AnyPath, **options: Any) -> ImportSummary:
     """Import with small chunks."""
-    return import_checkpoint(*listed(src), dst, **{"policy": SMALL_CHUNKS} | options)
+    return import_checkpoint(opened(src), dst, **{"policy": SMALL_CHUNKS} | options)
 
 
 def tree_bytes(folder: Path) -> dict[str, bytes]:

@@ -3,6 +3,7 @@
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 
 import pytest
 from released import (
@@ -27,7 +28,7 @@ from tools.make_tiny_checkpoint import TINY_CONFIG, make_tiny_checkpoint, weight
 
 
 @pytest.fixture(scope="module")
-def released() -> dict[str, Slot]:
+def released() -> Mapping[str, Slot]:
     return slots(ModelConfig.from_dict(CONFIG))
 
 

@@ -14,14 +14,12 @@ from side_by_side import run_all
 
 from converters.cli.main import main
 from converters.exporting.exporter import export_checkpoint
-from converters.format.check import read_config
-from converters.format.listing import list_checkpoint
+from converters.format.listing import open_safetensors
 from converters.importing.importer import import_checkpoint
 from converters.sources.open import open_source
 from mtp_model.checkpoint.claim import claim, locked
 from mtp_model.checkpoint.directory import COMPLETE, UNFINISHED, CheckpointError, open_checkpoint
 from mtp_model.checkpoint.writer import ChangedLeaf, write_derived
-from mtp_model.config import ModelConfig
 from mtp_model.files.objects import CloudError, CloudPath, as_path
 from mtp_model.load import load
 from mtp_model.problems import ProblemsError
@@ -94,9 +92,8 @@ def test_a_source_in_the_cloud_gives_the_same_checkpoint(
     gcs.put(f"{key(url)}/figures/", b"")  # what consoles leave for a folder
     source = open_source(url)
     assert source.files() == {name: len(data) for name, data in tree_bytes(src).items()}
-    config = ModelConfig.from_dict(read_config(source))
-    listing = list_checkpoint(source)
-    import_checkpoint(listing, config, tmp_path / "ckpt", dtype="bf16", policy=SMALL_CHUNKS)
+    checkpoint = open_safetensors(source)
+    import_checkpoint(checkpoint, tmp_path / "ckpt", dtype="bf16", policy=SMALL_CHUNKS)
     got, wanted = (open_checkpoint(path).provenance for path in (tmp_path / "ckpt", local))
     assert got["source"] == wanted["source"] | {"name": url}
     assert got["pieces"] == wanted["pieces"]
@@ -180,9 +177,8 @@ def test_another_plan_or_a_changed_source_is_refused(
 
     def import_it(**options):
         source = open_source(f"{url}/src")
-        config = ModelConfig.from_dict(read_config(source))
-        listing, policy = list_checkpoint(source), SMALL_CHUNKS
-        return import_checkpoint(listing, config, f"{url}/ckpt", policy=policy, **options)
+        checkpoint = open_safetensors(source)
+        return import_checkpoint(checkpoint, f"{url}/ckpt", policy=SMALL_CHUNKS, **options)
 
     assert not import_it(dtype="bf16", worker=(0, 2)).finished
     with pytest.raises(ProblemsError, match="was bf16 when"):

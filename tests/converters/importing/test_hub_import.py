@@ -1,7 +1,6 @@
 """Imports from the Hub: what they fetch, what they need on disk, and that they give the same."""
 
 import contextlib
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,14 +14,13 @@ from roundtrip import SMALL_CHUNKS, make_source, run_import, tree_bytes
 
 from converters.cli.main import main as cli
 from converters.exporting.reuse import check_base
-from converters.format.listing import list_checkpoint
+from converters.format.listing import list_checkpoint, open_safetensors
 from converters.importing.importer import ImportSummary, import_checkpoint
 from converters.importing.plan import Plan
 from converters.sources.hub import HubSource
 from converters.sources.hub_downloads import Limits
 from converters.sources.local import LocalSource
 from mtp_model.checkpoint.directory import UNFINISHED, open_checkpoint
-from mtp_model.config import ModelConfig
 from mtp_model.problems import ProblemsError, UserError
 
 BLOCK_BYTES = 4096  # to which the disk rounds up
@@ -42,11 +40,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def import_from(
     source: HubSource, dst: Path, progress: Callable[[int, int], None] | None = None, **options: Any
 ) -> ImportSummary:
-    listing = list_checkpoint(source)
-    raw = source.read("config.json", 0, source.files()["config.json"])
-    config = ModelConfig.from_dict(json.loads(raw))
     options = {"policy": SMALL_CHUNKS, "workers": 2} | options
-    return import_checkpoint(listing, config, dst, progress=progress, **options)
+    return import_checkpoint(open_safetensors(source), dst, progress=progress, **options)
 
 
 def test_an_import_from_the_hub_is_the_same_as_from_a_folder(hub, checkpoint, tmp_path):

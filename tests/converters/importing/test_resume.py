@@ -10,16 +10,16 @@ import pytest
 from roundtrip import (
     SMALL_CHUNKS,
     assert_same_files,
-    listed,
     make_source,
+    opened,
     run_import,
     tree_bytes,
 )
 from side_by_side import run_all
 
 from converters.exporting.exporter import export_checkpoint
-from converters.importing.plan import Options, make_plan
-from converters.importing.units import unit_bytes
+from converters.importing.convert import unit_bytes
+from converters.importing.plan import make_plan
 from mtp_model.checkpoint.claim import LOCK, claim, locked
 from mtp_model.checkpoint.directory import UNFINISHED, Checkpoint, CheckpointError, open_checkpoint
 from mtp_model.checkpoint.writer import write_derived
@@ -162,9 +162,14 @@ def test_a_share_may_be_finished_by_one_process(src: Path, whole: Checkpoint, tm
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 1000])
 def test_shares_are_stretches_of_the_source_equal_in_bytes(src: Path, count: int):
-    listing, config = listed(src)
-    options = Options(scope="all", dtype="keep", copies="check", mtp_hidden_state="post_norm")
-    plan = make_plan(listing, config, options, SMALL_CHUNKS)
+    plan = make_plan(
+        opened(src),
+        scope="all",
+        dtype="keep",
+        copies="check",
+        mtp_hidden_state=None,
+        policy=SMALL_CHUNKS,
+    )
     shares = [plan.share((index, count)) for index in range(count)]
     assert [unit for share in shares for unit in share] == plan.units
     sizes = [unit_bytes(plan.conversion, unit) for unit in plan.units]

@@ -16,7 +16,6 @@ from verified import Pair, opened, storage
 import converters.verifying
 from converters.exporting.encode import EncodedRows
 from converters.exporting.exporter import export_checkpoint
-from converters.format.check import read_config
 from converters.verifying.digests import check_digests
 from converters.verifying.logits import (
     DOCUMENTS,
@@ -61,8 +60,7 @@ def differing(found: StorageCheck) -> set[str]:
 
 
 def logits(source: Path, checkpoint: Path) -> LogitsCheck:
-    listing = opened(source)
-    return check_logits(listing, read_config(listing.source), open_checkpoint(checkpoint))
+    return check_logits(opened(source), open_checkpoint(checkpoint))
 
 
 def edit(source: Path, name: str, change: Callable[[np.ndarray], object]) -> None:

@@ -15,8 +15,7 @@ from roundtrip import tree_bytes
 from verified import Pair, opened, storage
 
 from converters.exporting.exporter import export_checkpoint
-from converters.format.check import read_config
-from converters.format.listing import list_checkpoint
+from converters.format.listing import open_safetensors
 from converters.sources.hub import HubSource
 from converters.sources.hub_downloads import Limits
 from converters.sources.source import Source
@@ -145,11 +144,10 @@ def test_a_model_of_the_hub_is_fetched_in_large_ranges(
     on_disk: list[int] = []
 
     def requests(source: Source) -> int:
-        listing, config = list_checkpoint(source), read_config(source)
+        checkpoint = open_safetensors(source)
         hub.seen.clear()
         found = check_storage(
-            listing,
-            config,
+            checkpoint,
             open_checkpoint(kept[1]),
             progress=lambda *_: on_disk.append(len([*tmp_path.glob("convert-*/*.part")])),
         )
@@ -169,9 +167,9 @@ def test_a_full_disk_is_noticed_before_anything_is_fetched(
 ):
     hub.add(REPO, tree_bytes(kept[0]))
     source = source_of(hub)
-    listing, config = list_checkpoint(source), read_config(source)
+    checkpoint = open_safetensors(source)
     hub.seen.clear()
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
     with pytest.raises(UserError, match=r"needs .* more, .* or set TMPDIR to a folder on"):
-        check_storage(listing, config, open_checkpoint(kept[1]))
+        check_storage(checkpoint, open_checkpoint(kept[1]))
     assert not hub.seen

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from converters.format.check import check, read_config
-from converters.format.listing import Listing, list_checkpoint
+from converters.format.fit import sound_fit
+from converters.format.listing import SourceCheckpoint, open_safetensors, read_config
 from converters.sources.open import open_source
 from mtp_model.grouping import braces, group_names, group_problems
 from mtp_model.problems import Problem, ProblemsError
@@ -31,7 +30,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def fp8(folders: dict[str, Path]) -> Listing:
+def fp8(folders: dict[str, Path]) -> SourceCheckpoint:
     return opened(folders["fp8"])
 
 
@@ -40,27 +39,32 @@ def config(folders: dict[str, Path]) -> dict[str, Any]:
     return read_config(open_source(str(folders["fp8"])))
 
 
-def opened(folder: Path) -> Listing:
-    return list_checkpoint(open_source(str(folder)))
+def opened(folder: Path) -> SourceCheckpoint:
+    return open_safetensors(open_source(str(folder)))
 
 
-def without(listing: Listing, *names: str) -> Listing:
+def without(listing: SourceCheckpoint, *names: str) -> SourceCheckpoint:
     """The listing as if no file had these tensors."""
     assert set(names) <= listing.tensors.keys()
     kept = {name: t for name, t in listing.tensors.items() if name not in names}
     return dataclasses.replace(listing, tensors=kept)
 
 
-def changed(listing: Listing, name: str, /, **fields: Any) -> Listing:
+def changed(listing: SourceCheckpoint, name: str, /, **fields: Any) -> SourceCheckpoint:
     """The listing with another header entry for a tensor."""
     tensor = dataclasses.replace(listing.tensors[name], **fields)
     return dataclasses.replace(listing, tensors=listing.tensors | {tensor.name: tensor})
 
 
-def lines_of(listing: Listing, config: dict[str, Any], **options: Any) -> list[str]:
+def slots_of(listing: SourceCheckpoint, config: dict[str, Any], scope: Any = "all"):
+    """Config and tensors of a sound checkpoint with this config.json."""
+    return sound_fit(dataclasses.replace(listing, config=config), scope)
+
+
+def lines_of(listing: SourceCheckpoint, config: dict[str, Any], **options: Any) -> list[str]:
     """The report of the problems, alike ones grouped."""
     with pytest.raises(ProblemsError) as caught:
-        check(listing, config, **options)
+        slots_of(listing, config, **options)
     return group_problems(caught.value.problems)
 
 
@@ -72,29 +76,27 @@ def fields_of(line: str) -> str:
 @pytest.mark.parametrize("flavour", ["fp8", "bf16", "f32"])
 def test_sound_checkpoint_passes(folders: dict[str, Path], flavour: str):
     listing = opened(folders[flavour])
-    checked = check(listing, read_config(listing.source))
-    assert checked.slots.keys() == listing.tensors.keys()
-    assert not checked.notes
-    assert not checked.stale_copies
+    _, slots = sound_fit(listing, "all")
+    assert slots.keys() == listing.tensors.keys()
 
 
-def test_scopes_need_only_their_own_tensors(fp8: Listing, config: dict[str, Any]):
-    main = check(fp8, config, scope="main").slots.keys()
-    mtp = check(fp8, config, scope="mtp").slots.keys()
+def test_scopes_need_only_their_own_tensors(fp8: SourceCheckpoint, config: dict[str, Any]):
+    main = slots_of(fp8, config, scope="main")[1].keys()
+    mtp = slots_of(fp8, config, scope="mtp")[1].keys()
     assert main | mtp == fp8.tensors.keys()
     assert main & mtp == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
     layer = "model.layers.0.input_layernorm.weight"
-    check(without(fp8, layer), config, scope="mtp")
+    slots_of(without(fp8, layer), config, scope="mtp")
     assert lines_of(without(fp8, layer), config, scope="main") == [f"missing   {layer}"]
 
 
-def test_copies_may_be_absent(fp8: Listing, config: dict[str, Any]):
-    checked = check(without(fp8, *COPIES), config)
-    assert checked.slots.keys() == fp8.tensors.keys() - set(COPIES)
+def test_copies_may_be_absent(fp8: SourceCheckpoint, config: dict[str, Any]):
+    _, slots = slots_of(without(fp8, *COPIES), config)
+    assert slots.keys() == fp8.tensors.keys() - set(COPIES)
 
 
 def test_missing_and_unknown_and_shape_and_dtype_come_in_one_report(
-    fp8: Listing, config: dict[str, Any]
+    fp8: SourceCheckpoint, config: dict[str, Any]
 ):
     listing = without(fp8, MTP + "enorm.weight")
     listing = changed(listing, MTP + "hnorm.weight", name=MTP + "surprise")
@@ -108,7 +110,7 @@ def test_missing_and_unknown_and_shape_and_dtype_come_in_one_report(
     ]
 
 
-def test_scale_problems_of_the_headers(fp8: Listing, config: dict[str, Any]):
+def test_scale_problems_of_the_headers(fp8: SourceCheckpoint, config: dict[str, Any]):
     gone = "model.layers.0.self_attn.o_proj.weight"
     lonely = "model.layers.1.self_attn.o_proj.weight"
     listing = without(fp8, gone + "_scale_inv", lonely)
@@ -142,10 +144,10 @@ def test_router_bias_is_always_float32(folders: dict[str, Path]):
     ],
 )
 def test_config_that_contradicts_the_tensors_is_one_line(
-    fp8: Listing, config: dict[str, Any], change: dict[str, Any], key: str, told: str
+    fp8: SourceCheckpoint, config: dict[str, Any], change: dict[str, Any], key: str, told: str
 ):
     with pytest.raises(ProblemsError, match=told) as caught:
-        check(fp8, config | change)
+        slots_of(fp8, config | change)
     [problem] = caught.value.problems
     assert (problem.kind, problem.subject) == ("config", key)
 
@@ -154,12 +156,12 @@ def test_quantisation_that_no_tensor_has_is_one_line(
     folders: dict[str, Path], config: dict[str, Any]
 ):
     with pytest.raises(ProblemsError, match=r"none of the 148 .* is F8_E4M3; remove it") as caught:
-        check(opened(folders["bf16"]), config)
+        slots_of(opened(folders["bf16"]), config)
     [problem] = caught.value.problems
     assert problem.subject == "quantization_config"
 
 
-def test_layers_that_no_file_has_are_one_line(fp8: Listing, config: dict[str, Any]):
+def test_layers_that_no_file_has_are_one_line(fp8: SourceCheckpoint, config: dict[str, Any]):
     config = config | {"num_nextn_predict_layers": 0, "num_hidden_layers": 6}
     listing = without(fp8, *(name for name in fp8.tensors if name.startswith(MTP)))
     [line] = lines_of(listing, config)
@@ -167,14 +169,16 @@ def test_layers_that_no_file_has_are_one_line(fp8: Listing, config: dict[str, An
     assert fields_of(line) == f"config {needed}"
 
 
-def test_main_scope_reads_past_a_contradicted_mtp_module(fp8: Listing, config: dict[str, Any]):
+def test_main_scope_reads_past_a_contradicted_mtp_module(
+    fp8: SourceCheckpoint, config: dict[str, Any]
+):
     config = config | {"num_nextn_predict_layers": 0}
-    assert check(fp8, config, scope="main").config.num_nextn_predict_layers == 0
+    assert slots_of(fp8, config, scope="main")[0].num_nextn_predict_layers == 0
     [line] = lines_of(fp8, config, scope="mtp")
     assert "there is no MTP module for --scope mtp" in line
 
 
-def test_every_config_fault_is_reported(fp8: Listing, config: dict[str, Any]):
+def test_every_config_fault_is_reported(fp8: SourceCheckpoint, config: dict[str, Any]):
     config = config | {"hidden_size": -1, "model_type": "deepseek_v32", "torch_dtype": "float16"}
     assert [fields_of(line) for line in lines_of(fp8, config)] == [
         "config model_type is 'deepseek_v32', needed deepseek_v3 or kimi_k2",
@@ -192,13 +196,13 @@ def test_every_config_fault_is_reported(fp8: Listing, config: dict[str, Any]):
     ],
 )
 def test_absurd_numbers_of_tensors_are_refused_at_once(
-    fp8: Listing, config: dict[str, Any], change: dict[str, Any]
+    fp8: SourceCheckpoint, config: dict[str, Any], change: dict[str, Any]
 ):
     [line] = lines_of(fp8, config | change)
     assert "this toolkit reads up to 1048576" in line
 
 
-def test_absurd_sizes_are_shape_problems(fp8: Listing, config: dict[str, Any]):
+def test_absurd_sizes_are_shape_problems(fp8: SourceCheckpoint, config: dict[str, Any]):
     huge = 1 << 24
     sizes = dict.fromkeys(("vocab_size", "hidden_size", "moe_intermediate_size"), huge)
     lines = lines_of(fp8, config | sizes)
@@ -223,70 +227,6 @@ def test_config_file_that_cannot_be_read(tmp_path: Path, content: bytes | None, 
         read_config(open_source(str(tmp_path)))
     [problem] = caught.value.problems
     assert (problem.kind, problem.subject, problem.detail) == ("config", "config.json", told)
-
-
-def overwrite(listing: Listing, name: str, values: np.ndarray, at: int = 0) -> None:
-    """Put other bytes into a tensor of a checkpoint on disk."""
-    tensor = listing.tensors[name]
-    with (Path(listing.source.name) / tensor.file).open("r+b") as file:
-        file.seek(tensor.begin + at)
-        file.write(values.tobytes())
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -1.0, 0.0])
-def test_scales_that_scale_nothing(tmp_path: Path, value: float):
-    make_tiny_checkpoint(tmp_path, num_mtp=0)
-    listing = opened(tmp_path)
-    scale = "model.layers.0.self_attn.o_proj.weight_scale_inv"
-    overwrite(listing, scale, np.array([value, value], "<f4"), at=4)
-    [line] = lines_of(listing, read_config(listing.source))
-    found = "has 2 of 30 values that are not finite and above 0"
-    assert fields_of(line) == f"value {scale} {found}; the first is {value} at (0, 1)"
-
-
-def stale_checkpoint(folder: Path) -> Listing:
-    """A checkpoint whose MTP head is not the main model's in rows 3 and 7."""
-    make_tiny_checkpoint(folder)
-    listing = opened(folder)
-    for row in (3, 7):
-        overwrite(listing, COPIES[1], np.zeros(40, np.uint16), at=row * 80)
-    return listing
-
-
-def test_copies_that_differ_are_a_problem(tmp_path: Path):
-    listing = stale_checkpoint(tmp_path)
-    [line] = lines_of(listing, read_config(listing.source))
-    found = "differs from lm_head.weight in 2 of 384 rows, the first is row 3"
-    advice = "import with --copies main to take the main model's"
-    assert fields_of(line) == f"copy {COPIES[1]} {found}; {advice}"
-
-
-def test_copies_main_takes_the_main_models_and_says_so(tmp_path: Path):
-    listing = stale_checkpoint(tmp_path)
-    checked = check(listing, read_config(listing.source), copies="main")
-    assert checked.stale_copies == (COPIES[1],)
-    [note] = checked.notes
-    assert "in 2 of 384 rows" in note
-    assert note.endswith("the main model's is taken")
-
-
-def test_reading_is_counted_and_in_pieces(
-    fp8: Listing, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr("converters.format.values.PIECE_BYTES", 1000)
-    told: list[tuple[int, int]] = []
-    check(fp8, config, progress=lambda done, total: told.append((done, total)))
-    scales = sum(t.nbytes for name, t in fp8.tensors.items() if name.endswith("_scale_inv"))
-    total = scales + 4 * fp8.tensors[COPIES[0]].nbytes
-    assert told[-1] == (total, total)
-    assert max(np.diff([done for done, _ in told])) <= 2000
-
-
-def test_values_are_checked_beside_header_problems(tmp_path: Path):
-    listing = stale_checkpoint(tmp_path)
-    listing = without(listing, MTP + "enorm.weight")
-    kinds = [line.split()[0] for line in lines_of(listing, read_config(listing.source))]
-    assert kinds == ["missing", "copy"]
 
 
 def test_index_and_header_problems_are_the_listings(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""Work units of an import: what each reads, converts and writes; knows nothing of resuming.
+"""The units of an import: what each reads, checks, converts and writes.
 
 A unit is all chunks at one stack coordinate of a leaf: one large tensor, row block by row block, or
 many small tensors gathered in one chunk. A copy has no leaf: its unit only reads and hashes it.
@@ -17,17 +17,14 @@ from converters.format import fp8
 from converters.format.header import DTYPES, TensorInfo
 from converters.format.listing import Listing
 from converters.format.mapping import Slot
+from converters.format.values import all_finite, scale_fault, weight_fault
 from converters.sources.source import Read
 from mtp_model.checkpoint.chunks import Index, Leaf, chunk_file_name
 from mtp_model.checkpoint.writer import ParamsWriter
 from mtp_model.files.local import AlignedBuffer
-from mtp_model.problems import Problem, ProblemsError
+from mtp_model.problems import Problem
 
 _READ_BYTES = 32 << 20  # of a copy, which no chunk grid divides
-
-_NAN_CODE = np.uint64(0x7F7F7F7F7F7F7F7F)
-_ONES = np.uint64(0x0101010101010101)
-_HIGH_BITS = np.uint64(0x8080808080808080)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +56,11 @@ class Conversion:
         """Names of the tensors that are scales."""
         return frozenset(slot.scale for slot in self.slots.values() if slot.scale)
 
+    @functools.cached_property
+    def copied(self) -> frozenset[str]:
+        """Names of the tensors that others repeat."""
+        return frozenset(slot.copy_of for slot in self.slots.values() if slot.copy_of)
+
 
 class Buffers:
     """The memory of one thread, reused from unit to unit."""
@@ -75,6 +77,8 @@ class Done:
     key: str
     pieces: dict[str, str] = field(default_factory=dict)
     tensors: dict[str, str] = field(default_factory=dict)
+    problems: tuple[Problem, ...] = ()
+    """Values that no such tensor may have. A unit that has any is not done, and not journalled."""
 
     def to_json(self) -> dict[str, Any]:
         """Its line in the journal."""
@@ -87,7 +91,11 @@ class Done:
 
 
 def make_units(conversion: Conversion, *, with_copies: bool) -> list[Unit]:
-    """Every unit, in the order in which the source stores what they read first."""
+    """Every unit, in the order in which they are best done.
+
+    That is the order in which the source stores what they read first. Of a source at hand, scales
+    and copies come before all else: what is wrong with these is known in seconds.
+    """
     units = list(_leaf_units(conversion))
     if with_copies:
         units += [
@@ -96,12 +104,19 @@ def make_units(conversion: Conversion, *, with_copies: bool) -> list[Unit]:
             if slot.copy_of
         ]
     tensors = conversion.listing.tensors
+    is_far = conversion.listing.source.is_far
 
-    def place(unit: Unit) -> tuple[str, int]:
+    def place(unit: Unit) -> tuple[bool, str, int]:
         first = tensors[unit.slots[0].name]
-        return first.file, first.begin
+        return not is_far and not is_early(conversion, unit), first.file, first.begin
 
     return sorted(units, key=place)
+
+
+def is_early(conversion: Conversion, unit: Unit) -> bool:
+    """Whether a unit reads scales, or a copy, or what is copied: a small part of a checkpoint."""
+    name = unit.slots[0].name
+    return unit.is_copy or name in conversion.scales or name in conversion.copied
 
 
 def _leaf_units(conversion: Conversion) -> Iterator[Unit]:
@@ -144,7 +159,7 @@ def make_buffers(conversion: Conversion) -> Buffers:
 
 
 def run_unit(conversion: Conversion, unit: Unit, writer: ParamsWriter, buffers: Buffers) -> Done:
-    """Do a unit. ProblemsError names the tensor that cannot be converted."""
+    """Do a unit. Values that no such tensor may have are in the result's `problems`."""
     done = Done(key=unit.key)
     if unit.is_copy:
         done.tensors[unit.slots[0].name] = _hash_tensor(conversion, unit.slots[0], buffers)
@@ -163,15 +178,19 @@ def run_unit(conversion: Conversion, unit: Unit, writer: ParamsWriter, buffers: 
         coord = leaf.coord(unit.stack_coord, row_chunk)
         done.pieces[chunk_file_name(coord)] = writer.write_chunk(unit.path, coord, buffers.chunk)
     done.tensors = {reader.slot.name: reader.hash.hexdigest() for reader in readers}
+    faults = ((reader.slot.name, reader.fault) for reader in readers)
+    done.problems = tuple(Problem("value", name, fault) for name, fault in faults if fault)
     return done
 
 
 class _TensorReader:
-    """Reads one tensor's rows in order, hashes its stored bytes and converts them to the leaf's."""
+    """Reads one tensor's rows in order; hashes, checks and converts them."""
 
     def __init__(self, conversion: Conversion, slot: Slot, buffers: Buffers):
         self.slot = slot
         self.hash = xxhash.xxh3_128()
+        self.fault: str | None = None
+        """What is wrong with the first rows whose values no such tensor may have."""
         self._conversion = conversion
         self._tensor = conversion.listing.tensors[slot.name]
         self._leaf = conversion.leaves[slot.path]
@@ -189,12 +208,16 @@ class _TensorReader:
         source, tensor = self._conversion.listing.source, self._tensor
         source.read_into(tensor.file, tensor.begin + start * row_bytes, raw)
         self.hash.update(raw.data)
-        if self.slot.name in self._conversion.scales:
-            _check_scale(self._conversion, tensor.name, raw.view(np.float32))
-        if not as_stored:
-            shape = (stop - start, *tensor.shape[1:])
-            values = raw.view(self._dtype).reshape(shape)
+        shape = (stop - start, *tensor.shape[1:])
+        values = raw.view(self._dtype).reshape(shape)
+        self.fault = self.fault or self._fault_of(raw, values, start)
+        if not as_stored and not self.fault:
             self._convert(values, out.view(self._leaf.dtype).reshape(shape), start, stop)
+
+    def _fault_of(self, raw: np.ndarray, values: np.ndarray, start: int) -> str | None:
+        if self.slot.name in self._conversion.scales:
+            return scale_fault(values)
+        return None if all_finite(raw, self._tensor.dtype) else weight_fault(values, start)
 
     def _convert(self, values: np.ndarray, out: np.ndarray, start: int, stop: int) -> None:
         if self._scale is None:
@@ -202,42 +225,15 @@ class _TensorReader:
             return
         block = self._conversion.block
         assert block is not None, self.slot
-        if holds_nan(values):
-            raise _value_error(self._conversion, self.slot.name, "holds NaN, which no weight is")
         scale = self._scale[start // block[0] : -(-stop // block[0])]
+        if scale_fault(scale):
+            return  # the unit of the scales reports it
         fp8.dequantise_into(out, values, scale, block)
-
-
-def holds_nan(codes: np.ndarray) -> bool:
-    """Whether there is a NaN among C-contiguous float8_e4m3fn values (0x7f or 0xff)."""
-    codes = codes.reshape(-1).view(np.uint8)
-    words = codes[: len(codes) // 8 * 8].view(np.uint64)
-    scratch = np.empty(8192, np.uint64)
-    for begin in range(0, len(words), len(scratch)):
-        word = words[begin : begin + len(scratch)]
-        part = scratch[: len(word)]
-        # Without its sign only 0x7f, plus one, reaches the high bit; no byte carries into the next.
-        np.bitwise_and(word, _NAN_CODE, out=part)
-        np.add(part, _ONES, out=part)
-        if np.bitwise_or.reduce(part) & _HIGH_BITS:
-            return True
-    return bool(((codes[8 * len(words) :] & 0x7F) == 0x7F).any())
 
 
 def _read_scale(conversion: Conversion, tensor: TensorInfo) -> np.ndarray:
     raw = conversion.listing.source.read(tensor.file, tensor.begin, tensor.nbytes)
-    scale = np.frombuffer(raw, np.float32).reshape(tensor.shape)
-    _check_scale(conversion, tensor.name, scale)
-    return scale
-
-
-def _check_scale(conversion: Conversion, name: str, scale: np.ndarray) -> None:
-    if not np.isfinite(scale).all():
-        raise _value_error(conversion, name, "holds NaN or infinity, which no scale is")
-
-
-def _value_error(conversion: Conversion, name: str, detail: str) -> ProblemsError:
-    return ProblemsError(conversion.listing.source.name, [Problem("value", name, detail)])
+    return np.frombuffer(raw, np.float32).reshape(tensor.shape)
 
 
 def _hash_tensor(conversion: Conversion, slot: Slot, buffers: Buffers) -> str:
