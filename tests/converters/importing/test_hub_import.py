@@ -16,7 +16,7 @@ from converters.cli.main import main as cli
 from converters.exporting.reuse import check_base
 from converters.format.listing import list_checkpoint, open_safetensors
 from converters.importing.importer import ImportSummary, import_checkpoint
-from converters.importing.plan import Plan
+from converters.importing.plan import ImportPlan
 from converters.sources.hub import HubSource
 from converters.sources.hub_downloads import Limits
 from converters.sources.local import LocalSource
@@ -70,7 +70,7 @@ def test_an_import_from_the_hub_is_the_same_as_from_a_folder(hub, checkpoint, tm
     assert fetched_bytes(hub) < 1.2 * shards, "headers are read twice, all else once"
 
 
-def by_turns(plan: Plan, worker: tuple[int, int]) -> list:
+def by_turns(plan: ImportPlan, worker: tuple[int, int]) -> list:
     """A split that is no stretch of the source: the negative control."""
     return plan.units[worker[0] :: worker[1]]
 
@@ -95,7 +95,7 @@ def test_workers_together_fetch_each_file_about_once(hub, checkpoint, tmp_path, 
     assert proved, "files away from the border are fetched whole, so that digests prove them"
     run_import(checkpoint, tmp_path / "local", dtype=dtype)
     assert tree_bytes(tmp_path / "two" / "params") == tree_bytes(tmp_path / "local" / "params")
-    monkeypatch.setattr(Plan, "share", by_turns)
+    monkeypatch.setattr(ImportPlan, "share", by_turns)
     _, more_requests, proved = import_by_two(tmp_path / "by turns")
     assert more_requests > 4 * num_requests
     assert not proved
