@@ -20,7 +20,12 @@ from rich.console import Console
 from finetune.data.packing import Batch, Packer, Position
 from finetune.data.run_text import RunText, held_out_batches, open_run_text
 from finetune.optimizer import learning_rates, make_optimizer
-from finetune.run.checkpoints import Checkpoints, RunPosition
+from finetune.run.checkpoints import (
+    Checkpoints,
+    RunPosition,
+    raise_unless_room,
+    saved_steps,
+)
 from finetune.run.directory import RunDirectory, RunError
 from finetune.run.metrics import RunLog, Summary, add_up, read_rows, summarise
 from finetune.run.plots import draw_curves
@@ -93,6 +98,7 @@ def train(settings: RunSettings, console: Console, overwrite: bool = False) -> R
     console.print(text.description)
     with run.claim(settings, overwrite):
         job = _prepare(settings, run, base, text, console)
+        _raise_unless_room(job)
         console.print(_plan(job))
         state = _loop(job)
         rows = read_rows(run.evaluations)
@@ -192,6 +198,16 @@ def _resume(job: _Job, checkpoints: Checkpoints) -> tuple[TrainState, RunPositio
         )
     job.console.print(f"continuing after step {at.step}")
     return checkpoints.restore(at.step, job.first_state), at
+
+
+def _raise_unless_room(job: _Job) -> None:
+    """UserError unless the disk has room for all that the run will write; said before it trains."""
+    settings, folder = job.settings, job.run.checkpoints
+    saved = saved_steps(folder)
+    left = -(-(settings.steps - max(saved, default=0)) // settings.checkpoints.every)
+    more = max(min(left, settings.checkpoints.keep + 1 - len(saved)), 0)
+    final = sum(leaf.nbytes for leaf in jax.tree.leaves(job.first_state.trainable))
+    raise_unless_room(folder, job.first_state, checkpoints=more, bytes_more=final)
 
 
 @contextlib.contextmanager

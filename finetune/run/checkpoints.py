@@ -7,7 +7,10 @@ from typing import Any, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
+from mtp_model.files.disk_room import raise_if_full
+
 T = TypeVar("T")
+_METADATA_BYTES = 1 << 20  # of a checkpoint, and of the logs that grow beside it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +21,21 @@ class RunPosition:
     tokens: int = 0  # trained on, padding not counted
     position: dict[str, Any] | None = None  # finetune.data.packing.Position, as JSON
     inputs: dict[str, str] | None = None  # digests; other data or weights cannot continue a run
+
+
+def raise_unless_room(
+    folder: Path, state: Any, *, checkpoints: int = 1, bytes_more: int = 0
+) -> None:
+    """UserError unless the disk has room for so many checkpoints, and for `bytes_more`."""
+    nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    needed = checkpoints * (nbytes + nbytes // 16 + _METADATA_BYTES) + bytes_more
+    raise_if_full({folder: needed}, "move the run to another disk")
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints that are in a folder, which need not be there yet."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 class Checkpoints:
@@ -31,10 +49,15 @@ class Checkpoints:
             # be reading them.
             enable_async_checkpointing=False,
         )
-        self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        self._folder = folder.absolute()
+        self.manager = ocp.CheckpointManager(self._folder, options=options)
 
     def save(self, state: Any, at: RunPosition) -> None:
-        """Save under the step the run is at; older checkpoints beyond those to keep are deleted."""
+        """Save under the step the run is at; older checkpoints beyond those to keep are deleted.
+
+        UserError where the disk has no room, before anything is written: the others stay whole.
+        """
+        raise_unless_room(self._folder, state)
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(_by_name(state)),
             progress=ocp.args.JsonSave(asdict(at)),

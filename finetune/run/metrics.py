@@ -116,11 +116,21 @@ class RunLog:
         self._append(self.evaluations, row, "held_out")
 
     def close(self) -> None:
-        self.writer.close()
+        """Close the files. What TensorBoard misses on a full disk is in metrics.jsonl or told."""
+        try:
+            self.writer.close()
+        except OSError:
+            # It would try again when Python ends, and say so with a traceback.
+            events: Any = self.writer.file_writer.event_writer  # pyright: ignore
+            events._worker.stop()
+            events._closed = True
 
     def _append(self, file: Path, row: dict[str, Any], group: str) -> None:
-        with file.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(row) + "\n")
+        try:
+            with file.open("a", encoding="utf-8") as out:
+                out.write(json.dumps(row) + "\n")
+        except OSError as error:  # of a full disk, which doesn't say where
+            raise OSError(error.errno, error.strerror, str(file)) from error
         for name, value in row.items():
             if isinstance(value, list):
                 for depth, each in enumerate(value, start=1):

@@ -19,11 +19,11 @@ def raise_if_full(needs: Mapping[Path, int], advice: str) -> None:
         free = shutil.disk_usage(_existing(folders[0])).free
         if sum(needs[folder] for folder in folders) > free:
             amounts = " and ".join(
-                f"{folder} needs {_gb(needs[folder])} more" for folder in folders
+                f"{folder} needs {_amount(needs[folder])} more" for folder in folders
             )
             raise UserError(
-                f"{amounts}, {'its' if len(folders) == 1 else 'their'} disk has {_gb(free)} free; "
-                f"make room and run the same command again, or {advice}"
+                f"{amounts}, {'its' if len(folders) == 1 else 'their'} disk has {_amount(free)} "
+                f"free; make room and run the same command again, or {advice}"
             )
 
 
@@ -31,5 +31,5 @@ def _existing(folder: Path) -> Path:
     return next(place for place in (folder, *folder.absolute().parents) if place.exists())
 
 
-def _gb(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.1f} GB"
+def _amount(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,7 @@ from mtp_model import progress
 from mtp_model.checkpoint.claim import locked
 from mtp_model.checkpoint.directory import CheckpointError, open_checkpoint
 from mtp_model.load import load
+from mtp_model.problems import UserError
 
 SIZES = {"num_hidden_layers": 2, "first_k_dense_replace": 1}
 TIMES = ("tokens_per_s", "step_s")  # what differs from run to run
@@ -451,3 +453,36 @@ def test_a_failure_has_status_1_and_one_message(settings, tmp_path, capsys):
     assert err.startswith("error: ")
     assert "is no checkpoint directory" in err
     assert not out
+
+
+def test_a_full_disk_is_one_line_before_training(
+    settings: RunSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    """Nothing was trained, and no checkpoint is half there."""
+    run = dataclasses.replace(settings, out=tmp_path / "run")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2_000_000))
+    with pytest.raises(UserError, match=r"checkpoints needs .* MB more, its disk has 2.0 MB free"):
+        train(run, QUIET)
+    assert not (tmp_path / "run/checkpoints").exists()
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+    capsys.readouterr()
+
+
+def test_a_disk_that_fills_up_leaves_the_last_checkpoint_whole(
+    settings: RunSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """There is room for the first checkpoint and not for the second; the same command goes on."""
+    run = dataclasses.replace(settings, out=tmp_path / "run")
+    asked: list[int] = []
+
+    def disk_usage(_: object) -> SimpleNamespace:
+        asked.append(0)  # by the whole run, by the first checkpoint, by the second
+        return SimpleNamespace(free=10**9 if len(asked) < 3 else 100)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", disk_usage)
+        with pytest.raises(UserError, match="make room and run the same command again"):
+            train(run, QUIET)
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["3"]
+    train(run, QUIET)
+    assert len(read_rows(tmp_path / "run/metrics.jsonl")) == settings.steps
