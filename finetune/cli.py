@@ -6,7 +6,7 @@ Exit status: 0 when all that was asked is done, 1 when it failed, 2 for wrong us
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -15,10 +15,11 @@ import tyro
 from rich.console import Console
 
 from finetune.evaluate import EvaluateSettings, evaluate
-from finetune.run.report import comparison_table, evaluation_table
+from finetune.run.report import comparison_sections, evaluation_sections
 from finetune.settings import RunSettings, SettingsError, blank, read_yaml
 from finetune.train import Result, train
 from mtp_model.commands import exit_status
+from mtp_model.reporting import Section, show, stdout
 
 WRONG_USAGE = 2
 
@@ -94,16 +95,18 @@ def _config_file(argv: Sequence[str]) -> Path | None:
 
 def _train(command: TrainCommand, errors: Console) -> None:
     result = train(command.settings, errors, overwrite=command.overwrite)
-    _print_result(result, Console(highlight=False, soft_wrap=True))
+    show(stdout(), _result_sections(result))
 
 
-def _print_result(result: Result, out: Console) -> None:
+def _result_sections(result: Result) -> Iterator[Section]:
     if result.before and result.after:
-        out.print(comparison_table(result.before, result.after))
+        yield from comparison_sections(result.before, result.after)
     final = _shown(result.run.final)
-    out.print(f"curves: {_shown(result.run.curves)}", markup=False)
-    out.print(f"checkpoint: {final}", markup=False)
-    out.print(f"next: convert-deepseek export {final} DST", markup=False)
+    yield (
+        f"curves: {_shown(result.run.curves)}\n"
+        f"checkpoint: {final}\n"
+        f"next: convert-deepseek export {final} DST"
+    )
 
 
 def _evaluate(settings: EvaluateSettings) -> None:
@@ -112,7 +115,7 @@ def _evaluate(settings: EvaluateSettings) -> None:
         print(json.dumps({"checkpoint": str(settings.checkpoint), **summary.to_json()}))
     else:
         title = f"{settings.checkpoint}, teacher-forced greedy drafts"
-        Console(highlight=False).print(evaluation_table(summary, title))
+        show(stdout(), evaluation_sections(summary, title))
 
 
 def _shown(path: Path) -> Path:

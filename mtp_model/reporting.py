@@ -12,8 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mtp_model.grouping import group_problems
-from mtp_model.problems import Problem, ProblemsError
+from mtp_model.problems import Problem, ProblemsError, group_problems
 
 _MOST_LINES = 60
 _PIPED_WIDTH = 120  # a file or a pipe has no width of its own

@@ -14,9 +14,8 @@ from converters.format.mapping import SCALE_SUFFIX, Slot, slots
 from mtp_model.config import ConfigError, ModelConfig
 from mtp_model.families import MODEL_TYPES
 from mtp_model.files.untrusted_json import shown
-from mtp_model.grouping import braces
 from mtp_model.model import Scope
-from mtp_model.problems import Problem, raise_if_any
+from mtp_model.problems import Problem, braces, raise_if_any
 
 _LARGEST_NUM_TENSORS = 1 << 20  # the released checkpoints have 91,991
 _FP8 = "F8_E4M3"

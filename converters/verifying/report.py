@@ -6,7 +6,7 @@ from pathlib import Path
 
 from converters.verifying.logits import DepthCheck, LogitsCheck
 from converters.verifying.verify import Part, StorageCheck, Verification
-from mtp_model.grouping import group_names
+from mtp_model.problems import group_names
 from mtp_model.reporting import (
     Facts,
     Grid,

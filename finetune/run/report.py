@@ -1,46 +1,39 @@
 """What was measured, as tables and sentences for people."""
 
-from rich.table import Table
-
 from finetune.run.metrics import Summary
+from mtp_model.reporting import Grid, Section
 
 
-def evaluation_table(summary: Summary, title: str) -> Table:
+def evaluation_sections(summary: Summary, title: str) -> list[Section]:
     """Losses and acceptance, one row a depth."""
-    table = Table(title=title, title_justify="left")
-    for name in ("", "loss", "accepted", "if reached", "positions", "agreement"):
-        table.add_column(name, justify="left" if not name else "right")
-    table.add_row("main model", number(summary.main_loss), "", "", "", "")
+    rows = [("main model", number(summary.main_loss), "", "", "", "")]
     for k, loss in enumerate(summary.mtp_loss):
-        rates = (summary.acceptance[k], summary.conditional[k])
+        rates = (percent(summary.acceptance[k]), percent(summary.conditional[k]))
         counted = f"{summary.accepted[k]} / {summary.reached[k]}"
         agreement = percent(summary.agreement[k])
-        table.add_row(f"draft {k + 1}", number(loss), *map(percent, rates), counted, agreement)
-    table.caption = (
-        f"mean accepted length {number(summary.mean_accepted_length)}, on {summary.tokens} tokens\n"
+        rows.append((f"draft {k + 1}", number(loss), *rates, counted, agreement))
+    columns = ("", "loss", "accepted", "if reached", "positions", "agreement")
+    length = number(summary.mean_accepted_length)
+    caption = (
+        f"mean accepted length {length}, on {summary.tokens} tokens\n"
         "accepted: with all drafts before it; agreement: with the main\n"
         "model's greedy choice, on all of the text"
     )
-    table.caption_justify = "left"
-    return table
+    return [title, Grid(columns, rows), caption]
 
 
-def comparison_table(before: Summary, after: Summary) -> Table:
+def comparison_sections(before: Summary, after: Summary) -> list[Section]:
     """Held-out text before and after training."""
-    table = Table(title="on held-out text", title_justify="left")
-    table.add_column("")
-    for name in ("before", "after"):
-        table.add_column(name, justify="right")
-    table.add_row("main loss", number(before.main_loss), number(after.main_loss))
-    for k, (old, new) in enumerate(zip(before.mtp_loss, after.mtp_loss, strict=True), start=1):
-        table.add_row(f"MTP loss, depth {k}", number(old), number(new))
-    for k, (old, new) in enumerate(zip(before.acceptance, after.acceptance, strict=True), start=1):
-        table.add_row(f"accepted, draft {k}", percent(old), percent(new))
-    for k, (old, new) in enumerate(zip(before.agreement, after.agreement, strict=True), start=1):
-        table.add_row(f"agreement, draft {k}", percent(old), percent(new))
-    lengths = (before.mean_accepted_length, after.mean_accepted_length)
-    table.add_row("mean accepted length", *map(number, lengths))
-    return table
+    both = (before, after)
+    rows = [("main loss", *(number(each.main_loss) for each in both))]
+    for k in range(len(before.mtp_loss)):
+        rows.append((f"MTP loss, depth {k + 1}", *(number(each.mtp_loss[k]) for each in both)))
+    for k in range(len(before.acceptance)):
+        rows.append((f"accepted, draft {k + 1}", *(percent(each.acceptance[k]) for each in both)))
+    for k in range(len(before.agreement)):
+        rows.append((f"agreement, draft {k + 1}", *(percent(each.agreement[k]) for each in both)))
+    rows.append(("mean accepted length", *(number(each.mean_accepted_length) for each in both)))
+    return ["on held-out text", Grid(("", "before", "after"), rows)]
 
 
 def evaluation_sentence(step: int, summary: Summary) -> str:

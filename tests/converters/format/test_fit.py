@@ -11,8 +11,7 @@ import pytest
 from converters.format.fit import sound_fit
 from converters.format.listing import SourceCheckpoint, open_safetensors, read_config
 from converters.sources.open import open_source
-from mtp_model.grouping import braces, group_names, group_problems
-from mtp_model.problems import Problem, ProblemsError
+from mtp_model.problems import Problem, ProblemsError, braces, group_names, group_problems
 from tools.make_tiny_checkpoint import make_tiny_checkpoint
 
 MTP = "model.layers.4."
