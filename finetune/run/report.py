@@ -24,16 +24,21 @@ def evaluation_sections(summary: Summary, title: str) -> list[Section]:
 
 def comparison_sections(before: Summary, after: Summary) -> list[Section]:
     """Held-out text before and after training."""
-    both = (before, after)
-    rows = [("main loss", *(number(each.main_loss) for each in both))]
-    for k in range(len(before.mtp_loss)):
-        rows.append((f"MTP loss, depth {k + 1}", *(number(each.mtp_loss[k]) for each in both)))
-    for k in range(len(before.acceptance)):
-        rows.append((f"accepted, draft {k + 1}", *(percent(each.acceptance[k]) for each in both)))
-    for k in range(len(before.agreement)):
-        rows.append((f"agreement, draft {k + 1}", *(percent(each.agreement[k]) for each in both)))
-    rows.append(("mean accepted length", *(number(each.mean_accepted_length) for each in both)))
+    old, new = _by_name(before), _by_name(after)
+    rows = [(name, old[name], new[name]) for name in old]
     return ["on held-out text", Grid(("", "before", "after"), rows)]
+
+
+def _by_name(summary: Summary) -> dict[str, str]:
+    depths = [
+        ("MTP loss, depth", number, summary.mtp_loss),
+        ("accepted, draft", percent, summary.acceptance),
+        ("agreement, draft", percent, summary.agreement),
+    ]
+    found = {"main loss": number(summary.main_loss)}
+    for name, shown, values in depths:
+        found |= {f"{name} {k}": shown(value) for k, value in enumerate(values, start=1)}
+    return found | {"mean accepted length": number(summary.mean_accepted_length)}
 
 
 def evaluation_sentence(step: int, summary: Summary) -> str:
