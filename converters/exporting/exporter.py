@@ -5,7 +5,7 @@ is bounded by those. A file counts as written once what is stored was proved to 
 With a base, the source itself, only files that hold changed tensors are written.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict
@@ -39,6 +39,7 @@ from mtp_model.files.journal import Fingerprint, Journal
 from mtp_model.files.local import file_digest, file_pieces, sync_directory, write_pieces
 from mtp_model.files.objects import AnyPath, as_path, is_cloud
 from mtp_model.problems import Problem, ProblemsError
+from mtp_model.progress import OnProgress
 
 DEFAULT_WORKERS = 3
 
@@ -52,7 +53,7 @@ def export_checkpoint(
     workers: int = DEFAULT_WORKERS,
     overwrite: bool = False,
     continuable: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: OnProgress | None = None,
 ) -> ExportSummary:
     """Write the safetensors checkpoint `dst`; run again after an interruption, it continues.
 
@@ -133,7 +134,7 @@ class _Export:
         plan: ExportPlan,
         base: Listing | None,
         journal: Journal,
-        progress: Callable[[int, int], None] | None,
+        progress: OnProgress | None,
     ):
         self._checkpoint = checkpoint
         self._files = files

@@ -3,7 +3,7 @@
 Memory is bounded by the units in flight, one a worker; convert.py says what a unit is.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,12 +41,10 @@ from mtp_model.files.objects import AnyPath, CloudPath, as_path
 from mtp_model.in_flight import in_flight
 from mtp_model.model import Scope
 from mtp_model.problems import Problem, raise_if_any
+from mtp_model.progress import OnProgress
 
 DEFAULT_WORKERS = 3
 _MAKING_ROOM = "setup-lock"  # within UNFINISHED: held to begin and to finish
-
-Progress = Callable[[int, int], None]
-"""Called with the source bytes that are done, and their total."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +73,7 @@ def import_checkpoint(
     copies: Copies = "check",
     workers: int = DEFAULT_WORKERS,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
     worker: tuple[int, int] = (0, 1),
     mtp_hidden_state: HiddenState | None = None,
     policy: ChunkPolicy = DEFAULT_POLICY,
@@ -173,7 +171,7 @@ def _do_share(
     worker: tuple[int, int],
     journal: Journal,
     workers: int,
-    progress: Progress | None,
+    progress: OnProgress | None,
 ) -> list[Unit]:
     """Do what is left of a worker's share; returns that."""
     writer = ParamsWriter(dst, plan.conversion.leaves)
@@ -200,7 +198,7 @@ class _Counter:
     """Counts source bytes for the progress callback."""
 
     def __init__(
-        self, plan: ImportPlan, share: list[Unit], todo: list[Unit], progress: Progress | None
+        self, plan: ImportPlan, share: list[Unit], todo: list[Unit], progress: OnProgress | None
     ):
         self._bytes = {unit.key: unit_bytes(plan.conversion, unit) for unit in share}
         self._total = sum(self._bytes.values())

@@ -1,12 +1,12 @@
 """Whether a checkpoint directory still holds the bytes that were written; knows no tensor."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from mtp_model.checkpoint.directory import PARAMS, Checkpoint, Piece
 from mtp_model.files.local import file_digest
 from mtp_model.in_flight import in_flight
 from mtp_model.problems import Problem
+from mtp_model.progress import OnProgress
 
 DEFAULT_WORKERS = 3
 
@@ -28,7 +28,7 @@ def check_digests(
     checkpoint: Checkpoint,
     *,
     workers: int = DEFAULT_WORKERS,
-    progress: Callable[[int, int], None] | None = None,
+    progress: OnProgress | None = None,
 ) -> DigestCheck:
     """Read every file and compare its digest with the one that was recorded when it was written."""
     problems = [

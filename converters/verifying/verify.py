@@ -8,7 +8,7 @@ Every tensor of the source is compared with what export writes for it, so this h
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from mtp_model.files.disk_room import raise_if_full
 from mtp_model.in_flight import in_flight
 from mtp_model.model import Scope
 from mtp_model.problems import Problem, raise_if_any
+from mtp_model.progress import OnProgress
 
 # What the same network may be stored with in one place and without in the other.
 _STORAGE_FIELDS = ("dtype", "weight_block_size", "mtp_hidden_state")
@@ -102,7 +103,7 @@ def check_storage(
     *,
     scope: Scope = "all",
     workers: int = DEFAULT_WORKERS,
-    progress: Callable[[int, int], None] | None = None,
+    progress: OnProgress | None = None,
 ) -> StorageCheck:
     """Compare all files, and tensor by tensor, `workers` at once, a few pieces of rows in memory.
 
@@ -132,7 +133,7 @@ def _differences(
     comparer: TensorComparer,
     slots: list[Slot],
     workers: int,
-    progress: Callable[[int, int], None] | None,
+    progress: OnProgress | None,
 ) -> list[Difference]:
     """Of these tensors and their scales, in the source's order."""
     total, done = sum(map(comparer.nbytes, slots)), 0
