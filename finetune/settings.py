@@ -1,4 +1,4 @@
-"""Settings of a run: frozen dataclasses, the checks on them, and YAML; knows nothing of training.
+"""Settings of a run: frozen dataclasses, the checks on them, and YAML.
 
 The command line (tyro) fills the same dataclasses: defaults < YAML file < command line.
 """

@@ -1,4 +1,4 @@
-"""FP8 (e4m3fn) with one scale a block, to and from bfloat16 and float32; knows no tensor names.
+"""FP8 (e4m3fn) with one scale a block, to and from bfloat16 and float32.
 
 `weight[r, c] = cast(float32(code[r, c]) * scale[r // height, c // width])`: the scale multiplies,
 and the last block of a row or column may be partial. The block's edges come from the config

@@ -1,4 +1,4 @@
-"""Safetensors headers, read and made; must not know what any tensor is for.
+"""Safetensors headers, read and made.
 
 Format: 8 bytes, the little-endian length of the header; the header, JSON padded with spaces; the
 tensors' bytes without holes. https://github.com/huggingface/safetensors#format

@@ -1,4 +1,4 @@
-"""Write one safetensors file from start to end; must not know what any tensor is for."""
+"""Write one safetensors file from start to end, its header first."""
 
 from pathlib import Path
 from types import TracebackType

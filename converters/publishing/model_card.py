@@ -1,7 +1,6 @@
 """The README.md of a pushed model: where it comes from, what changed, how to serve it.
 
-Knows provenance and config.json as plain data; must not know the Hub. It tells no path of this
-machine: who reads the card has other folders.
+It tells no path of this machine: who reads the card has other folders.
 """
 
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Whether a checkpoint directory still holds the bytes that were written; knows no tensor."""
+"""Whether a checkpoint directory still holds the bytes that were written."""
 
 from dataclasses import dataclass
 

@@ -29,7 +29,7 @@ except ImportError as error:
 DROPPED_GROUP = -math.inf  # what an expert outside the kept groups scores; 0 would beat negatives
 
 
-class MainStates(NamedTuple):
+class LastStates(NamedTuple):
     """The main model's last states [B, T, D]: after `model.norm`, and before it."""
 
     hidden: Tensor
@@ -59,7 +59,7 @@ class TorchReference:
         self.get: Get = lambda name: get(name).to(dtype)
 
     @torch.no_grad()
-    def main(self, tokens: Tensor, segment_ids: Tensor | None = None) -> MainStates:
+    def main(self, tokens: Tensor, segment_ids: Tensor | None = None) -> LastStates:
         """Run the main model on int [B, T]; documents (equal segment ids) see only themselves."""
         segment_ids = torch.ones_like(tokens) if segment_ids is None else segment_ids
         places = self.places(segment_ids)
@@ -69,9 +69,9 @@ class TorchReference:
             get = under(self.get, f"model.layers.{layer}")
             x = decoder_layer(x, get, self._read, places, is_moe=is_moe)
         norm = self.get("model.norm.weight")
-        return MainStates(rms_norm(x, norm, self._read["rms_norm_eps"]), x)
+        return LastStates(rms_norm(x, norm, self._read["rms_norm_eps"]), x)
 
-    def first_state(self, states: MainStates) -> Tensor:
+    def first_state(self, states: LastStates) -> Tensor:
         """Return h_0, the state that depth 1 is fed, as the config's `mtp_hidden_state` says."""
         kinds = {"post_norm": states.hidden, "pre_norm": states.before_norm}
         return kinds[self._read["mtp_hidden_state"]]

@@ -65,7 +65,7 @@ class Position:
         return cls(next=(epoch, document), reading=reading, waiting=waiting)
 
 
-class Piece(NamedTuple):
+class RowPart(NamedTuple):
     """At most a row of one document, from `place` on."""
 
     place: Place
@@ -125,7 +125,7 @@ class Packer:
             waiting=tuple(piece.place for piece in self.waiting),
         )
 
-    def _read(self) -> Piece | None:
+    def _read(self) -> RowPart | None:
         """The next piece of the documents that are read in turn, or None after the last epoch."""
         while len(self.reading) < self.rows and (begun := self._begin()):
             self.reading.append(begun)
@@ -158,9 +158,9 @@ class Packer:
     def _tokens(self, place: Place) -> Tokens:
         return self.documents[int(self._order(place.epoch)[place.document])]
 
-    def _cut(self, place: Place, tokens: Tokens) -> Piece:
+    def _cut(self, place: Place, tokens: Tokens) -> RowPart:
         part = slice(place.token, place.token + self.row_tokens)
-        return Piece(place, Tokens(tokens.ids[part], tokens.loss_mask[part]))
+        return RowPart(place, Tokens(tokens.ids[part], tokens.loss_mask[part]))
 
 
 class _Rows:
@@ -177,7 +177,7 @@ class _Rows:
     def are_empty(self) -> bool:
         return not any(self.used)
 
-    def take(self, piece: Piece) -> bool:
+    def take(self, piece: RowPart) -> bool:
         """Put a piece in the first row with room for all of it; False where there is none."""
         size, width = piece.tokens.ids.size, self.arrays.tokens_BT.shape[1]
         row = next((r for r, used in enumerate(self.used) if used + size <= width), None)

@@ -8,7 +8,7 @@ import numpy as np
 
 from finetune.data.corpus import Corpus, DataError, scan
 from finetune.data.packing import Batch, Packer
-from finetune.data.tokens import Documents, Encoder
+from finetune.data.tokens import TextEncoder, TokenDocuments
 from finetune.settings import RunSettings
 from mtp_model import ModelConfig
 from mtp_model.files.objects import as_path
@@ -18,17 +18,19 @@ from mtp_model.files.objects import as_path
 class RunText:
     """Documents to train on and documents held out (None: no evaluation)."""
 
-    train: Documents
-    held_out: Documents | None
+    train: TokenDocuments
+    held_out: TokenDocuments | None
     digest: str  # of all of it
     description: str  # for the person who started the run
 
 
 def open_run_text(settings: RunSettings, config: ModelConfig) -> RunText:
     """Scan, check and split the data of a run. Raises DataError with everything wrong with it."""
-    encoder = Encoder(as_path(settings.checkpoint))
+    encoder = TextEncoder(as_path(settings.checkpoint))
     train, held_out, said = _split(settings, config.vocab_size)
-    documents = (Documents(each, encoder, config.vocab_size) for each in (train, held_out) if each)
+    documents = (
+        TokenDocuments(each, encoder, config.vocab_size) for each in (train, held_out) if each
+    )
     train_documents, held_out_documents = (*documents, None)[:2]
     assert train_documents is not None
     return RunText(
@@ -39,13 +41,13 @@ def open_run_text(settings: RunSettings, config: ModelConfig) -> RunText:
     )
 
 
-def open_documents(checkpoint: str, data: tuple[Path, ...], config: ModelConfig) -> Documents:
+def open_documents(checkpoint: str, data: tuple[Path, ...], config: ModelConfig) -> TokenDocuments:
     """All documents under `data`, as tokens of the checkpoint's tokenizer."""
     corpus = scan(data, config.vocab_size)
-    return Documents(corpus, Encoder(as_path(checkpoint)), config.vocab_size)
+    return TokenDocuments(corpus, TextEncoder(as_path(checkpoint)), config.vocab_size)
 
 
-def held_out_batches(documents: Documents, settings: RunSettings) -> list[Batch]:
+def held_out_batches(documents: TokenDocuments, settings: RunSettings) -> list[Batch]:
     """The rows of every evaluation: a fixed sample, whatever the order of training is."""
     num_batches = max(1, settings.evaluation.rows // settings.batch.rows)
     packer = Packer(

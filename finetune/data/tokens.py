@@ -17,7 +17,7 @@ class Tokens(NamedTuple):
     loss_mask: np.ndarray  # int32 [n]
 
 
-class Encoder:
+class TextEncoder:
     """Encodes records: bos before each document that starts, eos after each that ends.
 
     Which tokens those are, and whether bos is wanted (`add_bos_token`), is read from the
@@ -48,7 +48,7 @@ class Encoder:
         return _tokens((ids, [1] * len(ids)))
 
     def _encode(self, text: str) -> list[int]:
-        assert self.tokenizer is not None  # Documents checks it
+        assert self.tokenizer is not None  # TokenDocuments checks it
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def _special(self, key: str, settings: dict, config: dict) -> tuple[int, ...]:
@@ -64,10 +64,10 @@ class Encoder:
         return (number,) if isinstance(number, int) else ()
 
 
-class Documents:
+class TokenDocuments:
     """Tokens of a corpus, document by document: what packing reads."""
 
-    def __init__(self, corpus: Corpus, encoder: Encoder, vocab_size: int):
+    def __init__(self, corpus: Corpus, encoder: TextEncoder, vocab_size: int):
         if corpus.has_text and encoder.tokenizer is None:
             raise DataError(
                 ["the checkpoint has no tokenizer.json: add it, or give .jsonl with input_ids"]

@@ -7,7 +7,7 @@ import pytest
 
 from finetune.data.corpus import PIECE_BYTES, DataError, Exchange, Text, TokenIds, scan
 from finetune.data.run_text import open_run_text
-from finetune.data.tokens import Documents, Encoder
+from finetune.data.tokens import TextEncoder, TokenDocuments
 from finetune.settings import EvaluationSettings, RunSettings
 from mtp_model import ModelConfig
 from tools.make_tiny_checkpoint import make_tiny_checkpoint
@@ -131,7 +131,7 @@ def test_no_document_is_an_error(tmp_path):
 
 
 def test_text_becomes_tokens_with_bos_and_eos(checkpoint):
-    encoder = Encoder(checkpoint)
+    encoder = TextEncoder(checkpoint)
     assert (encoder.bos, encoder.eos) == ((0,), (1,))
     whole = encoder.encode(Text(text="def first(items):"))
     middle = encoder.encode(Text(text="def first(items):", starts=False, ends=False))
@@ -142,7 +142,7 @@ def test_text_becomes_tokens_with_bos_and_eos(checkpoint):
 
 
 def test_only_the_completion_is_learnt(checkpoint):
-    encoder = Encoder(checkpoint)
+    encoder = TextEncoder(checkpoint)
     tokens = encoder.encode(Exchange(prompt="import", completion="return"))
     prompt = encoder.encode(Text(text="import", ends=False)).ids
     completion = encoder.encode(Text(text="return", starts=False)).ids
@@ -151,7 +151,7 @@ def test_only_the_completion_is_learnt(checkpoint):
 
 
 def test_input_ids_stay_as_they_are(checkpoint):
-    encoder = Encoder(checkpoint)
+    encoder = TextEncoder(checkpoint)
     assert encoder.encode(TokenIds(input_ids=[5, 6])).loss_mask.tolist() == [1, 1]
     masked = encoder.encode(TokenIds(input_ids=[5, 6], loss_mask=[0, 1]))
     assert (masked.ids.tolist(), masked.loss_mask.tolist()) == ([5, 6], [0, 1])
@@ -164,29 +164,29 @@ def test_bos_only_where_the_checkpoint_wants_it(checkpoint, tmp_path):
         json.dumps(settings | {"add_bos_token": False, "eos_token": {"content": "no such token"}})
     )
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [2, 3]}))
-    encoder = Encoder(tmp_path)
+    encoder = TextEncoder(tmp_path)
     assert (encoder.bos, encoder.eos) == ((), (2,))
 
 
 def test_without_tokenizer_text_is_refused_and_tokens_are_not(tmp_path):
     ids = write_jsonl(tmp_path / "ids.jsonl", {"input_ids": [1, 2, 3]})
     text = write_jsonl(tmp_path / "text.jsonl", {"text": "words"})
-    encoder = Encoder(tmp_path)
-    assert Documents(scan([ids], VOCAB), encoder, VOCAB)[0].ids.tolist() == [1, 2, 3]
+    encoder = TextEncoder(tmp_path)
+    assert TokenDocuments(scan([ids], VOCAB), encoder, VOCAB)[0].ids.tolist() == [1, 2, 3]
     with pytest.raises(DataError, match=r"no tokenizer\.json"):
-        Documents(scan([text], VOCAB), encoder, VOCAB)
+        TokenDocuments(scan([text], VOCAB), encoder, VOCAB)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 def test_a_broken_tokenizer_is_named(tmp_path, name):
     (tmp_path / name).write_text("{")
     with pytest.raises(DataError, match=rf"{name} is not "):
-        Encoder(tmp_path)
+        TextEncoder(tmp_path)
 
 
 def test_a_token_outside_the_vocabulary_names_its_line(checkpoint, tmp_path):
     file = write_jsonl(tmp_path / "a.jsonl", {"input_ids": [1]}, {"text": "\x7f"})
-    documents = Documents(scan([file], VOCAB), Encoder(checkpoint), vocab_size=3)
+    documents = TokenDocuments(scan([file], VOCAB), TextEncoder(checkpoint), vocab_size=3)
     with pytest.raises(DataError, match=r"a\.jsonl:2 gives token \d+, .* is 0 to 2"):
         documents[1]
 
