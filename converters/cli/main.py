@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from converters.cli.arguments import PROG, Command, Export, Import, Inspect, parse
-from mtp_model.commands import exit_status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,7 +18,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{PROG} {importlib.metadata.version('deepseek-mtp')}")
         return 0
     command = parse(argv)
-    from converters.cli.common import tell  # rich and jax take a second; --help need not wait
+    # mtp_model imports jax, which takes a second: --help need not wait for it.
+    from converters.cli.common import tell
+    from mtp_model.commands import exit_status
 
     return exit_status(
         lambda: _function_of(command)(command),

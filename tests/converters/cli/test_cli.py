@@ -438,3 +438,19 @@ def test_reader_that_goes_away_is_no_traceback(source: Path):
     assert process.stderr.read() == b""
     process.stderr.close()
     assert process.wait() == 1
+
+
+@pytest.mark.parametrize("words", [["--help"], ["import", "--help"], ["--version"]])
+def test_help_does_not_wait_for_jax(words: list[str]):
+    code = (
+        "import contextlib, sys\n"
+        "from converters.cli.main import main\n"
+        "with contextlib.suppress(SystemExit):\n"
+        "    main(sys.argv[1:])\n"
+        "sys.exit('jax' in sys.modules)"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 0, process.stderr
+    assert "convert-deepseek" in process.stdout
