@@ -1,6 +1,7 @@
 """How far a long command is, on stderr: a bar on a terminal, elsewhere a line now and then."""
 
 import contextlib
+import os
 import sys
 import threading
 import time
@@ -33,7 +34,7 @@ def progress(
     A thread shows them, so that they also come while the work is in one long step (compiling).
     unit: "B" for bytes, else a noun in the plural ("steps").
     """
-    terminal = sys.stderr.isatty()
+    terminal = _can_draw_a_bar()
     display = (_Bar if terminal else _Lines)(what, unit, done, total)
     ended = threading.Event()
 
@@ -49,6 +50,15 @@ def progress(
         ended.set()
         thread.join()
         display.close()
+
+
+def _can_draw_a_bar() -> bool:
+    """Whether stderr is a terminal that has columns; some in containers say they have none."""
+    if not sys.stderr.isatty():
+        return False
+    with contextlib.suppress(OSError):
+        return os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    return True
 
 
 def above_bars() -> contextlib.AbstractContextManager[None]:

@@ -1,8 +1,13 @@
 """Progress on stderr: lines in a log, a bar on a terminal."""
 
+import fcntl
 import io
+import os
+import pty
 import re
+import struct
 import sys
+import termios
 import time
 
 import pytest
@@ -100,6 +105,20 @@ def test_a_log_that_cannot_be_written_stops_no_work(monkeypatch: pytest.MonkeyPa
         while full.tries < 2 and time.monotonic() < end_s:
             time.sleep(0.01)
     assert full.tries >= 2
+
+
+@pytest.mark.usefixtures("often")
+@pytest.mark.parametrize(("columns", "shown"), [(0, "import: 0 s so far"), (100, "import: 0.00B")])
+def test_a_terminal_without_columns_gets_lines(
+    columns: int, shown: str, monkeypatch: pytest.MonkeyPatch
+):
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with open(theirs, "w") as terminal:  # noqa: PTH123 (a descriptor, no path)
+        monkeypatch.setattr(sys, "stderr", terminal)
+        with progress.progress("import"):
+            assert shown in os.read(ours, 1000).decode()
+    os.close(ours)
 
 
 class Terminal(io.StringIO):
