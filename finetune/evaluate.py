@@ -1,11 +1,10 @@
 """`finetune-deepseek evaluate`, a file of its own as `train` has: measure a checkpoint on text."""
 
-import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.data.packing import Batch, Packer, Position
+from finetune.data.packing import Batch, Packer, Position, first_rows
 from finetune.data.run_text import open_documents
 from finetune.run.metrics import Summary, add_up, summarise
 from finetune.settings import ComputeDtype, SettingsError
@@ -63,11 +62,13 @@ def evaluate(settings: EvaluateSettings) -> Summary:
     split = Split.of(load(settings.checkpoint, compute_dtype=dtype), "mtp")
     step = make_measure_step(split.graphdef, settings.draft_tokens)
     weights = (split.trainable, split.biases, split.frozen)
-    most = settings.max_rows and max(1, settings.max_rows // settings.rows)
-    packer = Packer(documents, rows=settings.rows, row_tokens=settings.row_tokens, seed=0, epochs=1)
+    rows = settings.rows
+    most = settings.max_rows and -(-settings.max_rows // rows)
+    packer = Packer(documents, rows=rows, row_tokens=settings.row_tokens, seed=0, epochs=1)
+    batches = first_rows(packer, settings.max_rows) if settings.max_rows else packer
     with progress("evaluate", "batches", total=most) as report:
-        batches = _reported(itertools.islice(packer, most), report, most, len(documents))
-        return summarise(add_up(step(*weights, batch) for batch in batches))
+        reported = _reported(batches, report, most, len(documents))
+        return summarise(add_up(step(*weights, batch) for batch in reported))
 
 
 def _reported(

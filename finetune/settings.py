@@ -91,8 +91,8 @@ class RunSettings:
     """Checkpoint directory, as `convert-deepseek import` writes it; local or gs://bucket/folder."""
     data: tuple[Path, ...]
     """Text files, .jsonl files, or folders of them. A line of .jsonl is {"text"}, or
-    {"prompt", "completion"} (loss on the completion only), or {"input_ids", optional
-    "loss_mask"}."""
+    {"prompt", "completion"} or {"instruction", optional "input", "output"} (loss on the answer
+    only), or {"input_ids", optional "loss_mask" or "labels" with -100 for what is not learnt}."""
     out: Path
     """Run directory; an unfinished run in it is continued."""
     train: TrainMode = "mtp"

@@ -94,10 +94,21 @@ def make_train_step(
             updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = cast(nnx.State, optax.apply_updates(state.trainable, updates))
         biases = balance(state.biases, load, settings.router_bias_rate)
+        moved = TrainState(trainable, biases, opt_state)
         result = StepResult(loss, optax.tree.norm(grads), measured)
-        return TrainState(trainable, biases, opt_state), result
+        return _where(jnp.any(_targets(measured, mode) > 0), moved, state), result
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _targets(measured: Measured, mode: TrainMode) -> jax.Array:
+    """Numbers of targets that the loss of a mode is a mean over, int32 [depths]."""
+    return measured.num_targets_K1[1:] if mode == "mtp" else measured.num_targets_K1
+
+
+def _where(learnt: jax.Array, moved: TrainState, state: TrainState) -> TrainState:
+    """What a step leaves: without a target no weight, moment or router bias moves."""
+    return jax.tree.map(lambda new, old: jnp.where(learnt, new, old), moved, state)
 
 
 def make_measure_step(

@@ -3,6 +3,7 @@
 A corpus is an index (file, first byte, bytes) of 20 bytes a document; the text stays on disk.
 """
 
+import codecs
 import json
 from array import array
 from collections.abc import Iterable, Iterator
@@ -19,7 +20,13 @@ from mtp_model.problems import UserError
 # piece by piece, and so that one long file can be shuffled and partly held out.
 PIECE_BYTES = 64 * 1024
 REPORTED_FAULTS = 40
-FORMS = '{"text"}, {"prompt", "completion"}, or {"input_ids", optional "loss_mask"}'
+FORMS = (
+    '{"text"}, {"prompt", "completion" or "response"}, {"instruction", optional "input", '
+    '"output"}, or {"input_ids", optional "loss_mask" or "labels"}'
+)
+_BESIDE_IDS = {"input_ids", "loss_mask", "labels", "attention_mask"}
+_NOT_LEARNT = -100  # in labels, as Transformers' losses leave it out
+_COMPLETIONS = {"prompt": ("completion", "response"), "instruction": ("output",)}
 
 
 class DataError(UserError):
@@ -61,6 +68,16 @@ class TokenIds:
 Record = Text | Exchange | TokenIds
 
 
+def has_target(record: Record) -> bool:
+    """Whether there is anything to learn in a record. Its first token is never a target."""
+    if isinstance(record, Text):
+        return bool(record.text)
+    if isinstance(record, Exchange):
+        return bool(record.completion)
+    mask = record.loss_mask if record.loss_mask is not None else [1] * len(record.input_ids)
+    return any(mask[1:])
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Corpus:
     """Documents by number: `corpus.read(3)`. N documents."""
@@ -69,6 +86,7 @@ class Corpus:
     file_N: np.ndarray  # int32, which file
     begin_N: np.ndarray  # int64, first byte
     nbytes_N: np.ndarray  # int64
+    idle_N: np.ndarray  # bool, documents with nothing to learn
     digest: str  # xxh3-128 of all files' contents, in order
     has_text: bool  # some document needs the tokenizer
     left_out: tuple[Path, ...] = ()  # files of a folder that are not UTF-8 text
@@ -78,8 +96,19 @@ class Corpus:
 
     def select(self, chosen_N: np.ndarray) -> "Corpus":
         """The documents where `chosen_N` (bool) holds, in the same order."""
-        columns = ("file_N", "begin_N", "nbytes_N")
+        columns = ("file_N", "begin_N", "nbytes_N", "idle_N")
         return replace(self, **{name: getattr(self, name)[chosen_N] for name in columns})
+
+    @property
+    def num_idle(self) -> int:
+        """How many documents have nothing to learn."""
+        return int(self.idle_N.sum())
+
+    def raise_if_idle(self) -> None:
+        """DataError where no document has anything to learn."""
+        if self.num_idle == len(self):
+            why = "every loss mask and label leaves all tokens out, or completions are empty"
+            raise DataError([f"nothing to learn in any of {len(self):,} documents: {why}"])
 
     def where(self, document: int) -> str:
         """FILE:LINE of a document, for messages."""
@@ -96,6 +125,8 @@ class Corpus:
             file.seek(begin)
             content = file.read(nbytes)
             last = not file.read(1)
+        if begin == 0:
+            content = content.removeprefix(codecs.BOM_UTF8)  # no part of the text
         if _is_jsonl(path):
             return parse_record(json.loads(content))
         return Text(text=content.decode("utf-8"), starts=begin == 0, ends=last)
@@ -118,39 +149,89 @@ def scan(paths: Iterable[Path], vocab_size: int) -> Corpus:
         scanner.faults.append(f"no document in {', '.join(map(str, paths))}")
     if scanner.faults:
         raise DataError(scanner.faults)
-    return scanner.corpus()
+    corpus = scanner.corpus()
+    corpus.raise_if_idle()
+    return corpus
 
 
 def parse_record(value: Any, vocab_size: int | None = None) -> Record:
     """A parsed line of JSONL as a record. Raises ValueError that says what is wrong with it."""
     if not isinstance(value, dict):
         raise ValueError(f"is {type(value).__name__}, needed an object: {FORMS}")
-    if sum(key in value for key in ("text", "prompt", "input_ids")) != 1:
+    forms = [key for key in ("text", "prompt", "instruction", "input_ids") if key in value]
+    if len(forms) != 1:
         raise ValueError(f"has the keys {', '.join(sorted(value)) or 'of none'}, needed {FORMS}")
-    if "input_ids" in value:
-        return _token_ids(value["input_ids"], value.get("loss_mask"), vocab_size)
-    names = ("text",) if "text" in value else ("prompt", "completion")
-    for name in names:
-        if not isinstance(value.get(name), str):
-            raise ValueError(f"{name} is {_kind(value.get(name))}, needed a string")
-    if "text" in value:
-        return Text(text=value["text"])
-    return Exchange(prompt=value["prompt"], completion=value["completion"])
+    [form] = forms
+    if form == "input_ids":
+        return _token_ids(value, vocab_size)
+    if form == "text":
+        return Text(text=_string(value, "text"))
+    return _exchange(value, form)
 
 
-def _token_ids(ids: Any, mask: Any, vocab_size: int | None) -> TokenIds:
+def _exchange(value: dict[str, Any], form: str) -> Exchange:
+    names = [name for name in _COMPLETIONS[form] if name in value] or _COMPLETIONS[form][:1]
+    if len(names) > 1:
+        raise ValueError(f"has both {' and '.join(names)}, needed one of them")
+    prompt, completion = _string(value, form), _string(value, names[0])
+    if form == "instruction" and value.get("input"):
+        prompt = f"{prompt}\n\n{_string(value, 'input')}"
+    return Exchange(prompt=prompt, completion=completion)
+
+
+def _string(value: dict[str, Any], name: str) -> str:
+    if not isinstance(value.get(name), str):
+        raise ValueError(f"{name} is {_kind(value.get(name))}, needed a string")
+    return value[name]
+
+
+def _token_ids(value: dict[str, Any], vocab_size: int | None) -> TokenIds:
+    unknown = sorted(value.keys() - _BESIDE_IDS)
+    if unknown:
+        known = ", ".join(sorted(_BESIDE_IDS - {"input_ids"}))
+        raise ValueError(f"has {', '.join(unknown)} beside input_ids, known there are {known}")
+    ids, mask = value["input_ids"], value.get("loss_mask")
     if not isinstance(ids, list) or not all(type(each) is int for each in ids):
         raise ValueError("input_ids is not a list of whole numbers")
     top = vocab_size or (1 << 31)
     wrong = next((each for each in ids if not 0 <= each < top), None)
     if wrong is not None:
         raise ValueError(f"input_ids has {wrong}, the vocabulary is 0 to {top - 1}")
-    if mask is not None:
-        if not isinstance(mask, list) or not all(type(m) is int and m in (0, 1) for m in mask):
-            raise ValueError("loss_mask is not a list of 0 and 1")
-        if len(mask) != len(ids):
-            raise ValueError(f"loss_mask has {len(mask)} entries for {len(ids)} input_ids")
-    return TokenIds(input_ids=ids, loss_mask=mask)
+    if value.get("labels") is not None:
+        if mask is not None:
+            raise ValueError("has both loss_mask and labels, needed one of them")
+        mask = _mask_of_labels(value["labels"], ids)
+    mask = _zeros_and_ones(mask, "loss_mask", ids)
+    attention = _zeros_and_ones(value.get("attention_mask"), "attention_mask", ids)
+    if attention is None or all(attention):
+        return TokenIds(input_ids=ids, loss_mask=mask)
+    kept = [position for position, seen in enumerate(attention) if seen]  # the rest is padding
+    return TokenIds(
+        input_ids=[ids[position] for position in kept],
+        loss_mask=mask and [mask[position] for position in kept],
+    )
+
+
+def _zeros_and_ones(mask: Any, name: str, ids: list[int]) -> list[int] | None:
+    if mask is None:
+        return None
+    if not isinstance(mask, list) or not all(type(m) is int and m in (0, 1) for m in mask):
+        raise ValueError(f"{name} is not a list of 0 and 1")
+    if len(mask) != len(ids):
+        raise ValueError(f"{name} has {len(mask)} entries for {len(ids)} input_ids")
+    return mask
+
+
+def _mask_of_labels(labels: Any, ids: list[int]) -> list[int]:
+    """The loss mask that labels stand for: its own token, or -100 where it is not learnt."""
+    if not isinstance(labels, list) or len(labels) != len(ids):
+        found = len(labels) if isinstance(labels, list) else _kind(labels)
+        raise ValueError(f"labels has {found} entries for {len(ids)} input_ids")
+    for position, (label, token) in enumerate(zip(labels, ids, strict=True)):
+        if label not in (token, _NOT_LEARNT):
+            found = f"labels has {label!r} at {position}, where input_ids has {token}"
+            raise ValueError(f"{found}; needed that token, or {_NOT_LEARNT}: nothing is shifted")
+    return [int(label != _NOT_LEARNT) for label in labels]
 
 
 def _kind(value: Any) -> str:
@@ -196,6 +277,7 @@ class _Scanner:
         self.file, self.begin, self.nbytes = array("i"), array("q"), array("q")
         self.digest = xxhash.xxh3_128()
         self.has_text = False
+        self.idle = array("b")  # 1 for a document with nothing to learn
 
     def scan(self, path: Path, required: bool) -> None:
         known = len(self.nbytes)
@@ -217,19 +299,21 @@ class _Scanner:
             file_N=np.array(self.file, np.int32),
             begin_N=np.array(self.begin, np.int64),
             nbytes_N=np.array(self.nbytes, np.int64),
+            idle_N=np.array(self.idle, bool),
             digest=self.digest.hexdigest(),
             has_text=self.has_text,
             left_out=tuple(self.left_out),
         )
 
-    def _add(self, begin: int, content: bytes) -> None:
+    def _add(self, begin: int, content: bytes, *, idle: bool = False) -> None:
+        self.idle.append(idle)
         self.digest.update(content)
         self.file.append(len(self.files) - 1)
         self.begin.append(begin)
         self.nbytes.append(len(content))
 
     def _forget(self, known: int) -> None:
-        for column in (self.file, self.begin, self.nbytes):
+        for column in (self.file, self.begin, self.nbytes, self.idle):
             del column[known:]
 
     def _scan_text(self, path: Path) -> None:
@@ -254,7 +338,8 @@ class _Scanner:
 
     def _scan_line(self, where: str, begin: int, line: bytes) -> None:
         try:
-            record = parse_record(json.loads(line), self.vocab_size)
+            content = line if begin else line.removeprefix(codecs.BOM_UTF8)
+            record = parse_record(json.loads(content), self.vocab_size)
         except json.JSONDecodeError as error:
             self.faults.append(f"{where} is not JSON: {error.msg} at column {error.colno}")
         except UnicodeDecodeError as error:
@@ -262,5 +347,5 @@ class _Scanner:
         except (ValueError, RecursionError) as error:
             self.faults.append(f"{where} {error}")
         else:
-            self._add(begin, line)
+            self._add(begin, line, idle=not has_target(record))
             self.has_text |= not isinstance(record, TokenIds)

@@ -4,6 +4,7 @@ B rows, T tokens a row.
 """
 
 import functools
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -27,6 +28,23 @@ class Batch(NamedTuple):
     segment_ids_BT: Any
     positions_BT: Any
     loss_mask_BT: Any
+
+
+def first_rows(
+    batches: Iterable[tuple[Batch, "Position"]], num_rows: int
+) -> Iterator[tuple[Batch, "Position"]]:
+    """Batches until there are so many rows; what the last one has beyond them is padding."""
+    for batch, position in batches:
+        rows = len(batch.tokens_BT)
+        yield Batch(*(_padded_from(num_rows, each) for each in batch)), position
+        num_rows -= rows
+        if num_rows <= 0:
+            return
+
+
+def _padded_from(row: int, each_BT: np.ndarray) -> np.ndarray:
+    """The array with zeros from a row on."""
+    return np.where(np.arange(len(each_BT))[:, None] < row, each_BT, np.int32(0))
 
 
 class Place(NamedTuple):
@@ -140,7 +158,8 @@ class Packer:
 
     def _begin(self) -> tuple[Place, Tokens] | None:
         """The next document, or None after the last epoch. Those without tokens are passed."""
-        for _ in range(len(self.documents) + 1):
+        # The only one with tokens may come first in an epoch and last in the next.
+        for _ in range(2 * len(self.documents)):
             epoch, document = self.next
             if self.epochs is not None and epoch >= self.epochs:
                 return None

@@ -1,13 +1,12 @@
 """The text of a run: what is trained on, what is held out, and both as documents of tokens."""
 
-import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from finetune.data.corpus import Corpus, DataError, scan
-from finetune.data.packing import Batch, Packer
+from finetune.data.packing import Batch, Packer, first_rows
 from finetune.data.tokens import TextEncoder, TokenDocuments
 from finetune.settings import RunSettings
 from mtp_model import ModelConfig
@@ -28,6 +27,7 @@ def open_run_text(settings: RunSettings, config: ModelConfig) -> RunText:
     """Scan, check and split the data of a run. Raises DataError with everything wrong with it."""
     encoder = TextEncoder(as_path(settings.checkpoint))
     train, held_out, said = _split(settings, config.vocab_size)
+    train.raise_if_idle()
     documents = (
         TokenDocuments(each, encoder, config.vocab_size) for each in (train, held_out) if each
     )
@@ -37,7 +37,7 @@ def open_run_text(settings: RunSettings, config: ModelConfig) -> RunText:
         train=train_documents,
         held_out=held_out_documents,
         digest=train.digest + (held_out.digest if held_out else ""),
-        description=f"{len(train)} documents to train on, {said}{_left_out(train)}",
+        description=f"{len(train)} documents to train on, {said}{_left_out(train)}{_idle(train)}",
     )
 
 
@@ -49,7 +49,6 @@ def open_documents(checkpoint: str, data: tuple[Path, ...], config: ModelConfig)
 
 def held_out_batches(documents: TokenDocuments, settings: RunSettings) -> list[Batch]:
     """The rows of every evaluation: a fixed sample, whatever the order of training is."""
-    num_batches = max(1, settings.evaluation.rows // settings.batch.rows)
     packer = Packer(
         documents,
         rows=settings.batch.rows,
@@ -57,7 +56,7 @@ def held_out_batches(documents: TokenDocuments, settings: RunSettings) -> list[B
         seed=0,
         epochs=1,
     )
-    return [batch for batch, _ in itertools.islice(packer, num_batches)]
+    return [batch for batch, _ in first_rows(packer, settings.evaluation.rows)]
 
 
 def _split(settings: RunSettings, vocab_size: int) -> tuple[Corpus, Corpus | None, str]:
@@ -80,6 +79,12 @@ def _split(settings: RunSettings, vocab_size: int) -> tuple[Corpus, Corpus | Non
     held_out = corpus.select(chosen_N)
     said = f"{len(held_out)} held out (1 of every {every}; --eval-data names others)"
     return corpus.select(~chosen_N), held_out, said
+
+
+def _idle(corpus: Corpus) -> str:
+    if not corpus.num_idle:
+        return ""
+    return f"; warning: {corpus.num_idle:,} documents have nothing to learn"
 
 
 def _left_out(corpus: Corpus) -> str:

@@ -41,11 +41,20 @@ class TextEncoder:
             return _tokens((ids, [1] * len(ids) if mask is None else mask))
         if isinstance(record, Exchange):
             prompt, completion = self._encode(record.prompt), self._encode(record.completion)
-            context, learnt = [*self.bos, *prompt], [*completion, *self.eos]
+            context, learnt = self._begun(prompt), self._ended(completion)
             return _tokens((context, [0] * len(context)), (learnt, [1] * len(learnt)))
-        ids = [*(self.bos if record.starts else ()), *self._encode(record.text)]
-        ids += self.eos if record.ends else ()
+        ids = self._encode(record.text)
+        ids = self._begun(ids) if record.starts else ids
+        ids = self._ended(ids) if record.ends else ids
         return _tokens((ids, [1] * len(ids)))
+
+    def _begun(self, ids: list[int]) -> list[int]:
+        """With bos in front, once: the text may have it."""
+        return ids if self.bos and tuple(ids[:1]) == self.bos else [*self.bos, *ids]
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        """With eos at the end, once: the text may have it."""
+        return ids if self.eos and tuple(ids[-1:]) == self.eos else [*ids, *self.eos]
 
     def _encode(self, text: str) -> list[int]:
         assert self.tokenizer is not None  # TokenDocuments checks it

@@ -25,6 +25,8 @@ from roundtrip import tree_bytes
 
 from finetune import cli
 from finetune.data.corpus import DataError
+from finetune.data.packing import Batch
+from finetune.optimizer import make_optimizer
 from finetune.run.directory import RunError
 from finetune.run.metrics import read_rows
 from finetune.settings import (
@@ -36,7 +38,7 @@ from finetune.settings import (
     SettingsError,
     read_yaml,
 )
-from finetune.state import TRAINABLE
+from finetune.state import TRAINABLE, make_train_step, start
 from finetune.train import StoppedError, train
 from finetune.weights import load_for_training
 from mtp_model import progress
@@ -486,3 +488,25 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint_whole(
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["3"]
     train(run, QUIET)
     assert len(read_rows(tmp_path / "run/metrics.jsonl")) == settings.steps
+
+
+@pytest.mark.parametrize("mode", ["mtp", "all"])
+def test_a_step_without_a_target_moves_nothing(settings: RunSettings, checkpoint: Path, mode: str):
+    """No weight by decay, no moment, no router bias; a step with a target moves all of them."""
+    split = load_for_training(str(checkpoint), mode, "float32")
+    optimizer = make_optimizer(settings.optimizer, 10, lambda _: True)
+    step = make_train_step(split.graphdef, optimizer, dataclasses.replace(settings, train=mode))
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(3, 300, (2, 16)).astype(np.int32)
+    ones = np.ones_like(tokens)
+    positions = np.broadcast_to(np.arange(16, dtype=np.int32), (2, 16))
+    learnt = Batch(tokens, ones, positions, ones)
+    idle = Batch(tokens, ones, positions, np.zeros_like(ones))
+    begun, _ = step(start(split, optimizer), split.frozen, learnt)
+    before = jax.device_get(begun)
+    after, _ = step(begun, split.frozen, idle)
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        np.testing.assert_array_equal(old, new)
+    moved, _ = step(after, split.frozen, learnt)
+    for old, new in zip(jax.tree.leaves(before.biases), jax.tree.leaves(moved.biases), strict=True):
+        assert not np.array_equal(old, new)

@@ -90,6 +90,11 @@ def test_every_malformed_line_is_reported_at_once(tmp_path):
         {"input_ids": [1, 2], "loss_mask": [1]},
         {"input_ids": [1, 2], "loss_mask": [1, 2]},
         "[" * 100_000,
+        {"input_ids": [1, 2], "lables": [1, 2]},
+        {"input_ids": [1, 2], "labels": [-100, 3]},
+        {"input_ids": [1, 2], "labels": [-100, 2], "loss_mask": [0, 1]},
+        {"input_ids": [1, 2], "labels": [2]},
+        {"prompt": "a", "completion": "b", "response": "c"},
     )
     (tmp_path / "broken.txt").write_bytes(b"abc\xff")
     missing = tmp_path / "missing.txt"
@@ -108,11 +113,16 @@ def test_every_malformed_line_is_reported_at_once(tmp_path):
         10: "loss_mask has 1 entries for 2 input_ids",
         11: "loss_mask is not a list of 0 and 1",
         12: "",
+        13: "has lables beside input_ids, known there are attention_mask, labels, loss_mask",
+        14: "labels has 3 at 1, where input_ids has 2; needed that token, or -100",
+        15: "has both loss_mask and labels",
+        16: "labels has 1 entries for 2 input_ids",
+        17: "has both completion and response",
     }.items():
         assert f"{bad}:{line} {reason}" in report
     assert f"{tmp_path / 'broken.txt'} is not UTF-8 text" in report
     assert f"{missing} cannot be read: No such file" in report
-    assert report.startswith("13 problems in the data:")
+    assert report.startswith("18 problems in the data:")
 
 
 def test_a_long_report_is_cut(tmp_path):
@@ -191,6 +201,67 @@ def test_a_token_outside_the_vocabulary_names_its_line(checkpoint, tmp_path):
         documents[1]
 
 
+def test_labels_are_a_loss_mask_and_padding_is_dropped(tmp_path):
+    masked = {"input_ids": [5, 6, 7], "loss_mask": [0, 0, 1]}
+    labelled = {"input_ids": [5, 6, 7], "labels": [-100, -100, 7], "attention_mask": [1, 1, 1]}
+    padded = {
+        "input_ids": [5, 6, 7, 0, 0],
+        "labels": [-100, -100, 7, -100, -100],
+        "attention_mask": [1, 1, 1, 0, 0],
+    }
+    corpus = scan([write_jsonl(tmp_path / "a.jsonl", masked, labelled, padded)], VOCAB)
+    assert corpus.read(0) == corpus.read(1) == corpus.read(2)
+
+
+@pytest.mark.parametrize(
+    ("record", "prompt", "completion"),
+    [
+        ({"prompt": "p", "response": "r"}, "p", "r"),
+        ({"instruction": "i", "output": "o"}, "i", "o"),
+        ({"instruction": "i", "input": "", "output": "o"}, "i", "o"),
+        ({"instruction": "i", "input": "n", "output": "o"}, "i\n\nn", "o"),
+    ],
+)
+def test_other_names_of_prompt_and_completion(tmp_path, record, prompt, completion):
+    corpus = scan([write_jsonl(tmp_path / "a.jsonl", record)], VOCAB)
+    assert corpus.read(0) == Exchange(prompt=prompt, completion=completion)
+
+
+def test_bos_and_eos_are_not_doubled_and_a_byte_order_mark_is_no_token(checkpoint, tmp_path):
+    encoder = TextEncoder(checkpoint)
+    assert encoder.tokenizer is not None
+    bos, eos = (encoder.tokenizer.id_to_token(number) for number in (0, 1))
+    plain = encoder.encode(Text(text="def first"))
+    for text in (f"{bos}def first", f"def first{eos}", f"{bos}def first{eos}"):
+        assert encoder.encode(Text(text=text)).ids.tolist() == plain.ids.tolist()
+    exchange = encoder.encode(Exchange(prompt=f"{bos}import", completion=f"return{eos}"))
+    wanted = encoder.encode(Exchange(prompt="import", completion="return"))
+    assert exchange.ids.tolist() == wanted.ids.tolist()
+    (tmp_path / "a.txt").write_text("def first", encoding="utf-8-sig")
+    (tmp_path / "b.jsonl").write_text('{"text": "def first"}\n', encoding="utf-8-sig")
+    corpus = scan([tmp_path], VOCAB)
+    assert [corpus.read(i) for i in range(2)] == [Text(text="def first")] * 2
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"input_ids": [3, 4, 5], "loss_mask": [0, 0, 0]},
+        {"input_ids": [3, 4, 5], "labels": [-100, -100, -100]},
+        {"input_ids": [3, 4, 5], "loss_mask": [1, 0, 0]},  # the first token is no target
+        {"input_ids": [3]},
+        {"prompt": "words", "completion": ""},
+    ],
+)
+def test_nothing_to_learn_is_an_error_and_some_of_it_a_warning(checkpoint, tmp_path, record):
+    idle = write_jsonl(tmp_path / "idle.jsonl", *[record] * 3)
+    with pytest.raises(DataError, match="nothing to learn in any of 3 documents"):
+        scan([idle], VOCAB)
+    mixed = write_jsonl(tmp_path / "mixed.jsonl", *[record] * 3, *[{"input_ids": [3, 4]}] * 40)
+    text = open_run_text(run_settings(checkpoint, mixed), model_config(checkpoint))
+    assert "warning: 3 documents have nothing to learn" in text.description
+
+
 # --- what is held out
 
 
@@ -203,7 +274,7 @@ def model_config(checkpoint):
 
 
 def test_every_nth_document_is_held_out(checkpoint, tmp_path):
-    file = write_jsonl(tmp_path / "a.jsonl", *({"input_ids": [i]} for i in range(10)))
+    file = write_jsonl(tmp_path / "a.jsonl", *({"input_ids": [i, 1]} for i in range(10)))
     settings = run_settings(checkpoint, file, evaluation=EvaluationSettings(holdout_every=4))
     text = open_run_text(settings, model_config(checkpoint))
     assert text.held_out is not None
@@ -213,8 +284,8 @@ def test_every_nth_document_is_held_out(checkpoint, tmp_path):
 
 
 def test_held_out_text_can_be_named_or_left_out(checkpoint, tmp_path):
-    one = write_jsonl(tmp_path / "one.jsonl", {"input_ids": [1]})
-    other = write_jsonl(tmp_path / "other.jsonl", {"input_ids": [2]})
+    one = write_jsonl(tmp_path / "one.jsonl", {"input_ids": [1, 2]})
+    other = write_jsonl(tmp_path / "other.jsonl", {"input_ids": [2, 3]})
     config = model_config(checkpoint)
     named = open_run_text(run_settings(checkpoint, one, eval_data=(other,)), config)
     assert (len(named.train), named.held_out and len(named.held_out)) == (1, 1)

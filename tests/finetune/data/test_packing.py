@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.data.corpus import DataError
-from finetune.data.packing import Packer, Position
+from finetune.data.packing import Batch, Packer, Position, first_rows
 from finetune.data.tokens import Tokens
 
 
@@ -124,3 +124,23 @@ def test_a_batch_of_long_documents_is_of_several():
     documents = numbered_documents([200] * 6)
     batch, _ = next(pack(documents, rows=3, row_tokens=8))
     assert len({int(row[0]) // 200 for row in batch.tokens_BT}) == 3
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 5, 8])
+def test_first_rows_are_exactly_so_many(num_rows: int):
+    """Of batches of three rows; the others are padding."""
+    batches = [
+        (Batch(*np.full((4, 3, 5), number + 1, np.int32)), Position()) for number in range(4)
+    ]
+    found = [batch for batch, _ in first_rows(batches, num_rows)]
+    rows = np.concatenate([batch.segment_ids_BT for batch in found])
+    assert (rows.any(axis=1)).sum() == num_rows
+    wanted = np.repeat(np.arange(1, 5), 3)[:num_rows]
+    assert rows[rows.any(axis=1)][:, 0].tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_only_document_with_tokens_is_found_in_every_epoch(seed: int):
+    documents = numbered_documents([0, 0, 1])
+    packer = Packer(documents, rows=1, row_tokens=1, seed=seed, epochs=9)
+    assert len(list(packer)) == 9
