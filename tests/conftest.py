@@ -39,6 +39,12 @@ def _no_power_cut() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def _torch() -> None:
+    """For tests that need torch: they are skipped where it is missing (`make test-newest`)."""
+    pytest.importorskip("torch")
+
+
 @pytest.fixture(scope="module")
 def gcs() -> "Iterator[GcsServer]":
     """Google Cloud Storage on loopback."""

@@ -8,6 +8,9 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("torch")
+
 import torch
 from released import CONFIG
 from safetensors import safe_open

@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.usefixtures("_torch")
 def test_demo(tmp_path):
     command = [sys.executable, "-m", "tools.demo", "--out", tmp_path / "run", "--steps-scale", "0"]
     environment = os.environ | {"COLUMNS": "120", "JAX_PLATFORMS": "cpu"}

@@ -310,6 +310,7 @@ def test_verify_against_another_source_fails(
     assert "... and 31 more lines; --json lists all" in out
 
 
+@pytest.mark.usefixtures("_torch")
 def test_verify_logits(
     source: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -9,6 +9,10 @@ from typing import Any
 
 import jax
 import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
 import torch
 from imported import assert_close, assert_far, import_folder, load_float32
 from transformers_pair import pair_of, transformers_mtp

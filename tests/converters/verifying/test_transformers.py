@@ -5,6 +5,10 @@
 
 import jax
 import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
 import torch
 from imported import assert_close, assert_far, import_folder, load_float32
 from transformers_pair import Pair, pair_of, transformers_mtp

@@ -300,7 +300,7 @@ def test_every_damaged_file_is_named(copied: Pair):
 
 
 @pytest.fixture(scope="module")
-def kept_logits(kept: Pair) -> LogitsCheck:
+def kept_logits(kept: Pair, _torch: None) -> LogitsCheck:
     return logits(*kept)
 
 
@@ -308,6 +308,7 @@ def test_logits_of_an_import_agree(kept_logits: LogitsCheck):
     assert_agreement(kept_logits)
 
 
+@pytest.mark.usefixtures("_torch")
 def test_logits_of_an_import_to_bfloat16_agree(kept: Pair, tmp_path: Path):
     import_folder(kept[0], tmp_path / "checkpoint", dtype="bf16")
     assert_agreement(logits(kept[0], tmp_path / "checkpoint"))
@@ -320,6 +321,7 @@ def assert_agreement(found: LogitsCheck) -> None:
     assert all(0 < depth.relative_difference <= TOLERANCE for depth in found.depths)
 
 
+@pytest.mark.usefixtures("_torch")
 def test_logits_of_the_mtp_module_alone_agree(kept: Pair, tmp_path: Path):
     options = {"scope": "mtp", "mtp_hidden_state": "pre_norm"}
     import_folder(kept[0], tmp_path / "checkpoint", **options)
@@ -328,6 +330,7 @@ def test_logits_of_the_mtp_module_alone_agree(kept: Pair, tmp_path: Path):
     assert depth.holds
 
 
+@pytest.mark.usefixtures("_torch")
 def test_logits_of_swapped_tensors_differ(copied: Pair):
     norms = MTP + "enorm.weight", MTP + "hnorm.weight"
     swap(copied[0], *norms)
@@ -336,6 +339,7 @@ def test_logits_of_swapped_tensors_differ(copied: Pair):
     assert mtp.relative_difference > 100 * TOLERANCE
 
 
+@pytest.mark.usefixtures("_torch")
 def test_logits_of_trained_weights_agree_with_their_export(kept: Pair, tmp_path: Path):
     paths = open_checkpoint(kept[1]).leaves
     leaves = [p for p in paths if p.startswith("mtp.") and p.endswith(".weight")]
@@ -357,6 +361,7 @@ def test_positions_without_a_defined_input_are_not_compared(kept_logits: LogitsC
     assert [(row > 0).sum() for row in segments] == [sum(lengths) for lengths in DOCUMENTS]
 
 
+@pytest.mark.usefixtures("_torch")
 def test_logits_that_do_not_fit_into_memory_say_so(kept: Pair, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("converters.verifying.logits.os.sysconf", lambda _: 100)
     with pytest.raises(CheckpointError, match=r"need 977.88 kB of memory .* has 10.00 kB"):
