@@ -1,26 +1,55 @@
-# `make demo` and `make test` do all the set-up: .venv is made when it is missing or out of date.
+# Each of these sets up what it needs and no more: .venv, and for `make test-newest` .venv-newest.
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || echo python3)
+# The first of these commands that runs.
+first_of = $(shell for python in $(1); do $$python -c "" 2>&- && echo $$python && break; done)
+PYTHON ?= $(call first_of,python3.11 python3.12 python3.13 python3.14 python3)
+NEWEST_PYTHON ?= $(call first_of,$(foreach v,3.14 3.13 3.12,python$(v) $(wildcard $(HOME)/.pyenv/versions/$(v).*/bin/python)))
+NEWEST_EXTRAS ?= test
+# Without compiling every module at once: those that are used are compiled at their first import.
+INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 BIN := .venv/bin
-INSTALLED := .venv/installed
+NEWEST := .venv-newest
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-newest lint clean
 
-demo: $(INSTALLED)
+demo: .venv/for-demo
 	$(BIN)/python -m tools.demo
 
-test: $(INSTALLED)
+test: .venv/for-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-lint: $(INSTALLED)
+lint: .venv/for-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
-$(INSTALLED): pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,lint]"
-	touch $(INSTALLED)
+# With the newest releases that pyproject.toml allows instead of constraints.txt. Without torch, which
+# brings gigabytes of CUDA: tests that need it are skipped, unless NEWEST_EXTRAS=test,parity is given.
+test-newest:
+ifeq ($(NEWEST_PYTHON),)
+	@echo "make test-newest: found no python3.12, python3.13 or python3.14; name one: NEWEST_PYTHON=..." >&2
+	@exit 1
+else
+	$(MAKE) $(NEWEST)/installed
+	$(NEWEST)/bin/python -m pip list --disable-pip-version-check | grep -iE '^(jax|flax|orbax-checkpoint|numpy) '
+	$(NEWEST)/bin/python -m pytest -n 2 --dist loadfile
+endif
+
+.venv/for-demo: EXTRAS := verify
+.venv/for-test: EXTRAS := test,parity
+.venv/for-lint: EXTRAS := test,parity,lint
+
+.venv/for-demo .venv/for-test .venv/for-lint: pyproject.toml constraints.txt
+	@echo "Set-up: .venv gets JAX and the extras $(EXTRAS), about a minute ..."
+	@$(PYTHON) -m venv .venv
+	@began=$$(date +%s); $(BIN)/python $(INSTALL) -c constraints.txt -e ".[$(EXTRAS)]" && \
+		echo "Set-up: done in $$(($$(date +%s) - began)) s"
+	@touch $@
+
+$(NEWEST)/installed: pyproject.toml
+	$(NEWEST_PYTHON) -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/python $(INSTALL) --upgrade --upgrade-strategy eager -e ".[$(NEWEST_EXTRAS)]"
+	touch $@
 
 clean:
-	rm -rf .venv demo-run
+	rm -rf .venv $(NEWEST) demo-run

@@ -8,12 +8,14 @@ inspect, import, verify, fine-tune the MTP module, export, verify again.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from rich.table import Table
 from tools.demo_text import Domain, train_tokenizer, write_domains
 from tools.make_tiny_checkpoint import stored_tensors, tiny_config, weight_shapes, write_weights
 
-MINUTES = 10  # what the whole demo may take on two cores
+MINUTES = 4  # what the whole demo may take on two cores
 SIZES = {
     "hidden_size": 192,
     "vocab_size": 2048,
@@ -52,6 +54,9 @@ EVALUATION_ROWS = 256
 BATCH = ["--batch.rows", "16", "--batch.row-tokens", "128"]
 NO_EVALUATION = ["--evaluation.holdout-every", "0"]
 
+# XLA's last passes take a third of the time in which it compiles, and speed nothing up here.
+SETTINGS = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_llvm_disable_expensive_passes=true"}
+
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -64,7 +69,8 @@ def main() -> None:
     arguments = parser.parse_args()
     began = time.monotonic()
     console.print(
-        f"This takes at most {MINUTES} minutes on two cores; files go to {arguments.out}/."
+        f"This takes at most {MINUTES} minutes on two cores; files go to {arguments.out}/.\n"
+        "Steps a to c make a checkpoint such as people find; 1 to 5 are what its user does."
     )
     shutil.rmtree(arguments.out, ignore_errors=True)
     code, prose = prepare(arguments.out)
@@ -79,13 +85,12 @@ def main() -> None:
 
 def prepare(out: Path) -> tuple[Domain, Domain]:
     """Text, tokenizer, and a checkpoint of random weights in the released format."""
-    headline("Text of two domains, a tokenizer, and random weights")
-    code, prose = write_domains(out / "text")
-    folder = out / "random"
-    write_random_checkpoint(folder)
-    train_tokenizer([code.train, prose.train], SIZES["vocab_size"]).save(
-        str(folder / "tokenizer.json")
-    )
+    with step("a. Text of two domains, a tokenizer, and random weights"):
+        code, prose = write_domains(out / "text")
+        folder = out / "random"
+        write_random_checkpoint(folder)
+        tokenizer = train_tokenizer([code.train, prose.train], SIZES["vocab_size"])
+        tokenizer.save(str(folder / "tokenizer.json"))
     return code, prose
 
 
@@ -116,49 +121,49 @@ def make_released(
     out: Path, code: Domain, prose: Domain, steps: int, main_steps: int, rows: int
 ) -> dict[str, Any]:
     """The checkpoint that the user gets; returns acceptance on code before the main model moved."""
-    headline("A small model trained from random on code, main model and MTP module together")
-    convert("import", out / "random", out / "random-checkpoint")
     train_all = ("train", "--train", "all", *BATCH, *NO_EVALUATION)
-    finetune(
-        *(*train_all, "--checkpoint", out / "random-checkpoint", "--data", code.train),
-        *("--out", out / "pretraining", "--steps", steps, "--checkpoints.every", steps),
-        *("--optimizer.learning-rate", "3e-3", "--mtp-lambda", "0.3"),
-    )
-    on_code = acceptance(out / "pretraining" / "final", code, rows)
-    headline("Somebody fine-tunes its main model on prose, and forgets the MTP module")
-    finetune(
-        *(*train_all, "--checkpoint", out / "pretraining" / "final", "--data", prose.train),
-        *("--out", out / "forgetting", "--steps", main_steps, "--checkpoints.every", main_steps),
-        *("--optimizer.learning-rate", "1e-3", "--optimizer.weight-decay", "0"),
-        *("--mtp-lambda", "0"),
-    )
-    convert("export", out / "forgetting" / "final", out / "released")
+    with step("b. A small model trained from random on code, main model and MTP module together"):
+        convert("import", out / "random", out / "random-checkpoint")
+        finetune(
+            *(*train_all, "--checkpoint", out / "random-checkpoint", "--data", code.train),
+            *("--out", out / "pretraining", "--steps", steps, "--checkpoints.every", steps),
+            *("--optimizer.learning-rate", "3e-3", "--mtp-lambda", "0.3"),
+        )
+        on_code = acceptance(out / "pretraining" / "final", code, rows)
+    with step("c. Somebody fine-tunes its main model on prose, and forgets the MTP module"):
+        finetune(
+            *(*train_all, "--checkpoint", out / "pretraining" / "final", "--data", prose.train),
+            *("--out", out / "forgetting", "--steps", main_steps),
+            *("--checkpoints.every", main_steps, "--mtp-lambda", "0"),
+            *("--optimizer.learning-rate", "1e-3", "--optimizer.weight-decay", "0"),
+        )
+        convert("export", out / "forgetting" / "final", out / "released")
     return on_code
 
 
 def use_the_product(out: Path, prose: Domain, steps: int, rows: int) -> dict[str, Any]:
     """What a user does with a released checkpoint; returns what was measured."""
     released, checkpoint, run = out / "released", out / "checkpoint", out / "finetuning"
-    headline("1. What is in the checkpoint?")
-    convert("inspect", released)
-    headline("2. Import it")
-    convert("import", released, checkpoint)
-    headline("3. Is every tensor and every logit the same?")
-    convert("verify", released, checkpoint, "--logits", "--report", out / "report-import")
-    headline("4. Fine-tune the MTP module on prose; the main model is frozen")
-    before = acceptance(checkpoint, prose, rows)
-    finetune(
-        *("train", "--checkpoint", checkpoint, "--data", prose.train),
-        *("--eval-data", prose.held_out, "--out", run, "--steps", steps, *BATCH),
-        *("--optimizer.learning-rate", "1e-3", "--evaluation.every", max(1, steps // 3)),
-    )
-    after = acceptance(run / "final", prose, rows)
-    headline("5. Export it in the format it came in, and verify again")
-    convert("export", run / "final", out / "exported")
-    convert(
-        *("verify", out / "exported", run / "final", "--logits"),
-        *("--report", out / "report-export"),
-    )
+    with step("1. What is in the checkpoint?"):
+        convert("inspect", released)
+    with step("2. Import it"):
+        convert("import", released, checkpoint)
+    with step("3. Is every tensor and every logit the same?"):
+        convert("verify", released, checkpoint, "--logits", "--report", out / "report-import")
+    with step("4. Fine-tune the MTP module on prose; the main model is frozen"):
+        before = acceptance(checkpoint, prose, rows)
+        finetune(
+            *("train", "--checkpoint", checkpoint, "--data", prose.train),
+            *("--eval-data", prose.held_out, "--out", run, "--steps", steps, *BATCH),
+            *("--optimizer.learning-rate", "1e-3", "--evaluation.every", max(1, steps // 3)),
+        )
+        after = acceptance(run / "final", prose, rows)
+    with step("5. Export it in the format it came in, and verify again"):
+        convert("export", run / "final", out / "exported")
+        convert(
+            *("verify", out / "exported", run / "final", "--logits"),
+            *("--report", out / "report-export"),
+        )
     return {
         "before": before,
         "after": after,
@@ -200,7 +205,7 @@ def tensor_bytes(file: Path) -> dict[str, bytes]:
 
 def report(out: Path, on_code: dict, results: dict[str, Any], seconds: float) -> None:
     """The closing table."""
-    headline("The result")
+    console.print("\n[bold]The result[/bold]")
     before, after = results["before"], results["after"]
     table = Table(title="The MTP module on held-out prose", title_justify="left")
     for column in ("", "as it was released", "after fine-tuning"):
@@ -238,8 +243,13 @@ def worst_difference(folder: Path) -> float:
     return max(depth["relative_difference"] for depth in depths)
 
 
-def headline(text: str) -> None:
+@contextlib.contextmanager
+def step(text: str) -> Iterator[None]:
+    """Say what happens now, and at its end how long it took."""
     console.print(f"\n[bold]{text}[/bold]")
+    began = time.monotonic()
+    yield
+    console.print(f"[dim]this step took {time.monotonic() - began:.0f} s[/dim]")
 
 
 def convert(*arguments: object) -> None:
@@ -253,11 +263,10 @@ def finetune(*arguments: object) -> None:
 def run_command(program: str, *arguments: object, capture: bool = False) -> str:
     """Run one of the installed commands; stops the demo where it fails."""
     words = [program, *map(str, arguments)]
-    if not capture:
-        console.print(f"[dim]$ {' '.join(words)}[/dim]")
+    console.print(f"[dim]$ {' '.join(words)}[/dim]")
     installed = Path(sys.executable).parent / program
     output = subprocess.PIPE if capture else None
-    environment = os.environ | {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu")}
+    environment = SETTINGS | os.environ
     done = subprocess.run(
         [str(installed), *words[1:]], stdout=output, text=True, check=False, env=environment
     )
