@@ -76,6 +76,7 @@ class Encoder:
         self._checkpoint = checkpoint
         self._dtypes = dtypes
         self._block: fp8.Block = config.weight_block_size or (1, 1)
+        self._powers_of_two = config.power_of_two_scales
         self._weight_of = {slot.scale: slot.name for slot in slots.values() if slot.scale}
         self._memory = ThreadMemory()
 
@@ -158,7 +159,9 @@ class Encoder:
         try:
             if self._is_requantised(slot.name):
                 codes, stored = out.reshape(values.shape), self._stored_scales(slot, rows)
-                found = fp8.requantise_into(codes, values, stored, self._block)
+                found = fp8.requantise_into(
+                    codes, values, stored, self._block, powers_of_two=self._powers_of_two
+                )
                 return EncodedRows(data=out, scales=found.scale, costs=found.costs)
             wanted = out.view(DTYPES[self._dtypes[slot.name]]).reshape(values.shape)
             if values.dtype == _FP8:

@@ -69,12 +69,18 @@ def dequantise_into(out: np.ndarray, codes: np.ndarray, scale: np.ndarray, block
 
 
 def requantise_into(
-    codes: NDArray[np.uint8], weight: np.ndarray, stored_scale: np.ndarray, block: Block
+    codes: NDArray[np.uint8],
+    weight: np.ndarray,
+    stored_scale: np.ndarray,
+    block: Block,
+    *,
+    powers_of_two: bool = False,
 ) -> Requantised:
     """Fill `codes` with FP8 for `weight`, both [rows, columns], a row of blocks at a time.
 
     A row of blocks keeps its stored scales if that loses nothing. Others get new ones: the largest
-    magnitude of a block / 448, 1.0 for a block of zeros. `weight` is as `out` of dequantise_into.
+    magnitude of a block / 448, 1.0 for a block of zeros; powers_of_two: rounded up to such, as
+    `scale_fmt: ue8m0` of a config asks for. `weight` is as `out` of dequantise_into.
     Weights that dequantise_into made come back as the codes they were made of, NaN included, as
     long as code * scale is not subnormal. Fp8Error for other weights with NaN or infinity.
     """
@@ -82,7 +88,7 @@ def requantise_into(
     _check(codes.shape, weight.shape, stored_scale, block)
     scale, peaks = stored_scale.copy(), np.zeros(stored_scale.shape, np.uint32)
     costs = np.full((len(scale), 3), np.nan)
-    _kernels().requantise(_codes(codes), scale, peaks, costs, words, *block, shift)
+    _kernels().requantise(_codes(codes), scale, peaks, costs, words, *block, shift, powers_of_two)
     _require_finite("weights", peaks.view(np.float32), "the largest magnitude")
     changed = costs[~np.isnan(costs[:, 0])]
     return Requantised(scale, tuple(Cost(*cost) for cost in changed.tolist()))

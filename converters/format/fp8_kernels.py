@@ -19,6 +19,7 @@ u32 = np.uint32
 f32 = np.float32
 
 SIGN = u32(0x80000000)
+MANTISSA = u32(0x007FFFFF)
 INFINITY = u32(0x7F800000)
 NAN = u32(0x7FC00000)
 FP8_NAN = u32(0x7F)
@@ -172,10 +173,18 @@ def errors(worst, codes, words, scales, height, width, shift):
 
 
 @_kernel
-def requantise(codes, scales, peaks, costs, words, height, width, shift):
+def _power_of_two(scale):
+    """The smallest power of two that is not below a normal float32."""
+    bits = u32(f32(scale).view(np.uint32) + MANTISSA)
+    return u32(bits & ~MANTISSA).view(np.float32)
+
+
+@_kernel
+def requantise(codes, scales, peaks, costs, words, height, width, shift, powers_of_two):
     """Codes of the words, a row of blocks at a time: by `scales` where these give the words again.
 
-    Other rows of blocks get new scales, which `scales` then has. Of these peaks[i] (zeros before)
+    Other rows of blocks get new scales, which `scales` then has, rounded up to powers of two where
+    that is asked for. Of these peaks[i] (zeros before)
     becomes the float32 bits of each block's largest magnitude, and costs[i] (NaN before) the
     largest error over that, and the sums of squares of errors and words.
     """
@@ -191,7 +200,8 @@ def requantise(codes, scales, peaks, costs, words, height, width, shift):
         for block in range(scale.shape[1]):
             magnitude = u32(peak[0, block]).view(np.float32)
             new = f32(magnitude / FP8_LARGEST)
-            scale[0, block] = f32(1) if magnitude == f32(0) else max(new, SMALLEST_SCALE)
+            new = f32(1) if magnitude == f32(0) else max(new, SMALLEST_SCALE)
+            scale[0, block] = _power_of_two(new) if powers_of_two else new
         quantise(code_rows, word_rows, scale, height, width, shift)
         worst = np.zeros(scale.shape, np.uint32)
         error, power = errors(worst, code_rows, word_rows, scale, height, width, shift)

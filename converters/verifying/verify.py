@@ -33,7 +33,7 @@ from mtp_model.problems import Problem, raise_if_any
 from mtp_model.progress import OnProgress
 
 # What the same network may be stored with in one place and without in the other.
-_STORAGE_FIELDS = ("dtype", "weight_block_size", "mtp_hidden_state")
+_STORAGE_FIELDS = ("dtype", "weight_block_size", "power_of_two_scales", "mtp_hidden_state")
 
 
 @dataclass(frozen=True, kw_only=True)

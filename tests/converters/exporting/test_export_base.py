@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -450,3 +451,24 @@ def test_import_of_the_result_by_default_policy(src: Path, tuned: Checkpoint, tm
     summary = export_checkpoint(open_checkpoint(tmp_path / "again"), tmp_path / "twice")
     assert all(file.same_as_source for file in summary.files)
     assert_same_files(tmp_path / "twice", tmp_path / "out")
+
+
+def test_scale_fmt_ue8m0_is_kept_when_weights_are_quantised_again(tmp_path: Path):
+    """Untouched scales stay as they are: the released V3.1 holds some that are no powers of two."""
+    src = make_source(tmp_path / "src")
+    file = src / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"]["scale_fmt"] = "ue8m0"
+    file.write_text(json.dumps(config))
+    run_import(src, tmp_path / "ckpt")
+    tuned = changed(open_checkpoint(tmp_path / "ckpt"), tmp_path / "tuned", Q_B)
+    export_checkpoint(tuned, tmp_path / "out")
+    ours, theirs = read_tensors(tmp_path / "out"), read_tensors(src)
+    scales = {name for name in ours if name.endswith("_scale_inv")}
+    new = {name for name in scales if not np.array_equal(ours[name], theirs[name])}
+    assert new
+    assert all("q_b_proj" in name for name in new)
+    for name in scales:
+        mantissas = np.frexp(ours[name])[0]
+        assert (mantissas == 0.5).all() == (name in new), name
+    assert check_storage(opened(tmp_path / "out"), tuned).holds

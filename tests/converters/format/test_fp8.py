@@ -220,6 +220,25 @@ def test_requantised_weights_are_kept_by_their_new_scales():
     assert_same_bits(kept.scale, found.scale)
 
 
+def test_scales_of_ue8m0_are_the_next_powers_of_two():
+    """Rounded up before quantising: no weight is beyond 448, and the error is that of the scale."""
+    rng = np.random.default_rng(5)
+    weight = (rng.normal(size=(24, 40)) * 10.0 ** rng.integers(-6, 6, (24, 1))).astype(np.float32)
+    weight[8:16, :16] = 0
+    weight[16, 0] = 448.0  # amax / 448 is 1, a power of two: it stays
+    weight[16:, :16] = np.clip(weight[16:, :16], -448, 448)
+    codes, stored = np.empty(weight.shape, np.uint8), np.ones((3, 3), np.float32)
+    found = requantise_into(codes, weight, stored, (8, 16), powers_of_two=True)
+    plain = requantise_into(np.empty_like(codes), weight, stored, (8, 16))
+    exact = np.exp2(np.ceil(np.log2(plain.scale.astype(np.float64))))
+    np.testing.assert_array_equal(found.scale, exact.astype(np.float32))
+    assert not np.array_equal(found.scale, plain.scale)
+    values = np.empty_like(weight)
+    dequantise_into(values, codes, found.scale, (8, 16))
+    largest = np.repeat(np.repeat(found.scale, 8, 0), 16, 1)[:, :40] * 448
+    assert (np.abs(values - weight) <= largest / 2**4).all()
+
+
 def test_only_rows_of_blocks_that_changed_get_new_scales():
     rng = np.random.default_rng(9)
     codes, scale = random_codes(rng, (37, 50)), random_scales(rng, (5, 4))
