@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from mtp_model.problems import UserError
 
@@ -26,7 +27,8 @@ def exit_status(
         status = run()
         sys.stdout.flush()  # here, where a reader that has gone is no traceback
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
         return FAILED
     except (UserError, OSError) as error:
         tell(error)
