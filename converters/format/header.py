@@ -102,7 +102,8 @@ def read_header(source: Source, file: str) -> Header:
 def parse_header(raw: bytes, file: str, where: str) -> Header:
     """What header text says; `size` is then the size of the file that it needs."""
     entries = _entries(raw, file, where)
-    metadata = entries.pop("__metadata__", {})
+    metadata = entries.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # some writers put null there
     data_begin = _LENGTH_BYTES + len(raw)
     tensors: list[TensorInfo] = []
 

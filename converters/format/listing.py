@@ -28,7 +28,7 @@ _THREADS = 8  # a header is a few small reads: latency on a remote source, not b
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """All files of a checkpoint, headers only. `index`: the index file, None for a single file."""
+    """All files of a checkpoint, headers only. `index`: the index file, None without one."""
 
     source: Source
     headers: dict[str, Header]
@@ -80,8 +80,11 @@ def list_checkpoint(source: Source) -> Listing:
     problems: list[Problem] = []
     index, weight_map = _read_index(source, sizes)
     stored = [file for file in sizes if file.endswith(SUFFIX)]
-    named = sorted(set(weight_map.values())) if index is not None else [SINGLE_FILE]
     listed_in = "named by the index" if index is not None else f"part of it, {SINGLE_FILE} is all"
+    if index is not None:
+        named = sorted(set(weight_map.values()))
+    else:  # shards need no index: their headers say the same
+        named = [SINGLE_FILE] if SINGLE_FILE in stored else stored
     problems += bounded(_file_problems(stored, named, listed_in), INDEX_FILE)
     headers = _read_headers(source, [file for file in named if file in stored], problems)
     tensors = _merge(headers.values(), problems)
@@ -116,12 +119,11 @@ def read_config(source: Source) -> dict[str, Any]:
 
 
 def _read_index(source: Source, sizes: dict[str, int]) -> tuple[bytes | None, dict[str, str]]:
-    """The index verbatim and its weight map, tensor -> file; (None, {}) for a single file."""
+    """The index verbatim and its weight map, tensor -> file; (None, {}) where there is no index."""
     if INDEX_FILE not in sizes:
-        if SINGLE_FILE in sizes:
+        if any(file.endswith(SUFFIX) for file in sizes):
             return None, {}
-        others = [file for file in sizes if file.endswith(SUFFIX)]
-        found = f"and there is no {SINGLE_FILE}; found {len(others)} other safetensors files"
+        found = f"and there is no {SUFFIX} file"
         raise ProblemsError(source.name, [Problem("missing", INDEX_FILE, found)])
     fault = None
     if sizes[INDEX_FILE] > MAX_HEADER_BYTES:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -346,7 +347,7 @@ def test_scales_may_come_before_their_weights_and_in_another_file(
     monkeypatch.setattr(
         fp8_format,
         "requantise_into",
-        lambda codes, *rest: quantised.append(codes.size) or real(codes, *rest),
+        lambda codes, *rest, **named: quantised.append(codes.size) or real(codes, *rest, **named),
     )
     summary = export_checkpoint(final, tmp_path / "out")
     found, wanted = read_tensors(tmp_path / "out"), read_tensors(tmp_path / "plain")
@@ -476,3 +477,28 @@ def test_default_chunks_of_a_tiny_checkpoint_are_one_a_layer(fp8: Path, tmp_path
         wanted = Leaf.make(leaf.shape, leaf.dtype, stack)
         assert leaf.chunk == wanted.chunk
         assert leaf.num_chunks == (leaf.shape[0] if stack else 1)
+
+
+def without_index(src: Path) -> None:
+    (src / "model.safetensors.index.json").unlink()
+
+
+def with_null_metadata(src: Path) -> None:
+    for file in src.glob("*.safetensors"):
+        data = file.read_bytes()
+        size = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + size]) | {"__metadata__": None}
+        raw = json.dumps(header).encode()
+        file.write_bytes(len(raw).to_bytes(8, "little") + raw + data[8 + size :])
+
+
+@pytest.mark.parametrize("layout", [without_index, with_null_metadata])
+def test_layouts_of_other_writers_come_back_as_they_were(
+    tmp_path: Path, layout: Callable[[Path], None]
+):
+    src = make_source(tmp_path / "src")
+    layout(src)
+    run_import(src, tmp_path / "ckpt")
+    export_checkpoint(open_checkpoint(tmp_path / "ckpt"), tmp_path / "out")
+    assert_same_files(tmp_path / "out", src)
+    run_import(tmp_path / "out", tmp_path / "again")

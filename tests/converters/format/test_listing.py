@@ -79,10 +79,18 @@ def test_a_single_file(root):
     ]
 
 
-def test_no_index_and_no_single_file(root):
+def test_shards_need_no_index(root):
+    with_index = listing(root)
     (root / INDEX_FILE).unlink()
-    report = f"missing {INDEX_FILE} and there is no model.safetensors; found 2 other safetensors"
-    assert reports(root) == [f"{report} files"]
+    found = listing(root)
+    assert found.index is None
+    assert found.tensors == with_index.tensors
+
+
+def test_no_index_and_no_file(root):
+    for path in (root / INDEX_FILE, *root.glob("*.safetensors")):
+        path.unlink()
+    assert reports(root) == [f"missing {INDEX_FILE} and there is no .safetensors file"]
 
 
 @pytest.mark.parametrize(
