@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -48,8 +47,7 @@ from finetune.weights import (
 )
 from mtp_model import ModelConfig
 from mtp_model.checkpoint.directory import COMPLETE, Checkpoint
-from mtp_model.files.local import file_digest
-from mtp_model.files.objects import is_cloud
+from mtp_model.files.open import as_place
 from mtp_model.problems import UserError
 from mtp_model.progress import above_bars, progress
 
@@ -113,16 +111,12 @@ def resolve(settings: RunSettings) -> RunSettings:
     check(settings)
     return dataclasses.replace(
         settings,
-        checkpoint=_absolute(settings.checkpoint),
+        checkpoint=str(as_place(settings.checkpoint).absolute()),
         data=tuple(path.absolute() for path in settings.data),
         eval_data=tuple(path.absolute() for path in settings.eval_data),
         out=settings.out.absolute(),
         compute_dtype=compute_dtype(settings.compute_dtype),
     )
-
-
-def _absolute(checkpoint: str) -> str:
-    return checkpoint if is_cloud(checkpoint) else str(Path(checkpoint).absolute())
 
 
 def _prepare(
@@ -185,7 +179,7 @@ def _resume(job: _Job, checkpoints: Checkpoints) -> tuple[TrainState, RunPositio
     """The newest checkpoint, or the beginning. RunError when data or weights have changed."""
     inputs = {
         "data": job.text.digest,
-        "checkpoint": file_digest(job.base.path / COMPLETE),
+        "checkpoint": (job.base.path / COMPLETE).digest(),
     }
     at = checkpoints.latest()
     if at is None:

@@ -12,8 +12,8 @@ from flax import nnx
 from finetune.settings import ComputeDtype, TrainMode
 from finetune.state import TRAINABLE, Split, TrainState
 from mtp_model import ModelConfig
+from mtp_model.checkpoint.derived import ChangedLeaf, write_derived
 from mtp_model.checkpoint.directory import Checkpoint, CheckpointError, open_checkpoint
-from mtp_model.checkpoint.writer import ChangedLeaf, write_derived
 from mtp_model.load import cast_weights, load
 from mtp_model.model import leaf_name
 

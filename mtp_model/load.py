@@ -1,16 +1,16 @@
 """From a checkpoint directory to a module that holds its weights: whole, on a mesh, or a layer."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from mtp_model.checkpoint.directory import Checkpoint, CheckpointError, open_checkpoint
-from mtp_model.files.objects import AnyPath, CloudPath
+from mtp_model.files.place import Place
 from mtp_model.layers import FP8, dequantise
 from mtp_model.model import (
     DeepSeekV3,
@@ -23,11 +23,9 @@ from mtp_model.model import (
 )
 from mtp_model.sharding import require_axes
 
-CONCURRENT_READ_GB = 4  # host memory that a restore may have in flight
-
 
 def load(
-    path: str | AnyPath,
+    path: str | Path | Place,
     mesh: Mesh | None = None,
     dtype: Any = None,
     scope: Scope = "all",
@@ -110,13 +108,9 @@ def _owner(model: nnx.Module, path: tuple) -> tuple[Any, str]:
 def _restore(checkpoint: Checkpoint, state: nnx.State) -> nnx.State:
     """The state with the stored arrays in place of its abstract leaves."""
     flat = nnx.to_flat_state(state)
-    targets = {}
     for path, variable in flat:
         _raise_unless_stored(checkpoint, leaf_name(path), variable.shape)
-        leaf = variable.get_value()
-        placed = leaf.sharding or SingleDeviceSharding(jax.devices()[0])
-        targets[path] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed)
-    arrays = _read(checkpoint.params, targets)
+    arrays = {path: _read(checkpoint, path, variable.get_value()) for path, variable in flat}
     return nnx.from_flat_state([(path, leaf.replace(arrays[path])) for path, leaf in flat])
 
 
@@ -140,28 +134,25 @@ def _read_layer(checkpoint: Checkpoint, name: str, index: int) -> np.ndarray:
     return out
 
 
-def _read(params: AnyPath, targets: dict[tuple, jax.ShapeDtypeStruct]) -> dict[tuple, jax.Array]:
-    """Restore the targets by Orbax; other leaves of the directory are not read."""
-    if isinstance(params, CloudPath):
-        return {path: _read_objects(params, path, leaf) for path, leaf in targets.items()}
-    tree = nnx.traversals.unflatten_mapping(targets)
-    restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
-    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=CONCURRENT_READ_GB)
-    with ocp.Checkpointer(handler) as checkpointer:
-        args = ocp.args.PyTreeRestore(tree, restore_args=restore_args, partial_restore=True)
-        restored = checkpointer.restore(params.resolve(), args=args)
-    return nnx.traversals.flatten_mapping(restored)
+def _read(checkpoint: Checkpoint, path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """One leaf, shard by shard, so that the host holds one shard at a time."""
+    import tensorstore as ts  # takes a while, and not everyone who imports this file loads
 
-
-def _read_objects(params: CloudPath, path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    """One leaf by tensorstore, shard by shard, so that the host holds one shard at a time.
-
-    Orbax itself reaches its small metadata files in the cloud only with gcsfs or TensorFlow.
-    """
-    stored = (params / ".".join(map(str, path))).zarr_store()
-    assert leaf.sharding is not None
-    shards = [
-        jax.device_put(stored[index].read().result(), device)
-        for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items()
-    ]
-    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
+    place = checkpoint.params / leaf_name(path)
+    spec = {"driver": "zarr", "kvstore": place.kvstore(), "fill_missing_data_reads": False}
+    sharding = leaf.sharding or SingleDeviceSharding(jax.devices()[0])
+    devices: dict[Any, list[Any]] = {}
+    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+        devices.setdefault(index, []).append(device)
+    shards = []
+    try:
+        stored = ts.open(spec, open=True, read=True).result()
+        for index, alike in devices.items():
+            shard = stored[index].read().result()
+            shards += [jax.device_put(shard, device) for device in alike]
+    except (ValueError, RuntimeError, NotImplementedError, OSError) as error:
+        raise CheckpointError(
+            f"{place} cannot be read ({error}), though the checkpoint is marked complete; "
+            "copy it again, or import it again with --overwrite"
+        ) from error
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)

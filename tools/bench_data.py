@@ -18,6 +18,7 @@ from converters.format.fp8 import Block
 from converters.format.header import DTYPES, make_header, parse_header
 from converters.format.mapping import SCALE_SUFFIX
 from converters.format.writer import StreamWriter
+from mtp_model.files.local import AppendedFile
 from tools.make_tiny_checkpoint import is_quantised, tiny_config, weight_shapes
 
 Flavour = Literal["fp8", "bf16"]
@@ -63,7 +64,7 @@ def write_synthetic(folder: Path, flavour: Flavour, gigabytes: float) -> int:
     for number, tensors in enumerate(files, start=1):
         name = f"model-{number:05d}-of-{len(files):06d}.safetensors"
         raw = make_header([(t.name, t.dtype, t.shape) for t in tensors], {"format": "pt"})
-        with StreamWriter(folder / name, parse_header(raw, name, str(folder))) as out:
+        with StreamWriter(AppendedFile(folder / name), parse_header(raw, name, str(folder))) as out:
             for tensor in tensors:
                 for piece in pool.pieces(tensor):
                     out.write(piece)

@@ -1,20 +1,21 @@
 """The folder that an export writes: whose it is, and what is left there to go on from."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from converters.format.listing import SUFFIX
-from mtp_model.checkpoint.claim import delete, entries, held
+from mtp_model.checkpoint.claim import held, names_in
 from mtp_model.checkpoint.directory import CONFIG, PARAMS, UNFINISHED, CheckpointError
 from mtp_model.files.journal import Fingerprint, begun_by_another, delete_journals
-from mtp_model.files.objects import AnyPath, CloudPath
+from mtp_model.files.open import as_place
+from mtp_model.files.place import Place
 
-_RECORD = Path(".cache", "deepseek-mtp")  # what is in .cache is no part of a checkpoint
+_CACHE, _RECORD = ".cache", ".cache/deepseek-mtp"  # what is in .cache is no part of a checkpoint
 
 
 @contextmanager
-def claimed(dst: AnyPath, fingerprint: Fingerprint, *, overwrite: bool) -> Iterator[None]:
+def claimed(dst: Place, fingerprint: Fingerprint, *, overwrite: bool) -> Iterator[None]:
     """Hold `dst`, which is empty, or of this very export, or may be overwritten."""
     folder = dst / UNFINISHED
     if not folder.is_dir():
@@ -28,41 +29,35 @@ def claimed(dst: AnyPath, fingerprint: Fingerprint, *, overwrite: bool) -> Itera
         yield
 
 
-def keep_record(dst: Path) -> None:
+def keep_record(dst: Place) -> None:
     """Finish `dst`, but keep the journal: the same command finds there what it need not redo."""
-    (dst / _RECORD).parent.mkdir(exist_ok=True)
-    (dst / UNFINISHED).rename(dst / _RECORD)
+    (dst / _CACHE).make_folder()
+    (dst / UNFINISHED).move_to(dst / _RECORD)
 
 
-def forget_record(dst: AnyPath) -> None:
+def forget_record(dst: str | Path | Place) -> None:
     """Undo keep_record: what is left is a finished checkpoint and nothing else."""
-    if isinstance(dst, Path) and (dst / _RECORD).is_dir():
-        delete(dst / _RECORD)
-        with suppress(OSError):  # others keep their things there too
-            (dst / _RECORD).parent.rmdir()
+    dst = as_place(dst)
+    if (dst / _RECORD).is_dir():
+        (dst / _RECORD).delete_tree()
+        if not (dst / _CACHE).entries():  # others keep their things there too
+            (dst / _CACHE).delete_tree()
 
 
-def raise_if_within(dst: AnyPath, source: AnyPath) -> None:
+def raise_if_within(dst: Place, source: Place) -> None:
     """Raise CheckpointError when one of the two folders is the other, or in it."""
-    if isinstance(dst, Path) and isinstance(source, Path):
-        ours, theirs = dst.resolve().parts, source.resolve().parts
-    else:
-        ours, theirs = str(dst).split("/"), str(source).split("/")
-    shorter = min(len(ours), len(theirs))
-    if ours[:shorter] == theirs[:shorter]:
+    if dst.overlaps(source):
         raise CheckpointError(f"{dst} and the base {source} overlap; name another place")
 
 
-def _take_up(dst: AnyPath, fingerprint: Fingerprint) -> None:
+def _take_up(dst: Place, fingerprint: Fingerprint) -> None:
     """Go on with a finished export of this very checkpoint."""
-    if isinstance(dst, CloudPath):
-        return
     if (dst / _RECORD).is_dir() and not begun_by_another(dst / _RECORD, fingerprint):
-        (dst / _RECORD).rename(dst / UNFINISHED)
+        (dst / _RECORD).move_to(dst / UNFINISHED)
 
 
-def _raise_if_occupied(dst: AnyPath, overwrite: bool) -> None:
-    names = entries(dst)
+def _raise_if_occupied(dst: Place, overwrite: bool) -> None:
+    names = names_in(dst)
     is_begun = UNFINISHED in names and PARAMS not in names  # by another process, just now
     if not names or is_begun:
         return

@@ -17,7 +17,7 @@ from converters.format.header import DTYPES
 from converters.format.mapping import Slot, slots
 from mtp_model.checkpoint.chunks import Leaf
 from mtp_model.checkpoint.directory import Checkpoint
-from mtp_model.files.local import ThreadMemory
+from mtp_model.files.memory import ThreadMemory
 from mtp_model.problems import Problem, ProblemsError, raise_if_any
 
 PIECE_BYTES = 32 << 20

@@ -16,7 +16,7 @@ import xxhash
 
 from converters.exporting.destination import claimed, keep_record, raise_if_within
 from converters.exporting.encode import Encoder, Requantisation
-from converters.exporting.files import ExportFiles, export_files
+from converters.exporting.files import ExportFiles
 from converters.exporting.plan import Dtype, ExportPlan, make_plan
 from converters.exporting.result import ExportedFile, ExportSummary
 from converters.exporting.reuse import (
@@ -32,12 +32,10 @@ from converters.format.header import Header, TensorInfo
 from converters.format.listing import SUFFIX, Listing
 from converters.format.mapping import TABLE_VERSION
 from converters.format.writer import StreamWriter
-from converters.sources.local import LocalSource
-from mtp_model.checkpoint.claim import delete
 from mtp_model.checkpoint.directory import COMPLETE, CONFIG, UNFINISHED, Checkpoint
 from mtp_model.files.journal import Fingerprint, Journal
-from mtp_model.files.local import file_digest, file_pieces, sync_directory, write_pieces
-from mtp_model.files.objects import AnyPath, as_path, is_cloud
+from mtp_model.files.open import as_place
+from mtp_model.files.place import Place
 from mtp_model.problems import Problem, ProblemsError
 from mtp_model.progress import OnProgress
 
@@ -46,7 +44,7 @@ DEFAULT_WORKERS = 3
 
 def export_checkpoint(
     checkpoint: Checkpoint,
-    dst: str | AnyPath,
+    dst: str | Path | Place,
     *,
     dtype: Dtype = "keep",
     base: Listing | None = None,
@@ -65,12 +63,12 @@ def export_checkpoint(
     Raises ProblemsError for a damaged checkpoint, one that lacks tensors of its source, or another
     base than this source; CheckpointError for a destination that is in use.
     """
-    dst = as_path(dst)
-    files = export_files(dst)
+    dst = as_place(dst)
+    files = ExportFiles(dst)
     plan = make_plan(checkpoint, dtype, has_base=base is not None)
     if base:
-        if isinstance(base.source, LocalSource) or is_cloud(base.source.name):
-            raise_if_within(dst, as_path(base.source.name))
+        if base.source.folder:
+            raise_if_within(dst, base.source.folder)
         check_base(base, checkpoint)
     fingerprint = _fingerprint(checkpoint, dtype, base)
     with claimed(dst, fingerprint, overwrite=overwrite):
@@ -82,12 +80,11 @@ def export_checkpoint(
             raise_if_changed(base, fingerprint)
         _delete_others(dst, plan)
         _write_side_files(checkpoint, dst, plan)
-        sync_directory(dst)
+        dst.sync()
         if continuable:
-            assert isinstance(dst, Path)
             keep_record(dst)
         else:
-            delete(dst / UNFINISHED)
+            (dst / UNFINISHED).delete_tree()
     exported = tuple(written[file.file] for file in plan.files)
     return ExportSummary(
         path=dst,
@@ -103,7 +100,7 @@ def export_checkpoint(
 
 def _fingerprint(checkpoint: Checkpoint, dtype: Dtype, base: Listing | None) -> Fingerprint:
     """Everything that the files depend on: COMPLETE holds the digests of all other digests."""
-    complete = {COMPLETE: {"digest": file_digest(checkpoint.path / COMPLETE)}}
+    complete = {COMPLETE: {"digest": (checkpoint.path / COMPLETE).digest()}}
     options = {"dtype": dtype, "--base": base is not None, "table version": TABLE_VERSION}
     state = base_state(base, checkpoint) if base else {}
     return {"options": options, "files": complete, **state}
@@ -273,23 +270,23 @@ def _source_digests(plan: ExportPlan, checkpoint: Checkpoint) -> dict[str, str |
     }
 
 
-def _delete_others(dst: AnyPath, plan: ExportPlan) -> None:
+def _delete_others(dst: Place, plan: ExportPlan) -> None:
     """Safetensors files of an earlier checkpoint."""
     names = {file.file for file in plan.files}
-    for stale in list(dst.iterdir()):
+    for stale in dst.entries():
         if stale.name.endswith(SUFFIX) and stale.name not in names:
             stale.unlink()
 
 
-def _write_side_files(checkpoint: Checkpoint, dst: AnyPath, plan: ExportPlan) -> None:
+def _write_side_files(checkpoint: Checkpoint, dst: Place, plan: ExportPlan) -> None:
     """Everything but tensors, config.json last: without it nobody takes this for a checkpoint."""
     digests = checkpoint.side_file_digests()
     for name in sorted(checkpoint.side_files(), key=lambda name: name == CONFIG):
         file = dst / name
-        file.parent.mkdir(parents=True, exist_ok=True)
+        file.parent.make_folder()
         if name in plan.replaced:
-            write_pieces(file, [plan.replaced[name]])
-        elif write_pieces(file, file_pieces(checkpoint.path / name)) != digests[name]:
+            file.write_pieces([plan.replaced[name]])
+        elif file.write_pieces((checkpoint.path / name).pieces()) != digests[name]:
             file.unlink()
             detail = "was changed since the import; restore it, or import again with --overwrite"
             raise ProblemsError(str(checkpoint.path), [Problem("damaged", name, detail)])

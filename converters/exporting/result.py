@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from converters.exporting.encode import Requantisation
-from converters.exporting.files import How
-from mtp_model.files.objects import AnyPath
+from mtp_model.files.place import How, Place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +19,7 @@ class ExportedFile:
 
     name: str
     size: int
-    how: How | Literal["written"] = "written"
+    how: How | Literal["written", "copy"] = "written"
     digest: str | None
     same_as_source: bool
     changed: tuple[str, ...] = ()
@@ -41,7 +40,7 @@ class ExportSummary:
     files that are no links. num_side_files: all others, which are always written.
     """
 
-    path: AnyPath
+    path: Place
     base: str | None
     files: tuple[ExportedFile, ...]
     num_side_files: int

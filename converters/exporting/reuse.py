@@ -21,7 +21,8 @@ from converters.format.listing import Listing
 from converters.sources.source import read_pieces, replaced_files
 from mtp_model.checkpoint.directory import Checkpoint
 from mtp_model.files.journal import Fingerprint
-from mtp_model.files.local import ReusedMemory, digest
+from mtp_model.files.memory import ReusedMemory
+from mtp_model.files.place import digest
 from mtp_model.problems import Problem, raise_if_any
 
 

@@ -24,7 +24,7 @@ from converters.exporting.encode import (
     requantisation,
 )
 from converters.format.header import TensorInfo
-from mtp_model.files.local import ReusedMemory, aligned
+from mtp_model.files.memory import ReusedMemory, aligned
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,5 @@
 """Write one safetensors file from start to end, its header first."""
 
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -8,8 +7,7 @@ import xxhash
 
 from converters.format.header import Header
 from converters.sources.source import Buffer, byte_view
-from mtp_model.files.appended import Appended
-from mtp_model.files.appended_file import AppendedFile
+from mtp_model.files.place import Appended
 from mtp_model.problems import Problem, ProblemsError
 
 
@@ -20,12 +18,10 @@ class StreamWriter:
     writes one file; several files may be written at once.
     """
 
-    def __init__(self, file: str | Path | Appended, header: Header):
-        is_local = isinstance(file, str | Path)
-        self._path = Path(file) if is_local else file.path
+    def __init__(self, file: Appended, header: Header):
+        self._file = file
         self._header = header
         self._hash = xxhash.xxh3_128()
-        self._file: Appended = AppendedFile(Path(file)) if is_local else file
         self._position = 0
         self.size = self._header.size
         """Of the finished file, in bytes."""
@@ -79,4 +75,4 @@ class StreamWriter:
         return f"needs {self.size} bytes, was given {self._position}: {tensor.name} {given}"
 
     def _error(self, detail: str) -> ProblemsError:
-        return ProblemsError(str(self._path), [Problem("file", self._path.name, detail)])
+        return ProblemsError(str(self._file.path), [Problem("file", self._file.path.name, detail)])

@@ -21,7 +21,7 @@ from converters.format.values import all_finite, scale_fault, weight_fault
 from converters.sources.source import Read
 from mtp_model.checkpoint.chunks import Index, Leaf, chunk_file_name
 from mtp_model.checkpoint.writer import ParamsWriter
-from mtp_model.files.local import AlignedBuffer
+from mtp_model.files.memory import AlignedBuffer
 from mtp_model.problems import Problem
 
 _READ_BYTES = 32 << 20  # of a copy, which no chunk grid divides

@@ -19,7 +19,7 @@ from converters.importing.convert import Done
 from converters.importing.plan import ImportPlan
 from converters.sources.source import Fingerprint, read_pieces, replaced_files
 from mtp_model.checkpoint.writer import Digests, ParamsWriter
-from mtp_model.files.local import digest
+from mtp_model.files.place import digest
 from mtp_model.problems import Problem, raise_if_any
 
 _TOOLS = ("deepseek-mtp", "numpy", "ml_dtypes", "numba", "xxhash")

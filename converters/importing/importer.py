@@ -25,11 +25,10 @@ from converters.importing.plan import Copies, Dtype, ImportPlan, make_plan
 from converters.sources.ahead import room_for_fetched
 from converters.sources.source import Finish
 from mtp_model.checkpoint.chunks import DEFAULT_POLICY, ChunkPolicy
-from mtp_model.checkpoint.claim import claim, clear, locked
+from mtp_model.checkpoint.claim import claim, clear
 from mtp_model.checkpoint.directory import COMPLETE, UNFINISHED, CheckpointError, open_checkpoint
 from mtp_model.checkpoint.writer import ParamsWriter
 from mtp_model.config import HiddenState
-from mtp_model.files.disk_room import raise_if_full
 from mtp_model.files.journal import (
     Journal,
     begun_by_another,
@@ -37,11 +36,13 @@ from mtp_model.files.journal import (
     has_journals,
     read_entries,
 )
-from mtp_model.files.objects import AnyPath, CloudPath, as_path
-from mtp_model.in_flight import in_flight
+from mtp_model.files.local import raise_if_full
+from mtp_model.files.open import as_place
+from mtp_model.files.place import Place
 from mtp_model.model import Scope
 from mtp_model.problems import Problem, raise_if_any
 from mtp_model.progress import OnProgress
+from mtp_model.threads import in_threads
 
 DEFAULT_WORKERS = 3
 _MAKING_ROOM = "setup-lock"  # within UNFINISHED: held to begin and to finish
@@ -54,7 +55,7 @@ class ImportSummary:
     Amounts are of this worker's share: of the whole where there is one worker.
     """
 
-    path: AnyPath
+    path: Place
     worker: tuple[int, int]
     finished: bool
     num_tensors: int
@@ -66,7 +67,7 @@ class ImportSummary:
 
 def import_checkpoint(
     checkpoint: SourceCheckpoint,
-    dst: str | AnyPath,
+    dst: str | Path | Place,
     *,
     scope: Scope = "all",
     dtype: Dtype = "keep",
@@ -90,7 +91,7 @@ def import_checkpoint(
     Raises ProblemsError for a source that is unfit, was changed, or holds values that no such
     tensor may have (all of these in one report), CheckpointError for a destination in use.
     """
-    dst = as_path(dst)
+    dst = as_place(dst)
     plan = make_plan(
         checkpoint,
         scope=scope,
@@ -102,7 +103,7 @@ def import_checkpoint(
     share = plan.share(worker)
     todo: list[Unit] = []
     with claim(dst, shared=worker[1] > 1):
-        with locked(dst / UNFINISHED / _MAKING_ROOM, wait=True):
+        with (dst / UNFINISHED / _MAKING_ROOM).locked(wait=True):
             finished = not overwrite and _is_result(dst, plan)
             opened = None if finished else _begin(dst, plan, worker, overwrite)
         if opened:
@@ -121,7 +122,7 @@ def import_checkpoint(
     )
 
 
-def _is_result(dst: AnyPath, plan: ImportPlan) -> bool:
+def _is_result(dst: Place, plan: ImportPlan) -> bool:
     """Whether `dst` is what this very import gave, with every chunk in full."""
     try:
         provenance = open_checkpoint(dst).provenance
@@ -134,12 +135,12 @@ def _is_result(dst: AnyPath, plan: ImportPlan) -> bool:
     return all(is_whole(path, name) for path, names in pieces for name in names)
 
 
-def _begin(dst: AnyPath, plan: ImportPlan, worker: tuple[int, int], overwrite: bool) -> Journal:
+def _begin(dst: Place, plan: ImportPlan, worker: tuple[int, int], overwrite: bool) -> Journal:
     _make_room(dst, plan, overwrite)
     return Journal(dst / UNFINISHED, plan.fingerprint, worker)
 
 
-def _make_room(dst: AnyPath, plan: ImportPlan, overwrite: bool) -> None:
+def _make_room(dst: Place, plan: ImportPlan, overwrite: bool) -> None:
     """Make `dst` ready to begin or continue; with `overwrite` whatever was there before goes."""
     folder = dst / UNFINISHED
     if overwrite and begun_by_another(folder, plan.fingerprint):
@@ -165,7 +166,7 @@ def _still_there(
 
 
 def _do_share(
-    dst: AnyPath,
+    dst: Place,
     plan: ImportPlan,
     share: list[Unit],
     worker: tuple[int, int],
@@ -187,11 +188,10 @@ def _do_share(
     return todo
 
 
-def _raise_if_full(dst: AnyPath, stored_bytes: int, fetched: Mapping[Path, int]) -> None:
-    if isinstance(dst, CloudPath):
-        raise_if_full(fetched, "set TMPDIR to a folder on another disk")
-    else:
-        raise_if_full({dst: stored_bytes, **fetched}, "name another place")
+def _raise_if_full(dst: Place, stored_bytes: int, fetched: Mapping[Path, int]) -> None:
+    stored = dst.room_for(stored_bytes)
+    advice = "name another place" if stored else "set TMPDIR to a folder on another disk"
+    raise_if_full({**stored, **fetched}, advice)
 
 
 class _Counter:
@@ -249,7 +249,7 @@ def _run(
     for units in (todo[:num_early], todo[num_early:]):
         problems: list[Problem] = []
         tensors: dict[str, str] = {}
-        with closing(in_flight(work, units, workers)) as finished:
+        with closing(in_threads(work, units, workers)) as finished:
             for unit, done in finished:
                 report.add(unit)
                 problems += done.problems
@@ -258,11 +258,11 @@ def _run(
         raise_if_stale(plan, tensors)
 
 
-def _finish_if_last(dst: AnyPath, plan: ImportPlan) -> bool:
+def _finish_if_last(dst: Place, plan: ImportPlan) -> bool:
     """Finish the directory when every share is done; False while other workers are at it."""
     folder = dst / UNFINISHED
     try:
-        with locked(folder / _MAKING_ROOM, wait=True):
+        with (folder / _MAKING_ROOM).locked(wait=True):
             if (dst / COMPLETE).is_file():
                 return True
             writer = ParamsWriter(dst, plan.conversion.leaves)

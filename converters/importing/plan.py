@@ -18,7 +18,7 @@ from mtp_model.checkpoint.chunks import ChunkPolicy, Leaf
 from mtp_model.checkpoint.directory import digest_of_json
 from mtp_model.config import HiddenState
 from mtp_model.files.journal import Fingerprint
-from mtp_model.files.local import digest
+from mtp_model.files.place import digest
 from mtp_model.model import Scope
 
 Dtype = Literal["keep", "bf16", "f32"]

@@ -1,21 +1,14 @@
 """Where a worker keeps what its source fetches ahead."""
 
-import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-from mtp_model.files.objects import AnyPath, CloudPath
+from mtp_model.files.place import Place
 
 
-@contextlib.contextmanager
-def room_for_fetched(unfinished: AnyPath, worker: tuple[int, int]) -> Iterator[Path]:
+def room_for_fetched(unfinished: Place, worker: tuple[int, int]) -> AbstractContextManager[Path]:
     """A worker's folder for `Source.staged`: among what is unfinished, unless that is in the cloud.
 
     There it is temporary, and after an interruption what was fetched is fetched again.
     """
-    if isinstance(unfinished, CloudPath):
-        with TemporaryDirectory(prefix="convert-deepseek-") as folder:
-            yield Path(folder)
-    else:
-        yield unfinished / f"fetched-{worker[0]}-of-{worker[1]}"
+    return (unfinished / f"fetched-{worker[0]}-of-{worker[1]}").on_this_machine()

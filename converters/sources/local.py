@@ -15,7 +15,13 @@ from converters.sources.source import (
     byte_view,
     name_fault,
 )
-from mtp_model.files.local import DIRECT_FROM_BYTES, open_direct, read_cached, read_direct
+from mtp_model.files.local import (
+    DIRECT_FROM_BYTES,
+    LocalPlace,
+    open_direct,
+    read_cached,
+    read_direct,
+)
 from mtp_model.files.untrusted_json import shown
 from mtp_model.problems import Problem, ProblemsError, raise_if_any
 
@@ -70,9 +76,13 @@ class LocalSource(Source):
         found = self._stat(file)[1]
         return {"size": found.st_size, "mtime_ns": found.st_mtime_ns}
 
-    def path(self, file: str) -> Path:
+    @property
+    def folder(self) -> LocalPlace:
+        return LocalPlace(self.name)
+
+    def place(self, file: str) -> LocalPlace:
         """Where `file` really is, links resolved."""
-        return self._stat(file)[0]
+        return LocalPlace(self._stat(file)[0])
 
     def _walk(self) -> Iterator[str]:
         for folder, subfolders, names in os.walk(self._root, onerror=self._refuse_folder):
@@ -157,9 +167,7 @@ class _OpenFile:
         """The same file, past the page cache: what is read once gains nothing from it."""
         with self._lock:
             if self._direct_fd is None:
-                self._direct_fd = open_direct(
-                    f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC
-                )
+                self._direct_fd = open_direct(f"/proc/self/fd/{self.fd}", os.O_RDONLY)
             return self._direct_fd
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:

@@ -13,8 +13,9 @@ from converters.sources.source import (
     kind_fault,
     name_fault,
 )
-from mtp_model.files.cloud_objects import ObjectState, state, states
-from mtp_model.files.objects import CloudError, CloudPath, as_path
+from mtp_model.files.object_place import ObjectPlace
+from mtp_model.files.objects import CloudError, ObjectState, state, states
+from mtp_model.files.open import object_place
 from mtp_model.files.untrusted_json import shown
 from mtp_model.problems import Problem, ProblemsError, raise_if_any
 
@@ -32,14 +33,15 @@ class CloudSource(Source):
     def __init__(self, name: str):
         self.name = name
         try:
-            folder = as_path(name)
+            self._folder = object_place(name)
         except CloudError as error:
             raise ProblemsError(name, [Problem("file", shown(name), str(error))]) from error
-        assert isinstance(folder, CloudPath), name
-        self._folder = folder
 
-    def path(self, file: str) -> CloudPath:
-        """Where a file is."""
+    @property
+    def folder(self) -> ObjectPlace:
+        return self._folder
+
+    def place(self, file: str) -> ObjectPlace:
         return self._folder / file
 
     def files(self) -> dict[str, int]:
@@ -64,7 +66,7 @@ class CloudSource(Source):
     def read(self, file: str, begin: int, nbytes: int) -> bytes:
         self._check_range(file, begin, nbytes)  # before memory is taken for it
         try:
-            return self.path(file).read_range(begin, nbytes)
+            return self.place(file).read_range(begin, nbytes)
         except (CloudError, FileNotFoundError) as error:
             raise self._error(file, f"bytes {begin} to {begin + nbytes}: {error}") from error
 
@@ -74,7 +76,7 @@ class CloudSource(Source):
 
     def fingerprint(self, file: str) -> Fingerprint:
         try:
-            found = state(self.path(file))
+            found = state(self.place(file))
         except CloudError as error:
             raise self._error(file, f"cannot be read: {error}") from error
         if found is None:

@@ -5,12 +5,12 @@ import os
 from converters.sources.local import LocalSource
 from converters.sources.objects import CloudSource
 from converters.sources.source import HUB_ID, Source
-from mtp_model.files.objects import is_cloud
+from mtp_model.files.open import is_address
 
 
 def open_source(src: str) -> Source:
     """A local folder, a folder of a bucket (gs://...), or a model on the Hub (org/name)."""
-    if is_cloud(src):
+    if is_address(src):
         return CloudSource(src)
     if HUB_ID.fullmatch(src) and not os.path.lexists(src):
         # Imported here: huggingface_hub loads slowly, and folders don't need it.

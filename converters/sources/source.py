@@ -1,4 +1,4 @@
-"""Where a checkpoint's bytes come from; knows nothing of what is in the files."""
+"""Where a checkpoint's bytes come from: a set of files, whatever is in them."""
 
 import contextlib
 import re
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mtp_model.checkpoint.directory import COMPLETE, PROVENANCE
+from mtp_model.files.place import Place
 from mtp_model.problems import Problem
 
 Buffer = bytes | bytearray | memoryview | np.ndarray
@@ -51,6 +52,15 @@ class Source(Protocol):
 
     is_far: bool = False
     """Whether bytes come over a network, so that none should be read twice."""
+
+    @property
+    def folder(self) -> Place | None:
+        """The folder that the files are in; None where they are in no place, as on the Hub."""
+        return None
+
+    def place(self, file: str) -> Place | None:  # noqa: ARG002
+        """Where a file is; None where it is in no place."""
+        return None
 
     def files(self) -> dict[str, int]:
         """Every file: relative posix path -> size in bytes, sorted by path."""

@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 
 from mtp_model.checkpoint.directory import PARAMS, Checkpoint, Piece
-from mtp_model.files.local import file_digest
-from mtp_model.in_flight import in_flight
 from mtp_model.problems import Problem
 from mtp_model.progress import OnProgress
+from mtp_model.threads import in_threads
 
 DEFAULT_WORKERS = 3
 
@@ -39,7 +38,7 @@ def check_digests(
     total = sum(checkpoint.leaves[piece.path].chunk_bytes for piece in pieces)
     done = 0
     faults: dict[Piece, str] = {}
-    for piece, fault in in_flight(_fault, pieces, workers):
+    for piece, fault in in_threads(_fault, pieces, workers):
         if fault:
             faults[piece] = fault
         done += checkpoint.leaves[piece.path].chunk_bytes
@@ -55,7 +54,7 @@ def check_digests(
 
 def _fault(piece: Piece) -> tuple[Piece, str | None]:
     try:
-        found = file_digest(piece.file)
+        found = piece.file.digest()
     except OSError as err:
         return piece, f"cannot be read: {err.strerror}"
     if found != piece.digest:

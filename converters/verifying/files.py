@@ -9,7 +9,7 @@ from converters.exporting.plan import ExportPlan, as_bf16, make_plan
 from converters.exporting.reuse import source_file_digest
 from converters.format.listing import Listing
 from mtp_model.checkpoint.directory import Checkpoint
-from mtp_model.files.local import digest
+from mtp_model.files.place import digest
 from mtp_model.problems import Problem
 
 _OF_THE_HUB = frozenset({"README.md", ".gitattributes"})  # pages of a model there, no part of it

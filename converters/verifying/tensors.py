@@ -13,7 +13,7 @@ from converters.format.listing import Listing
 from converters.format.mapping import Slot, group_of
 from converters.sources.source import Read
 from mtp_model.config import ModelConfig
-from mtp_model.files.local import ThreadMemory
+from mtp_model.files.memory import ThreadMemory
 
 _PIECE_BYTES = 16 << 20  # of each side
 

@@ -26,11 +26,11 @@ from converters.verifying.logits import LogitsCheck
 from converters.verifying.tensors import Difference, TensorComparer
 from mtp_model.checkpoint.directory import Checkpoint
 from mtp_model.config import ModelConfig
-from mtp_model.files.disk_room import raise_if_full
-from mtp_model.in_flight import in_flight
+from mtp_model.files.local import raise_if_full
 from mtp_model.model import Scope
 from mtp_model.problems import Problem, raise_if_any
 from mtp_model.progress import OnProgress
+from mtp_model.threads import in_threads
 
 # What the same network may be stored with in one place and without in the other.
 _STORAGE_FIELDS = ("dtype", "weight_block_size", "power_of_two_scales", "mtp_hidden_state")
@@ -145,7 +145,7 @@ def _differences(
             finish(slot.name)
             return comparer.nbytes(slot), differences
 
-        with closing(in_flight(compare_one, slots, workers)) as compared:
+        with closing(in_threads(compare_one, slots, workers)) as compared:
             for nbytes, differences in compared:
                 found += differences
                 done += nbytes

@@ -10,7 +10,7 @@ from finetune.data.packing import Batch, Packer, first_rows
 from finetune.data.tokens import TextEncoder, TokenDocuments
 from finetune.settings import RunSettings
 from mtp_model import ModelConfig
-from mtp_model.files.objects import as_path
+from mtp_model.files.open import as_place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class RunText:
 
 def open_run_text(settings: RunSettings, config: ModelConfig) -> RunText:
     """Scan, check and split the data of a run. Raises DataError with everything wrong with it."""
-    encoder = TextEncoder(as_path(settings.checkpoint))
+    encoder = TextEncoder(as_place(settings.checkpoint))
     train, held_out, said = _split(settings, config.vocab_size)
     train.raise_if_idle()
     documents = (
@@ -44,7 +44,7 @@ def open_run_text(settings: RunSettings, config: ModelConfig) -> RunText:
 def open_documents(checkpoint: str, data: tuple[Path, ...], config: ModelConfig) -> TokenDocuments:
     """All documents under `data`, as tokens of the checkpoint's tokenizer."""
     corpus = scan(data, config.vocab_size)
-    return TokenDocuments(corpus, TextEncoder(as_path(checkpoint)), config.vocab_size)
+    return TokenDocuments(corpus, TextEncoder(as_place(checkpoint)), config.vocab_size)
 
 
 def held_out_batches(documents: TokenDocuments, settings: RunSettings) -> list[Batch]:

@@ -7,7 +7,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from finetune.data.corpus import Corpus, DataError, Exchange, Record, TokenIds
-from mtp_model.files.objects import AnyPath
+from mtp_model.files.place import Place
 
 
 class Tokens(NamedTuple):
@@ -25,7 +25,7 @@ class TextEncoder:
     Raises DataError for files that cannot be read.
     """
 
-    def __init__(self, checkpoint: AnyPath):
+    def __init__(self, checkpoint: Place):
         self.tokenizer = _tokenizer(checkpoint / "tokenizer.json")
         settings = _json(checkpoint / "tokenizer_config.json")
         config = _json(checkpoint / "config.json")
@@ -101,7 +101,7 @@ def _tokens(*parts: tuple[list[int], list[int]]) -> Tokens:
     return Tokens(np.array(ids, np.int32), np.array(mask, np.int32))
 
 
-def _tokenizer(file: AnyPath) -> Tokenizer | None:
+def _tokenizer(file: Place) -> Tokenizer | None:
     """The tokenizer of a checkpoint, set to give every token of a text; None without the file."""
     if not file.is_file():
         return None
@@ -114,7 +114,7 @@ def _tokenizer(file: AnyPath) -> Tokenizer | None:
     return tokenizer
 
 
-def _json(path: AnyPath) -> dict[str, Any]:
+def _json(path: Place) -> dict[str, Any]:
     try:
         return json.loads(path.read_bytes()) if path.is_file() else {}
     except ValueError as error:

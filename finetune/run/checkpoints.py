@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
-from mtp_model.files.disk_room import raise_if_full
+from mtp_model.files.local import raise_if_full
 
 T = TypeVar("T")
 _METADATA_BYTES = 1 << 20  # of a checkpoint, and of the logs that grow beside it

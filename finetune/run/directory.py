@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.settings import RunSettings, differences, read_yaml, write_yaml
-from mtp_model.checkpoint.claim import locked
 from mtp_model.checkpoint.directory import COMPLETE
+from mtp_model.files.open import as_place
 from mtp_model.problems import UserError
 
 
@@ -84,7 +84,7 @@ class RunDirectory:
     def claim(self, settings: RunSettings, overwrite: bool) -> Iterator[None]:
         """Hold the directory against other processes, with the settings saved in it."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with locked(self.lock) as got:
+        with as_place(self.lock).locked() as got:
             if not got:
                 raise RunError(f"another process is training in {self.path}; wait for it or end it")
             if overwrite:

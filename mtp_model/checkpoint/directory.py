@@ -13,16 +13,17 @@ import functools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mtp_model.checkpoint import orbax as orbax_metadata
 from mtp_model.checkpoint.chunks import Index, Leaf, chunk_file_name
+from mtp_model.checkpoint.orbax import ZARRAY, leaf_from_zarray
 from mtp_model.config import ModelConfig
-from mtp_model.files.local import digest, file_digest, read_range
-from mtp_model.files.objects import AnyPath, as_path
-from mtp_model.files.records import Each, Maybe, faults
+from mtp_model.files.open import as_place
+from mtp_model.files.place import Place, digest
+from mtp_model.files.untrusted_json import Each, Maybe, faults
 from mtp_model.problems import UserError
 
 FORMAT_VERSION = 1
@@ -73,7 +74,7 @@ class Piece:
 
     path: str
     coord: str
-    file: AnyPath
+    file: Place
     digest: str
 
 
@@ -81,7 +82,7 @@ class Piece:
 class Checkpoint:
     """A complete checkpoint directory. `leaves` are by path, as `moe_layers.mlp.gate.weight`."""
 
-    path: AnyPath
+    path: Place
     config_dict: dict[str, Any]
     provenance: dict[str, Any]
     leaves: dict[str, Leaf]
@@ -93,7 +94,7 @@ class Checkpoint:
         return ModelConfig.from_dict({**self.config_dict, "mtp_hidden_state": hidden_state})
 
     @property
-    def params(self) -> AnyPath:
+    def params(self) -> Place:
         """The Orbax tree."""
         return self.path / PARAMS
 
@@ -129,7 +130,8 @@ class Checkpoint:
         for coord, offset, nbytes in leaf.row_spans(index, start, stop):
             name = chunk_file_name(coord)
             try:
-                read_range(self.params / path / name, offset, out[done : done + nbytes])
+                file = self.params / path / name
+                file.read_range_into(offset, out[done : done + nbytes])
             except FileNotFoundError:
                 raise CheckpointError(
                     f"{self.path}: {PARAMS}/{path}/{name} is missing though the checkpoint "
@@ -151,13 +153,13 @@ class Checkpoint:
         return [
             name
             for name, expected in sorted((complete["files"] | complete["side_files"]).items())
-            if not (self.path / name).is_file() or file_digest(self.path / name) != expected
+            if not (self.path / name).is_file() or (self.path / name).digest() != expected
         ]
 
 
-def open_checkpoint(path: str | AnyPath) -> Checkpoint:
+def open_checkpoint(path: str | Path | Place) -> Checkpoint:
     """Open a complete checkpoint directory; CheckpointError says what a folder is instead."""
-    path = as_path(path)
+    path = as_place(path)
     raise_unless_complete(path)
     _check_version(path)
     provenance = _read_json(path, PROVENANCE)
@@ -171,7 +173,7 @@ def open_checkpoint(path: str | AnyPath) -> Checkpoint:
     )
 
 
-def raise_unless_complete(path: AnyPath) -> None:
+def raise_unless_complete(path: Place) -> None:
     """Raise CheckpointError, saying what to do, unless the folder is marked complete."""
     if (path / COMPLETE).is_file():
         return
@@ -184,7 +186,7 @@ def raise_unless_complete(path: AnyPath) -> None:
     elif (path / PARAMS).is_dir():
         found = f"has no {COMPLETE} file: it is unfinished, or only part of it was copied"
         advice = "copy all of it, or import it again with --overwrite"
-    elif any(entry.name.endswith(".safetensors") for entry in path.iterdir()):
+    elif any(entry.name.endswith(".safetensors") for entry in path.entries()):
         found = "is a safetensors checkpoint, not a checkpoint directory"
         advice = f"first run `convert-deepseek import {path} DST`"
     else:
@@ -198,7 +200,7 @@ def digest_of_json(value: Any) -> str:
     return digest(json.dumps(value, sort_keys=True).encode())
 
 
-def _check_version(path: AnyPath) -> None:
+def _check_version(path: Place) -> None:
     version = _parsed(path, COMPLETE).get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(
@@ -209,7 +211,7 @@ def _check_version(path: AnyPath) -> None:
 
 
 def _check_pieces(
-    path: AnyPath, leaves: Mapping[str, Leaf], pieces: Mapping[str, Mapping[str, str]]
+    path: Place, leaves: Mapping[str, Leaf], pieces: Mapping[str, Mapping[str, str]]
 ) -> None:
     """Raise CheckpointError unless there is a digest for each chunk of each leaf, and no other."""
     for name in sorted(leaves.keys() | pieces.keys()):
@@ -223,17 +225,17 @@ def _check_pieces(
             raise _unreadable(path, PROVENANCE, fault)
 
 
-def _read_leaf(path: AnyPath, name: str, num_stack_dims: int) -> Leaf:
-    metadata = _parsed(path, f"{PARAMS}/{name}/{orbax_metadata.ZARRAY}")
+def _read_leaf(path: Place, name: str, num_stack_dims: int) -> Leaf:
+    metadata = _parsed(path, f"{PARAMS}/{name}/{ZARRAY}")
     try:
-        return orbax_metadata.leaf_from_zarray(metadata, num_stack_dims)
+        return leaf_from_zarray(metadata, num_stack_dims)
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path}: leaf {name} was not written by this toolkit ({error}); import it again"
         ) from error
 
 
-def _read_json(path: AnyPath, name: str) -> dict[str, Any]:
+def _read_json(path: Place, name: str) -> dict[str, Any]:
     """A file of the directory, with all that its readers index."""
     value = _parsed(path, name)
     for fault in faults(value, _SHAPES[name]):
@@ -241,7 +243,7 @@ def _read_json(path: AnyPath, name: str) -> dict[str, Any]:
     return value
 
 
-def _parsed(path: AnyPath, name: str) -> dict[str, Any]:
+def _parsed(path: Place, name: str) -> dict[str, Any]:
     try:
         value = json.loads((path / name).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -251,7 +253,7 @@ def _parsed(path: AnyPath, name: str) -> dict[str, Any]:
     return value
 
 
-def _unreadable(path: AnyPath, name: str, fault: str) -> CheckpointError:
+def _unreadable(path: Place, name: str, fault: str) -> CheckpointError:
     return CheckpointError(
         f"{path / name} cannot be read ({fault}), though the checkpoint is marked complete; "
         "copy it again, or import it again with --overwrite"

@@ -1,4 +1,4 @@
-"""The small files that make a folder of raw chunks an Orbax checkpoint; knows nothing of models.
+"""The small files that make a folder of raw chunks an Orbax checkpoint.
 
 The format is Orbax's PyTree checkpoint without OCDBT: one zarr v2 array per leaf, uncompressed. No
 field depends on the time, so that an interrupted and resumed import ends with the same bytes.
@@ -10,8 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from mtp_model.checkpoint.chunks import Leaf
-from mtp_model.files.local import write_pieces
-from mtp_model.files.objects import AnyPath
+from mtp_model.files.place import Place
 
 ZARRAY = ".zarray"
 TREE_METADATA = "_METADATA"
@@ -50,11 +49,11 @@ def leaf_from_zarray(metadata: dict, num_stack_dims: int) -> Leaf:
     return leaf
 
 
-def write_orbax_metadata(params: AnyPath, leaves: Mapping[str, Leaf]) -> None:
+def write_orbax_metadata(params: Place, leaves: Mapping[str, Leaf]) -> None:
     """Write every metadata file of `params`; a leaf path `a.b.c` becomes the nested key a, b, c."""
     for path, leaf in leaves.items():
         _write_json(params / path / ZARRAY, zarray(leaf))
-    (params / "array_metadatas").mkdir(exist_ok=True)
+    (params / "array_metadatas").make_folder()
     _write_json(params / "array_metadatas" / "process_0", _array_metadatas(leaves))
     _write_json(params / TREE_METADATA, _tree_metadata(leaves))
     _write_json(params / "_CHECKPOINT_METADATA", _checkpoint_metadata())
@@ -108,5 +107,5 @@ def _checkpoint_metadata() -> dict:
     }
 
 
-def _write_json(path: AnyPath, value: dict) -> None:
-    write_pieces(path, [json.dumps(value).encode()])
+def _write_json(path: Place, value: dict) -> None:
+    path.write_pieces([json.dumps(value).encode()])

@@ -1,19 +1,15 @@
 """What an interrupted command had finished: one JSON line for each finished unit.
 
-Knows files and lines only. The first line is the fingerprint of plan and source: the same command
+The first line is the fingerprint of plan and source: the same command
 on the same source continues, anything else is refused. A line is written once what it stands for
 is on the disk; whoever reads a journal checks that it still is there.
 """
 
-import contextlib
 import json
-import os
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mtp_model.files.journal_objects import ObjectLines, journals_among, object_lines
-from mtp_model.files.objects import AnyPath, CloudPath
+from mtp_model.files.place import Lines, Place
 from mtp_model.problems import Problem, ProblemsError, raise_if_any
 
 PREFIX, SUFFIX = "journal-", ".jsonl"
@@ -25,40 +21,30 @@ Fingerprint = Mapping[str, Mapping[str, Any]]
 class Journal:
     """The journal of one process, open to append to."""
 
-    def __init__(self, folder: AnyPath, fingerprint: Fingerprint, worker: tuple[int, int] = (0, 1)):
+    def __init__(self, folder: Place, fingerprint: Fingerprint, worker: tuple[int, int] = (0, 1)):
         """Continue what `folder` has; ProblemsError when another plan or source began it."""
         self.entries = read_entries(folder, fingerprint)
         """What was finished before, by all processes that share the folder."""
-        file = folder / f"{PREFIX}{worker[0]}-of-{worker[1]}{SUFFIX}"
-        if isinstance(file, CloudPath):
-            whole = len(object_lines(file))
-            self._lock = contextlib.nullcontext()
-            self._file = ObjectLines(file, is_new=whole == 0)
-        else:
-            self._lock = threading.Lock()
-            self._file = file.open("ab")
-            whole = sum(len(line) for line, _ in _whole_lines(file))
-            os.truncate(file, whole)  # without the line that was being written as the process ended
-        if whole == 0:
+        self._lines = (folder / f"{PREFIX}{worker[0]}-of-{worker[1]}{SUFFIX}").lines()
+        whole = [line for line, _ in _whole_lines(self._lines)]
+        self._lines.keep(whole)  # not the line that was being written as the process ended
+        if not whole:
             self.append({"fingerprint": fingerprint})
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Add a line; several threads may."""
-        line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
-        with self._lock:
-            self._file.write(line)
-            self._file.flush()
+        self._lines.append(json.dumps(entry, separators=(",", ":")).encode() + b"\n")
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        self._lines.close()
 
 
-def read_entries(folder: AnyPath, fingerprint: Fingerprint) -> list[dict[str, Any]]:
+def read_entries(folder: Place, fingerprint: Fingerprint) -> list[dict[str, Any]]:
     """Entries of every journal in `folder`; ProblemsError when another plan or source began it."""
     entries = []
     for file in _journals(folder):
-        lines = [entry for _, entry in _whole_lines(file)]
+        lines = [entry for _, entry in _whole_lines(file.lines())]
         if lines:
             began, now = lines[0].get("fingerprint", {}), json.loads(json.dumps(fingerprint))
             raise_if_any(f"continuing {folder.parent}", _differences(began, now))
@@ -66,7 +52,7 @@ def read_entries(folder: AnyPath, fingerprint: Fingerprint) -> list[dict[str, An
     return entries
 
 
-def begun_by_another(folder: AnyPath, fingerprint: Fingerprint) -> bool:
+def begun_by_another(folder: Place, fingerprint: Fingerprint) -> bool:
     """Whether journals in `folder` belong to another plan or source."""
     try:
         read_entries(folder, fingerprint)
@@ -75,31 +61,24 @@ def begun_by_another(folder: AnyPath, fingerprint: Fingerprint) -> bool:
     return False
 
 
-def has_journals(folder: AnyPath) -> bool:
+def has_journals(folder: Place) -> bool:
     """Whether anything was begun in `folder`."""
     return bool(_journals(folder))
 
 
-def delete_journals(folder: AnyPath) -> None:
+def delete_journals(folder: Place) -> None:
     """Forget what was begun in `folder`."""
     for file in _journals(folder):
-        if isinstance(file, CloudPath):
-            file.delete_tree()
-        else:
-            file.unlink()
+        file.delete_tree()
 
 
-def _journals(folder: AnyPath) -> Sequence[AnyPath]:
-    if isinstance(folder, CloudPath):
-        return journals_among(folder, PREFIX)
-    return sorted(folder.glob(f"{PREFIX}*{SUFFIX}"))
+def _journals(folder: Place) -> list[Place]:
+    return [file for file in folder.entries(PREFIX) if file.name.endswith(SUFFIX)]
 
 
-def _whole_lines(file: AnyPath) -> Iterator[tuple[bytes, dict[str, Any]]]:
+def _whole_lines(lines: Lines) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Lines, and what they say, up to the first that is torn: a power cut leaves anything there."""
-    is_object = isinstance(file, CloudPath)
-    lines = object_lines(file) if is_object else file.read_bytes().splitlines(keepends=True)
-    for line in lines:
+    for line in lines.read():
         try:
             entry = json.loads(line)
         except ValueError:

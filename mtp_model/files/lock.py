@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
-from mtp_model.files.objects import CloudPath
+from mtp_model.files.objects import StoredObject
 from mtp_model.problems import UserError
 
 _POLL_S = 1.0
@@ -22,7 +22,7 @@ _PATIENCE_S = 900.0  # what is done under a lock that others wait for takes minu
 
 
 @contextlib.contextmanager
-def object_locked(lock: CloudPath, *, shared: bool, wait: bool) -> Iterator[bool]:
+def object_locked(lock: StoredObject, *, shared: bool, wait: bool) -> Iterator[bool]:
     """Hold a lock until the end; False: not got. Shared ones are objects beside it.
 
     Everybody first creates the own object and then looks for those that exclude it, so that of two
@@ -44,7 +44,7 @@ def object_locked(lock: CloudPath, *, shared: bool, wait: bool) -> Iterator[bool
         mine.write_if(None, held)
 
 
-def holder(lock: CloudPath) -> str:
+def holder(lock: StoredObject) -> str:
     """Who holds a lock, for a message, and what to do when that process is gone."""
     held = [record for path in (lock, *_shared(lock)) if (record := _read(path))]
     who = [f"pid {r.get('pid')} on {r.get('host')} since {r.get('since')}" for r in held]
@@ -52,7 +52,7 @@ def holder(lock: CloudPath) -> str:
     return f"{', '.join(who) or 'nobody any more'}; {advice}"
 
 
-def _taken(lock: CloudPath, mine: CloudPath, me: dict[str, Any]) -> bytes | None:
+def _taken(lock: StoredObject, mine: StoredObject, me: dict[str, Any]) -> bytes | None:
     """The generation of our object, now that we hold the lock; None when others do."""
     held = _created(mine, me)
     rivals = [lock] if mine != lock else _shared(lock)
@@ -62,7 +62,7 @@ def _taken(lock: CloudPath, mine: CloudPath, me: dict[str, Any]) -> bytes | None
     return held
 
 
-def _created(mine: CloudPath, me: dict[str, Any]) -> bytes | None:
+def _created(mine: StoredObject, me: dict[str, Any]) -> bytes | None:
     data = json.dumps(me).encode()
     if held := mine.write_if(data, None):
         return held
@@ -74,11 +74,11 @@ def _created(mine: CloudPath, me: dict[str, Any]) -> bytes | None:
     return mine.write_if(data, seen) if _is_dead(record) else None
 
 
-def _shared(lock: CloudPath) -> list[CloudPath]:
+def _shared(lock: StoredObject) -> list[StoredObject]:
     return [lock.parent / name for name in lock.parent.names(f"{lock.name}.")]
 
 
-def _read(path: CloudPath) -> dict[str, Any] | None:
+def _read(path: StoredObject) -> dict[str, Any] | None:
     """Who created an object; empty for what is none of ours, None when there is none."""
     try:
         record = json.loads(path.read_bytes())

@@ -1,30 +1,43 @@
-"""Objects of Google Cloud Storage with as much of pathlib as checkpoint directories need.
+"""Objects of Google Cloud Storage: one class for what may be asked of an object.
 
-Knows tensorstore's key-value stores and nothing of what is stored. An object is written whole or
-not at all; there are no folders, only names that begin alike.
+An object is written whole or not at all; there are no folders, only names that begin alike.
+Bytes are read and written by tensorstore, which reads several times as fast as google-cloud-storage
+(docs/performance.md); the latter tells sizes and checksums, and joins and copies in the cloud.
 """
 
+import base64
 import errno
 import functools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from mtp_model.problems import UserError
 
 SCHEME = "gs://"
 _REQUESTS_AT_ONCE = 32  # as many as tensorstore sends by itself
+_MOST_AT_ONCE = 32  # objects that one request joins
+_JOINS_AT_ONCE = 8
 
 
 class CloudError(UserError):
     """A request that was refused, or an address that cannot be one."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ObjectState:
+    """An object, as the service has stored it. `generation` changes whenever it is written."""
+
+    size: int
+    crc32c: int
+    generation: int
+
+
 @dataclass(frozen=True)
-class CloudPath:
+class StoredObject:
     """`gs://bucket/key`: an object, or what is below it. `key` is empty for the whole bucket."""
 
     bucket: str
@@ -33,8 +46,8 @@ class CloudPath:
     def __str__(self) -> str:
         return f"{SCHEME}{self.bucket}/{self.key}".rstrip("/")
 
-    def __truediv__(self, name: str) -> "CloudPath":
-        return CloudPath(self.bucket, f"{self.key}/{name}".lstrip("/"))
+    def __truediv__(self, name: str) -> Self:
+        return type(self)(self.bucket, f"{self.key}/{name}".lstrip("/"))
 
     @property
     def name(self) -> str:
@@ -42,12 +55,9 @@ class CloudPath:
         return self.key.rpartition("/")[2]
 
     @property
-    def parent(self) -> "CloudPath":
+    def parent(self) -> Self:
         """What is before the last slash."""
-        return CloudPath(self.bucket, self.key.rpartition("/")[0])
-
-    def mkdir(self, **_: bool) -> None:
-        """Nothing to do: a folder is there as soon as something is in it."""
+        return type(self)(self.bucket, self.key.rpartition("/")[0])
 
     def is_file(self) -> bool:
         """Whether there is an object of just this name."""
@@ -60,10 +70,6 @@ class CloudPath:
     def exists(self) -> bool:
         """Whether there is anything."""
         return self.is_file() or self.is_dir()
-
-    def iterdir(self) -> Iterator["CloudPath"]:
-        """Everything directly below, sorted."""
-        return (self / name for name in sorted({key.partition("/")[0] for key in self.names()}))
 
     def names(self, beginning: str = "") -> list[str]:
         """Names of all objects below, however deep, from here on, that begin so; sorted."""
@@ -107,18 +113,11 @@ class CloudPath:
         """Delete the object, if there is one."""
         _asked(self, _store(self.bucket).write(self.key, None))
 
-    def delete_tree(self) -> None:
+    def delete_tree(self, *, ignore_errors: bool = False) -> None:  # noqa: ARG002
         """Delete the object and everything below."""
         if self.key:
             self.unlink()
         _asked(self, _store(self.bucket).delete_range(_key_range(f"{self.key}/".lstrip("/"))))
-
-    def zarr_store(self) -> Any:
-        """The array that is stored here, opened by tensorstore."""
-        import tensorstore as ts
-
-        kvstore = {"driver": "gcs", "bucket": self.bucket, "path": f"{self.key}/"}
-        return _asked(self, ts.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True))
 
     def _content(self, read: Any) -> bytes:
         found = _asked(self, read)
@@ -127,32 +126,95 @@ class CloudPath:
         return found.value
 
 
-AnyPath = Path | CloudPath
-"""A place on this machine's file systems, or in an object store."""
+def states(folder: StoredObject) -> dict[str, ObjectState]:
+    """All objects below a folder, by their names in it, sorted."""
+    prefix = f"{folder.key}/".lstrip("/")
+    with _refusals(folder):
+        blobs = list(_client().list_blobs(folder.bucket, prefix=prefix or None))
+    found = {blob.name.removeprefix(prefix): _state(blob) for blob in blobs}
+    return dict(sorted(found.items()))
 
 
-def is_cloud(path: object) -> bool:
-    """Whether the user's words mean a place in an object store."""
-    return str(path).startswith(SCHEME)
+def state(path: StoredObject) -> ObjectState | None:
+    """One object, None where there is none."""
+    with _refusals(path):
+        blob = _bucket(path).get_blob(path.key)
+    return blob and _state(blob)
 
 
-def as_path(path: str | AnyPath) -> AnyPath:
-    """The place that the user's words mean; CloudError for an address that is none."""
-    if isinstance(path, CloudPath):
-        return path
-    if not is_cloud(path):
-        return Path(path)
-    bucket, _, key = str(path).removeprefix(SCHEME).partition("/")
-    key = key.rstrip("/")
-    if not bucket or (key and {"", ".", ".."} & set(key.split("/"))):
-        raise CloudError(f"{path} is no address; needed gs://BUCKET/FOLDER without empty parts")
-    return CloudPath(bucket, key)
+def join(parts: Sequence[StoredObject], target: StoredObject, scratch: StoredObject) -> None:
+    """Make `target` of the parts' bytes, in this order. What lies between is left in `scratch`."""
+    level = 0
+    with ThreadPoolExecutor(_JOINS_AT_ONCE) as pool:
+        while len(parts) > _MOST_AT_ONCE:
+            groups = [parts[i : i + _MOST_AT_ONCE] for i in range(0, len(parts), _MOST_AT_ONCE)]
+            level += 1
+            parts = [scratch / f"joined-{level}-{i:05}" for i in range(len(groups))]
+            list(pool.map(_compose, groups, parts))
+    _compose(parts, target)
 
 
-def read_all(paths: Iterable[CloudPath]) -> list[bytes]:
+def copy(source: StoredObject, target: StoredObject) -> None:
+    """Make `target` of the source's bytes without moving them through this machine."""
+    from google.cloud.storage.retry import DEFAULT_RETRY
+
+    old, new, token = _blob(source), _blob(target), None
+    with _refusals(target):
+        while True:
+            token, _, _ = new.rewrite(old, token=token, retry=DEFAULT_RETRY)
+            if token is None:
+                return
+
+
+def _compose(parts: Sequence[StoredObject], target: StoredObject) -> None:
+    from google.cloud.storage.retry import DEFAULT_RETRY  # doing it twice gives the same
+
+    with _refusals(target):
+        _blob(target).compose([_blob(part) for part in parts], retry=DEFAULT_RETRY)
+
+
+def _state(blob: Any) -> ObjectState:
+    # It is withheld from those who may list an object and not read it.
+    crc32c = int.from_bytes(base64.b64decode(blob.crc32c or ""), "big")
+    return ObjectState(size=int(blob.size), crc32c=crc32c, generation=int(blob.generation))
+
+
+def _blob(path: StoredObject) -> Any:
+    return _bucket(path).blob(path.key)
+
+
+def _bucket(path: StoredObject) -> Any:
+    return _client().bucket(path.bucket)
+
+
+@functools.cache
+def _client() -> Any:
+    from google.auth.exceptions import DefaultCredentialsError
+    from google.cloud import storage  # takes a while, and local paths don't need it
+
+    try:
+        return storage.Client(project=None)
+    except DefaultCredentialsError:
+        return storage.Client.create_anonymous_client()  # public buckets can be read
+
+
+@contextmanager
+def _refusals(path: StoredObject) -> Iterator[None]:
+    """CloudError for every way in which a request may fail."""
+    from google.api_core.exceptions import GoogleAPIError
+    from google.auth.exceptions import GoogleAuthError
+    from requests.exceptions import RequestException
+
+    try:
+        yield
+    except (GoogleAPIError, GoogleAuthError, RequestException) as error:
+        raise CloudError(f"{path}: {error}") from error
+
+
+def read_all(paths: Iterable[StoredObject]) -> list[bytes]:
     """Contents of small objects, many requests at once."""
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
-        return list(pool.map(CloudPath.read_bytes, paths))
+        return list(pool.map(StoredObject.read_bytes, paths))
 
 
 @functools.cache
@@ -182,7 +244,7 @@ def _key_range(beginning: str) -> Any:
     return ts.KvStore.KeyRange(beginning, beginning[:-1] + chr(ord(beginning[-1]) + 1))
 
 
-def _asked(path: CloudPath, future: Any) -> Any:
+def _asked(path: StoredObject, future: Any) -> Any:
     """The answer to a request; CloudError when it was refused."""
     try:
         return future.result()

@@ -1,10 +1,16 @@
-"""JSON from files that nobody vouches for; knows nothing of what the JSON means."""
+"""JSON from files that nobody vouches for: parsed strictly, and checked for what readers index.
+
+The shape of a value is written as: a type; `[shape]`, a list of such; `{"key": shape}`, an object
+that has these keys, others aside; `Each(shape)`, an object of any keys; `Maybe(shape)`.
+"""
 
 import json
 import math
 import reprlib
 from collections import Counter
-from typing import NoReturn, TypeGuard
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeGuard
 
 from mtp_model.problems import UserError
 
@@ -13,10 +19,26 @@ MAX_VALUES = 4_000_000
 8 values for a tensor, and V3's 91,991 tensors would be 736,000 in a single file."""
 
 _SHOWN_CHARACTERS = 200
+_NAMES = {str: "text", int: "a whole number", dict: "an object", list: "a list"}
+_ABSENT = object()
 
 
 class JsonError(UserError):
     """Why some bytes aren't JSON that we accept; the text reads on after the name of the file."""
+
+
+@dataclass(frozen=True)
+class Each:
+    """An object whose every value has this shape."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class Maybe:
+    """This shape, or null, or no such key."""
+
+    value: Any
 
 
 def parse(raw: bytes) -> object:
@@ -62,6 +84,35 @@ def shown(value: object) -> str:
     cut = value[:_SHOWN_CHARACTERS]
     text = cut if cut and cut.isprintable() else ascii(cut)
     return text if len(cut) == len(value) else f"{text}... ({len(value)} characters)"
+
+
+def faults(value: object, shape: Any, *keys: str) -> Iterator[str]:
+    """`KEY > KEY is FOUND, needed WANTED`, for each part of `value` that hasn't its shape."""
+    if isinstance(shape, Maybe):
+        if value is not None:
+            yield from faults(value, shape.value, *keys)
+        return
+    wanted = shape if isinstance(shape, type) else list if isinstance(shape, list) else dict
+    if type(value) is not wanted:  # JSON's true is an int to isinstance()
+        yield f"{' > '.join(keys) or 'it'} is {reprlib.repr(value)}, needed {_NAMES[wanted]}"
+        return
+    for key, part, inner in _parts(value, shape):
+        if part is _ABSENT:
+            yield f"{' > '.join((*keys, key))} is missing"
+        else:
+            yield from faults(part, inner, *keys, key)
+
+
+def _parts(value: Any, shape: Any) -> Iterator[tuple[str, object, Any]]:
+    """Key, value and shape of everything within a list or an object."""
+    if isinstance(shape, list):
+        yield from ((str(position), part, shape[0]) for position, part in enumerate(value))
+    elif isinstance(shape, Each):
+        yield from ((key, part, shape.value) for key, part in value.items())
+    elif isinstance(shape, dict):
+        for key, inner in shape.items():
+            if key in value or not isinstance(inner, Maybe):
+                yield key, value.get(key, _ABSENT), inner
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -12,7 +12,6 @@ from jax.sharding import AxisType
 
 import mtp_model
 from mtp_model.block import take_layer
-from mtp_model.checkpoint import directory
 from mtp_model.checkpoint.directory import CheckpointError, open_checkpoint
 from mtp_model.context import make_context
 from mtp_model.load import cast_weights, load, load_layer
@@ -99,12 +98,12 @@ def test_a_layer_alone_is_that_of_the_whole_model(checkpoint, stack):
 def test_a_layer_alone_reads_its_own_bytes_only(checkpoint, monkeypatch):
     stored, read = open_checkpoint(checkpoint), []
 
-    def recorded(path, offset, out):
+    def recorded(place, begin, out):
         read.append(len(out))
-        return read_range(path, offset, out)
+        return read_range_into(place, begin, out)
 
-    read_range = directory.read_range
-    monkeypatch.setattr(directory, "read_range", recorded)
+    read_range_into = LocalPlace.read_range_into
+    monkeypatch.setattr(LocalPlace, "read_range_into", recorded)
     load_layer(stored, "moe_layers", 1)
     in_layer = [leaf for name, leaf in stored.leaves.items() if name.startswith("moe_layers.")]
     sizes = [math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in in_layer]

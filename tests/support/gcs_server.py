@@ -20,8 +20,7 @@ from gcp_storage_emulator.handlers import buckets, objects
 from gcp_storage_emulator.server import RequestHandler
 from gcp_storage_emulator.storage import Storage
 
-from mtp_model.files import cloud_objects
-from mtp_model.files import objects as cloud
+from mtp_model.files.objects import _client, _store
 
 BUCKET = "bucket"
 _OBJECTS = "/storage/v1/b/"
@@ -215,7 +214,7 @@ def gcs_server() -> Iterator[GcsServer]:
         with mock.patch.dict(os.environ, address):
             yield gcs
     finally:
-        cloud._store.cache_clear()
-        cloud_objects._client.cache_clear()
+        _store.cache_clear()
+        _client.cache_clear()
         server.shutdown()
         server.server_close()

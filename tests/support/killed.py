@@ -8,6 +8,7 @@ All run side by side, forked from one that has imported everything. Prints their
 
 import json
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Callable
@@ -18,24 +19,21 @@ import numpy as np
 from dying import before
 from roundtrip import run_import
 
-from converters.exporting import exporter
-from converters.exporting import files as export_files
 from converters.exporting.exporter import export_checkpoint
 from converters.format import fp8
 from converters.format.writer import StreamWriter
 from converters.importing import finish as import_finish
-from mtp_model.checkpoint import claim as destination
 from mtp_model.checkpoint import writer as store_writer
 from mtp_model.checkpoint.directory import open_checkpoint
-from mtp_model.files import appended_object, journal
-from mtp_model.files import local as rawio
-from mtp_model.files.objects import CloudPath, as_path
+from mtp_model.files import journal, object_place
+from mtp_model.files.local import LocalPlace
+from mtp_model.files.objects import StoredObject
+from mtp_model.files.open import as_place
 
 
 def half_a_line(self: Any, entry: Any) -> None:
     """Write the start of a line of the journal."""
-    self._file.write(str(entry).encode()[:20])
-    self._file.flush()
+    self._lines.append(str(entry).encode()[:20])
 
 
 def half_a_piece(self: Any, data: Any) -> None:
@@ -46,29 +44,29 @@ def half_a_piece(self: Any, data: Any) -> None:
 
 POINTS: dict[str, Callable[[int], None]] = {
     "none": lambda _: None,
-    "chunk": lambda n: before(store_writer, "write_buffer", n),
-    "chunk written": lambda n: before(rawio.os, "close", n),
+    "chunk": lambda n: before(LocalPlace, "write_buffer", n),
+    "chunk written": lambda n: before(os, "close", n),
     "journal": lambda n: before(journal.Journal, "append", n, half_a_line),
-    "object": lambda n: before(CloudPath, "write_bytes", n),
+    "object": lambda n: before(StoredObject, "write_bytes", n),
     "metadata": lambda n: before(store_writer, "write_orbax_metadata", n),
     "layout": lambda n: before(store_writer, "_write_json", n),
     "side file": lambda n: before(import_finish, "_side_pieces", n),
-    "marker": lambda n: before(destination.shutil, "rmtree", n),
+    "marker": lambda n: before(shutil, "rmtree", n),
     "piece": lambda n: before(StreamWriter, "write", n, half_a_piece),
-    "read back": lambda n: before(export_files, "file_digest", n),
-    "exported side file": lambda n: before(exporter, "write_pieces", n),
-    "joined object": lambda n: before(appended_object, "join", n),
+    "read back": lambda n: before(LocalPlace, "fault", n),
+    "exported side file": lambda n: before(LocalPlace, "write_pieces", n),
+    "joined object": lambda n: before(object_place, "join", n),
 }
 
 
 def run(command: str, src: str, dst: str, point: str, count: int, worker: tuple[int, int]) -> None:
     os.fsync = lambda _: None  # a killed process loses nothing that it wrote
-    appended_object._PART_BYTES = 1000  # as in the tests
+    object_place._PART_BYTES = 1000  # as in the tests
     POINTS[point](count)
     if command == "import":
-        run_import(Path(src), as_path(dst), dtype="bf16", worker=worker)
+        run_import(Path(src), as_place(dst), dtype="bf16", worker=worker)
     else:
-        export_checkpoint(open_checkpoint(src), as_path(dst))
+        export_checkpoint(open_checkpoint(src), as_place(dst))
 
 
 def forked(arguments: list[Any]) -> int:

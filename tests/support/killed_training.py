@@ -15,7 +15,7 @@ from orbax.checkpoint._src.path import atomicity
 
 from finetune import cli
 from finetune.run.metrics import RunLog
-from mtp_model.checkpoint import writer as store_writer
+from mtp_model.files.local import LocalPlace
 
 
 def half_a_line(log: RunLog, row: dict[str, Any]) -> None:
@@ -27,7 +27,7 @@ def half_a_line(log: RunLog, row: dict[str, Any]) -> None:
 POINTS: dict[str, Callable[[int], None]] = {
     "step": lambda n: before(RunLog, "step", n, half_a_line),
     "checkpoint": lambda n: before(atomicity.AtomicRenameTemporaryPath, "finalize", n),
-    "final": lambda n: before(store_writer, "write_buffer", n),
+    "final": lambda n: before(LocalPlace, "write_buffer", n),
 }
 
 

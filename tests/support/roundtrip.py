@@ -12,7 +12,7 @@ from converters.format.listing import SourceCheckpoint, open_safetensors
 from converters.importing.importer import ImportSummary, import_checkpoint
 from converters.sources.open import open_source
 from mtp_model.checkpoint.chunks import ChunkPolicy
-from mtp_model.files.objects import AnyPath
+from mtp_model.files.place import Place
 from tools.make_tiny_checkpoint import NUMPY_DTYPES, make_tiny_checkpoint
 
 # Tiny matrices are cut into row blocks, and small experts' tensors are gathered, as large ones are.
@@ -32,7 +32,7 @@ def opened(src: Path) -> SourceCheckpoint:
     return open_safetensors(open_source(str(src)))
 
 
-def run_import(src: Path, dst: AnyPath, **options: Any) -> ImportSummary:
+def run_import(src: Path, dst: str | Path | Place, **options: Any) -> ImportSummary:
     """Import with small chunks."""
     return import_checkpoint(opened(src), dst, **{"policy": SMALL_CHUNKS} | options)
 

@@ -14,8 +14,8 @@ from roundtrip import assert_same_files, dequantised, read_tensors, tree_bytes
 from converters.cli.main import main
 from converters.publishing import push as hub_push
 from converters.sources.hub_errors import Patience
+from mtp_model.checkpoint.derived import ChangedLeaf, write_derived
 from mtp_model.checkpoint.directory import Checkpoint, open_checkpoint
-from mtp_model.checkpoint.writer import ChangedLeaf, write_derived
 from tools.make_tiny_checkpoint import make_tiny_checkpoint
 
 REPO = "org/Tuned-V3"
@@ -244,7 +244,7 @@ def test_a_push_that_fails_is_continued_by_the_same_command(
     assert " kB is not on the Hub yet; the same command continues" in err
     sent = len(hub.requests("^PUT "))
     hub.clear_faults()
-    monkeypatch.setattr("converters.exporting.files.place", None)
+    monkeypatch.setattr("converters.exporting.files.ExportFiles.take", None)
     monkeypatch.setattr("converters.exporting.exporter.StreamWriter", None)
     status, out, err = run(capsys, *command, "--json")
     assert status == 0, err

@@ -16,12 +16,12 @@ from converters.exporting.result import ExportSummary
 from converters.format.listing import list_checkpoint
 from converters.sources.open import open_source
 from mtp_model.checkpoint.claim import held
+from mtp_model.checkpoint.derived import ChangedLeaf, write_derived
 from mtp_model.checkpoint.directory import UNFINISHED, Checkpoint, CheckpointError, open_checkpoint
-from mtp_model.checkpoint.writer import ChangedLeaf, write_derived
-from mtp_model.files import appended_object
-from mtp_model.files.appended_object import AppendedObject
-from mtp_model.files.cloud_objects import join, state, states
-from mtp_model.files.objects import CloudError, CloudPath, as_path
+from mtp_model.files import object_place
+from mtp_model.files.object_place import AppendedObject, ObjectPlace
+from mtp_model.files.objects import CloudError, join, state, states
+from mtp_model.files.open import as_place
 
 SIZES = {"n_routed_experts": 8, "num_hidden_layers": 2, "first_k_dense_replace": 1}
 PART_BYTES = 1000  # so that files of some 10 kB have as many parts as files of some GB
@@ -30,7 +30,7 @@ PART_BYTES = 1000  # so that files of some 10 kB have as many parts as files of 
 @pytest.fixture(scope="module", autouse=True)
 def _small_parts() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(appended_object, "_PART_BYTES", PART_BYTES)
+        patch.setattr(object_place, "_PART_BYTES", PART_BYTES)
         yield
 
 
@@ -194,7 +194,7 @@ def test_a_file_that_went_missing_is_written_again(
 
 def test_one_process_at_a_time_and_nothing_of_others(gcs: GcsServer, url: str, ckpt: Checkpoint):
     with (
-        held(as_path(f"{url}/out")),
+        held(as_place(f"{url}/out")),
         pytest.raises(CheckpointError, match=rf"another process .* \(pid {os.getpid()} on"),
     ):
         export_checkpoint(ckpt, f"{url}/out")
@@ -202,7 +202,7 @@ def test_one_process_at_a_time_and_nothing_of_others(gcs: GcsServer, url: str, c
     with pytest.raises(CheckpointError, match="is not empty and no safetensors checkpoint"):
         export_checkpoint(ckpt, f"{url}/theirs", overwrite=True)
     assert gcs.contents(f"{key(url)}/theirs") == {"thesis.tex": b"years"}
-    run_import(Path(ckpt.provenance["source"]["name"]), as_path(f"{url}/ckpt"))
+    run_import(Path(ckpt.provenance["source"]["name"]), as_place(f"{url}/ckpt"))
     with pytest.raises(CheckpointError, match="is not empty and no safetensors checkpoint"):
         export_checkpoint(ckpt, f"{url}/ckpt", overwrite=True)
 
@@ -220,9 +220,9 @@ def test_overwriting_leaves_nothing_of_before(
 def test_an_object_is_made_of_parts(gcs: GcsServer, url: str, size: int):
     """As one object, as up to 32 parts, and as more: parts of parts."""
     data = np.random.default_rng(size).integers(0, 256, size, np.uint8)
-    path, scratch = as_path(url) / "file", as_path(url) / "parts"
-    assert isinstance(path, CloudPath)
-    assert isinstance(scratch, CloudPath)
+    path, scratch = as_place(url) / "file", as_place(url) / "parts"
+    assert isinstance(path, ObjectPlace)
+    assert isinstance(scratch, ObjectPlace)
     out = AppendedObject(path, scratch)
     for piece in np.array_split(data, 7):
         out.append(piece)
@@ -264,17 +264,17 @@ def test_a_copy_in_the_cloud_that_is_stored_wrongly_is_noticed(
 ):
     upload(gcs, src, f"{url}/base")
 
-    def wrong(source: CloudPath, target: CloudPath) -> None:
+    def wrong(source: ObjectPlace, target: ObjectPlace) -> None:
         target.write_bytes(source.read_bytes()[::-1])
 
     with monkeypatch.context() as patch:
-        patch.setattr("converters.exporting.files.copy", wrong)
+        patch.setattr("mtp_model.files.object_place.copy", wrong)
         with pytest.raises(CloudError, match="was copied with another checksum"):
             over_base(tuned, f"{url}/out", f"{url}/base")
     assert [name for name in gcs.keys(f"{key(url)}/out") if name.endswith(".safetensors")] == []
 
 
 def test_refusals_name_the_object(gcs: GcsServer, url: str):  # noqa: ARG001
-    parts = [as_path(f"{url}/absent")]
+    parts = [as_place(f"{url}/absent")]
     with pytest.raises(CloudError, match=rf"{url}/whole: 404"):
-        join(parts, as_path(f"{url}/whole"), as_path(f"{url}/scratch"))
+        join(parts, as_place(f"{url}/whole"), as_place(f"{url}/scratch"))

@@ -32,8 +32,9 @@ from converters.format.listing import list_checkpoint
 from converters.importing.importer import import_checkpoint
 from converters.sources.open import open_source
 from converters.verifying.verify import check_storage
+from mtp_model.checkpoint.derived import ChangedLeaf, write_derived
 from mtp_model.checkpoint.directory import UNFINISHED, Checkpoint, CheckpointError, open_checkpoint
-from mtp_model.checkpoint.writer import ChangedLeaf, write_derived
+from mtp_model.files.local import LocalPlace
 from mtp_model.problems import ProblemsError, UserError
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -425,7 +426,7 @@ def test_the_room_that_copies_need_is_foreseen(
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage)
     export(tuned, tmp_path / "out", src)
-    monkeypatch.setattr("converters.exporting.files.can_link", lambda *_: False)
+    monkeypatch.setattr(LocalPlace, "can_link", lambda *_: False)
     with pytest.raises(UserError, match="make room and run the same command again"):
         export(tuned, tmp_path / "out2", src)
 

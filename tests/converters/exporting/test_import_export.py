@@ -28,7 +28,6 @@ from roundtrip import (
 )
 
 from converters.exporting import encode, exporter
-from converters.exporting import files as export_files
 from converters.exporting import plan as export_plan
 from converters.exporting import stream as export_stream
 from converters.exporting.encode import Encoder, held_slots
@@ -40,9 +39,10 @@ from converters.format.mapping import slots
 from converters.importing.importer import import_checkpoint
 from converters.sources.local import LocalSource
 from mtp_model.checkpoint.chunks import Leaf
+from mtp_model.checkpoint.derived import ChangedLeaf, write_derived
 from mtp_model.checkpoint.directory import Checkpoint, CheckpointError, open_checkpoint
-from mtp_model.checkpoint.writer import ChangedLeaf, write_derived
 from mtp_model.config import ModelConfig
+from mtp_model.files.local import LocalPlace
 from mtp_model.problems import ProblemsError, UserError
 from tools.make_tiny_checkpoint import NUMPY_DTYPES
 
@@ -379,16 +379,16 @@ def test_damage_is_not_exported(kept: Checkpoint, tmp_path: Path):
 def test_a_disk_that_forgets_is_noticed(
     kept: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    real = export_files.file_digest
+    real = LocalPlace.digest
 
-    def wrong(path: Path) -> str:
+    def wrong(path: LocalPlace) -> str:
         return "0" * 32 if path.name.startswith("model-00003") else real(path)
 
-    monkeypatch.setattr(export_files, "file_digest", wrong)
+    monkeypatch.setattr(LocalPlace, "digest", wrong)
     with pytest.raises(ProblemsError, match=r"model-00003.* the disk is failing"):
         export_checkpoint(kept, tmp_path / "out")
     assert (tmp_path / "out/.unfinished").is_dir()
-    monkeypatch.setattr(export_files, "file_digest", real)
+    monkeypatch.setattr(LocalPlace, "digest", real)
     assert export_checkpoint(kept, tmp_path / "out").resumed_files >= 2
 
 

@@ -13,7 +13,8 @@ import xxhash
 from converters.format import writer as safetensors_writer
 from converters.format.header import make_header, parse_header
 from converters.format.writer import StreamWriter
-from mtp_model.files import appended_file
+from mtp_model.files import local
+from mtp_model.files.local import AppendedFile
 from mtp_model.problems import ProblemsError
 
 ROWS = [("a", "U8", (5000, 3)), ("none", "F32", (0, 2)), ("b", "BF16", (700,))]
@@ -27,7 +28,7 @@ WHOLE = len(RAW).to_bytes(8, "little") + RAW + A.tobytes() + B.tobytes()
 @pytest.fixture(params=["direct", "refused at open", "refused at write", "no O_DIRECT"])
 def _filesystem(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The ways in which filesystems take O_DIRECT; buffers small enough for several flushes."""
-    monkeypatch.setattr(appended_file, "_STAGING_BYTES", 4096)
+    monkeypatch.setattr(local, "_STAGING_BYTES", 4096)
     os_open, os_pwrite, direct = os.open, os.pwrite, os.O_DIRECT
     refusal = OSError(errno.EINVAL, "Invalid argument")
 
@@ -37,7 +38,7 @@ def _filesystem(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         return os_open(path, flags, *mode)
 
     def refuse_write(fd: int, data: memoryview, at: int) -> int:
-        if appended_file.fcntl.fcntl(fd, appended_file.fcntl.F_GETFL) & direct:
+        if local.fcntl.fcntl(fd, local.fcntl.F_GETFL) & direct:
             raise refusal
         return os_pwrite(fd, data, at)
 
@@ -46,14 +47,14 @@ def _filesystem(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     elif request.param == "refused at write":
         monkeypatch.setattr(os, "pwrite", refuse_write)
     elif request.param == "no O_DIRECT":
-        monkeypatch.setattr(appended_file, "O_DIRECT", 0)
+        monkeypatch.setattr(local, "O_DIRECT", 0)
 
 
 @pytest.mark.usefixtures("_filesystem")
 @pytest.mark.parametrize("piece", [1000, 4096, 15000])
 def test_the_file_and_its_digest(tmp_path, piece):
     path = tmp_path / "x.safetensors"
-    with StreamWriter(path, HEADER) as writer:
+    with StreamWriter(AppendedFile(path), HEADER) as writer:
         for begin in range(0, A.size, piece):
             writer.write(A.reshape(-1)[begin : begin + piece])
         writer.write(b"")
@@ -68,17 +69,17 @@ def test_the_file_and_its_digest(tmp_path, piece):
 
 
 def write(path: Path, *buffers: np.ndarray | bytes) -> None:
-    with StreamWriter(path, HEADER) as writer:
+    with StreamWriter(AppendedFile(path), HEADER) as writer:
         for buffer in buffers:
             writer.write(buffer)
 
 
 def test_a_file_of_whole_pages_and_one_without_tensors(tmp_path, monkeypatch):
-    monkeypatch.setattr(appended_file, "_STAGING_BYTES", 4096)
+    monkeypatch.setattr(local, "_STAGING_BYTES", 4096)
     raw = make_header([("a", "U8", (8192 - 88,))], {})
     raw += b" " * (80 - len(raw))
     for name, header, data in (("pages", raw, bytes(8192 - 88)), ("empty", b"{}", b"")):
-        writer = StreamWriter(tmp_path / name, parse_header(header, name, "test"))
+        writer = StreamWriter(AppendedFile(tmp_path / name), parse_header(header, name, "test"))
         writer.write(data)
         digest = writer.close()
         written = (tmp_path / name).read_bytes()
@@ -94,7 +95,7 @@ def test_short_writes_are_continued(tmp_path, monkeypatch):
 
 
 def test_too_few_bytes_leave_no_file_and_name_the_tensor(tmp_path):
-    writer = StreamWriter(tmp_path / "x", HEADER)
+    writer = StreamWriter(AppendedFile(tmp_path / "x"), HEADER)
     writer.write(A[:1000])
     given = len(RAW) + 8 + 3000
     needs = f"x needs {len(WHOLE)} bytes, was given {given}: a ends after 3000 of its 15000 bytes"
@@ -116,7 +117,7 @@ def test_a_full_disk_leaves_no_file_and_names_it(tmp_path, monkeypatch, call, st
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(appended_file, "_STAGING_BYTES", staging_bytes)
+    monkeypatch.setattr(local, "_STAGING_BYTES", staging_bytes)
     monkeypatch.setattr(os, call, full)
     with pytest.raises(OSError, match=r"No space left on device: '.*/x.partial'"):
         write(tmp_path / "x", A, B)
@@ -153,5 +154,5 @@ def test_a_folder_that_cannot_be_synced_is_no_error(tmp_path, monkeypatch):
         fsync(fd)
 
     monkeypatch.setattr(os, "fsync", refuse_folders)
-    StreamWriter(tmp_path / "x", parse_header(b"{}", "x", "test")).close()
+    StreamWriter(AppendedFile(tmp_path / "x"), parse_header(b"{}", "x", "test")).close()
     assert (tmp_path / "x").exists()

@@ -17,10 +17,12 @@ from converters.exporting.exporter import export_checkpoint
 from converters.format.listing import open_safetensors
 from converters.importing.importer import import_checkpoint
 from converters.sources.open import open_source
-from mtp_model.checkpoint.claim import claim, locked
+from mtp_model.checkpoint.claim import claim
+from mtp_model.checkpoint.derived import ChangedLeaf, write_derived
 from mtp_model.checkpoint.directory import COMPLETE, UNFINISHED, CheckpointError, open_checkpoint
-from mtp_model.checkpoint.writer import ChangedLeaf, write_derived
-from mtp_model.files.objects import CloudError, CloudPath, as_path
+from mtp_model.files.object_place import ObjectPlace
+from mtp_model.files.objects import CloudError
+from mtp_model.files.open import as_place
 from mtp_model.load import load
 from mtp_model.problems import ProblemsError
 from mtp_model.sharding import make_mesh
@@ -45,7 +47,7 @@ def local(src: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def stored(gcs: GcsServer, src: Path) -> str:  # noqa: ARG001
     """The same import in the cloud; tests leave it as it is."""
-    run_import(src, as_path(f"gs://{BUCKET}/stored/ckpt"), dtype="bf16")
+    run_import(src, as_place(f"gs://{BUCKET}/stored/ckpt"), dtype="bf16")
     return f"gs://{BUCKET}/stored/ckpt"
 
 
@@ -147,13 +149,13 @@ def test_killed_anywhere_it_continues_and_ends_with_the_same_bytes(
     gcs: GcsServer, url: str, src: Path, local: Path
 ):
     gcs.log.clear()
-    run_import(src, as_path(f"{url}/whole"), dtype="bf16")
+    run_import(src, as_place(f"{url}/whole"), dtype="bf16")
     writes = [name for method, name in gcs.log if method == "POST" and not name.endswith("lock")]
     points = [at if at > 0 else len(writes) + 1 + at for at in KILLED_AT]
     commands = [("import", src, f"{url}/{n}", "object", n, (0, 1)) for n in points]
     run_all(commands)
     for n in points:
-        dst = as_path(f"{url}/{n}")
+        dst = as_place(f"{url}/{n}")
         with pytest.raises(CheckpointError, match="is unfinished"):
             open_checkpoint(dst)
         summary = run_import(src, dst, dtype="bf16")
@@ -164,9 +166,9 @@ def test_killed_anywhere_it_continues_and_ends_with_the_same_bytes(
 def test_shares_of_several_workers_give_the_same_bytes(
     gcs: GcsServer, url: str, src: Path, local: Path
 ):
-    first = run_import(src, as_path(url), dtype="bf16", worker=(0, 2))
+    first = run_import(src, as_place(url), dtype="bf16", worker=(0, 2))
     assert not first.finished
-    assert run_import(src, as_path(url), dtype="bf16", worker=(1, 2)).finished
+    assert run_import(src, as_place(url), dtype="bf16", worker=(1, 2)).finished
     assert gcs.contents(key(url)) == tree_bytes(local)
 
 
@@ -193,7 +195,7 @@ def test_another_plan_or_a_changed_source_is_refused(
 
 
 def test_one_process_at_a_time(gcs: GcsServer, url: str, src: Path):
-    dst = as_path(url)
+    dst = as_place(url)
     with claim(dst):
         with pytest.raises(CheckpointError, match=rf"pid {os.getpid()} on {platform.node()}"):
             run_import(src, dst)
@@ -214,7 +216,7 @@ def test_one_process_at_a_time(gcs: GcsServer, url: str, src: Path):
 def put_lock(gcs: GcsServer, url: str, **changes: object) -> str:
     """The lock of another process, made from one of ours."""
     lock = f"{key(url)}/{UNFINISHED}/lock"
-    with locked(CloudPath(BUCKET, lock)):
+    with ObjectPlace(BUCKET, lock).locked():
         record = json.loads(gcs.content(lock))
     gcs.put(lock, json.dumps(record | {"token": "another"} | changes).encode())
     return lock
@@ -222,7 +224,7 @@ def put_lock(gcs: GcsServer, url: str, **changes: object) -> str:
 
 def test_the_lock_of_a_process_that_died_here_is_taken_over(gcs: GcsServer, url: str):
     lock = put_lock(gcs, url, pid=DEAD)
-    with claim(as_path(url)):
+    with claim(as_place(url)):
         assert json.loads(gcs.content(lock))["pid"] == os.getpid()
     assert gcs.keys(lock) == []
 
@@ -230,7 +232,7 @@ def test_the_lock_of_a_process_that_died_here_is_taken_over(gcs: GcsServer, url:
 def test_a_lock_whose_answer_was_lost_is_ours(gcs: GcsServer, url: str):
     lock = f"{key(url)}/{UNFINISHED}/lock"
     gcs.lost.add(lock)
-    with claim(as_path(url)):
+    with claim(as_place(url)):
         assert [method for method, name in gcs.log if name == lock][:2] == ["POST", "POST"]
     assert gcs.keys(lock) == []
 
@@ -238,19 +240,19 @@ def test_a_lock_whose_answer_was_lost_is_ours(gcs: GcsServer, url: str):
 @pytest.mark.parametrize("change", [{"host": "elsewhere"}, {"namespace": "a container"}])
 def test_of_a_process_elsewhere_a_person_decides(gcs: GcsServer, url: str, change: dict):
     lock = put_lock(gcs, url, pid=DEAD, **change)
-    with pytest.raises(CheckpointError, match="another process") as told, claim(as_path(url)):
+    with pytest.raises(CheckpointError, match="another process") as told, claim(as_place(url)):
         pass
     assert f"pid {DEAD} on {change.get('host', platform.node())} since" in str(told.value)
     assert f"rm 'gs://{BUCKET}/{lock.removesuffix('lock')}*lock*'" in str(told.value)
     gcs.delete(lock)
-    with claim(as_path(url)):
+    with claim(as_place(url)):
         pass
 
 
 def test_what_is_not_ours_is_not_touched(gcs: GcsServer, url: str, src: Path):
     gcs.put(f"{key(url)}/thesis.tex", b"years")
     with pytest.raises(CheckpointError, match="is not empty and no checkpoint directory"):
-        run_import(src, as_path(url), overwrite=True)
+        run_import(src, as_place(url), overwrite=True)
     assert gcs.contents(key(url)) == {"thesis.tex": b"years"}
 
 
@@ -260,8 +262,8 @@ def test_overwrite_replaces_all_of_a_checkpoint(
     copy(gcs, stored, url)
     gcs.put(f"{key(url)}/stale.txt", b"")
     with pytest.raises(CheckpointError, match="name another or --overwrite it"):
-        run_import(src, as_path(url), dtype="keep")
-    run_import(src, as_path(url), dtype="bf16", overwrite=True)
+        run_import(src, as_place(url), dtype="keep")
+    run_import(src, as_place(url), dtype="bf16", overwrite=True)
     assert gcs.contents(key(url)) == tree_bytes(local)
 
 
@@ -309,14 +311,14 @@ def test_an_object_replaced_while_it_is_read_is_noticed(gcs: GcsServer, url: str
 @pytest.mark.parametrize("address", ["gs://", "gs:///x", "gs://bucket//x", "gs://bucket/../x"])
 def test_addresses_that_are_none(address: str):
     with pytest.raises(CloudError, match="is no address; needed gs://BUCKET/FOLDER"):
-        as_path(address)
+        as_place(address)
     with pytest.raises(ProblemsError, match="is no address"):
         open_source(address)
 
 
 def test_writes_are_conditional(gcs: GcsServer, url: str):
-    path = as_path(url) / "a"
-    assert isinstance(path, CloudPath)
+    path = as_place(url) / "a"
+    assert isinstance(path, ObjectPlace)
     first = path.write_if(b"1", None)
     assert first
     assert path.write_if(b"2", None) is None
@@ -326,4 +328,4 @@ def test_writes_are_conditional(gcs: GcsServer, url: str):
     assert path.read_bytes() == gcs.content(path.key) == b"3"
     assert path.write_if(None, path.generation())
     assert not path.exists()
-    assert not (as_path(url) / COMPLETE).is_file()
+    assert not (as_place(url) / COMPLETE).is_file()

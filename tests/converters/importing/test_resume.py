@@ -20,9 +20,10 @@ from side_by_side import run_all
 from converters.exporting.exporter import export_checkpoint
 from converters.importing.convert import unit_bytes
 from converters.importing.plan import make_plan
-from mtp_model.checkpoint.claim import LOCK, claim, locked
+from mtp_model.checkpoint.claim import LOCK, claim
+from mtp_model.checkpoint.derived import write_derived
 from mtp_model.checkpoint.directory import UNFINISHED, Checkpoint, CheckpointError, open_checkpoint
-from mtp_model.checkpoint.writer import write_derived
+from mtp_model.files.local import LocalPlace
 from mtp_model.problems import ProblemsError
 
 SIZES = {"n_routed_experts": 8, "num_hidden_layers": 2, "first_k_dense_replace": 1}
@@ -228,7 +229,7 @@ def test_the_second_process_stops(src: Path, whole: Checkpoint, tmp_path: Path):
                 run_import(src, tmp_path / "ckpt", worker=worker)
     (tmp_path / "out" / UNFINISHED).mkdir(parents=True)
     with (
-        locked(tmp_path / "out" / UNFINISHED / LOCK),
+        LocalPlace(tmp_path / "out" / UNFINISHED / LOCK).locked(),
         pytest.raises(CheckpointError, match="another process is writing"),
     ):
         export_checkpoint(whole, tmp_path / "out")

@@ -27,8 +27,8 @@ from converters.verifying.logits import (
 )
 from converters.verifying.report import write_report
 from converters.verifying.verify import StorageCheck, Verification
+from mtp_model.checkpoint.derived import ChangedLeaf, write_derived
 from mtp_model.checkpoint.directory import Checkpoint, CheckpointError, open_checkpoint
-from mtp_model.checkpoint.writer import ChangedLeaf, write_derived
 from mtp_model.problems import ProblemsError, UserError
 from mtp_model.reporting import to_json
 from tools.make_tiny_checkpoint import make_tiny_checkpoint

@@ -14,9 +14,10 @@ import pytest
 
 from mtp_model.checkpoint.chunks import MIB, ChunkPolicy, Leaf, chunk_file_name, chunk_shape
 from mtp_model.checkpoint.claim import claim
+from mtp_model.checkpoint.derived import ChangedLeaf, write_derived
 from mtp_model.checkpoint.directory import Checkpoint, CheckpointError, open_checkpoint
-from mtp_model.checkpoint.writer import ChangedLeaf, ParamsWriter, write_derived
-from mtp_model.files.local import AlignedBuffer, file_digest
+from mtp_model.checkpoint.writer import ParamsWriter
+from mtp_model.files.memory import AlignedBuffer
 
 F32, BF16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -233,7 +234,7 @@ def test_knows_its_side_files_and_layout(checkpoint: Checkpoint):
 def test_digests_are_those_of_the_files(checkpoint: Checkpoint):
     pieces = list(checkpoint.pieces())
     assert len(pieces) == sum(len(list(leaf.coords())) for leaf in checkpoint.leaves.values())
-    assert all(file_digest(piece.file) == piece.digest for piece in pieces)
+    assert all(piece.file.digest() == piece.digest for piece in pieces)
     assert checkpoint.damaged_files() == []
     (checkpoint.path / "sub/README.md").write_text("hullo")
     assert checkpoint.damaged_files() == ["sub/README.md"]
@@ -260,7 +261,7 @@ def test_derived_links_what_did_not_change(checkpoint: Checkpoint, values: dict,
         for index in np.ndindex(*value.shape[: LEAVES[name][2]]):
             assert_same_bits(derived.read_rows(name, index, 0, value[index].shape[0]), value[index])
     for piece in derived.pieces():
-        assert file_digest(piece.file) == piece.digest
+        assert piece.file.digest() == piece.digest
         links = 1 if piece.path == changed else 2
         assert piece.file.stat().st_nlink == links, piece.file
     record = derived.provenance["derived"][0]
@@ -279,7 +280,7 @@ def test_derived_copies_where_links_fail(
     monkeypatch.setattr(os, "link", refuse)
     derived = write_derived(checkpoint, tmp_path / "final", {}, {})
     for piece in derived.pieces():
-        assert file_digest(piece.file) == piece.digest
+        assert piece.file.digest() == piece.digest
         assert piece.file.stat().st_nlink == 1
 
 

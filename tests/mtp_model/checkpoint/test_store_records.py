@@ -12,6 +12,7 @@ from imported import import_folder
 from roundtrip import make_source
 
 from converters.cli.main import main
+from mtp_model.checkpoint.derived import write_derived
 from mtp_model.checkpoint.directory import (
     COMPLETE,
     LAYOUT,
@@ -19,8 +20,7 @@ from mtp_model.checkpoint.directory import (
     CheckpointError,
     open_checkpoint,
 )
-from mtp_model.checkpoint.writer import write_derived
-from mtp_model.files.records import Each, Maybe, faults
+from mtp_model.files.untrusted_json import Each, Maybe, faults
 
 FILES = (PROVENANCE, LAYOUT, COMPLETE)
 OTHERS = [None, True, -1, 7, 1.5, "text", [], [7], {}, {"a": 1}]

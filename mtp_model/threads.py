@@ -14,7 +14,7 @@ Result = TypeVar("Result")
 _WAITING = 2  # for each thread, so that none is idle between two jobs
 
 
-def in_flight(
+def in_threads(
     function: Callable[[Item], Result], items: Iterable[Item], workers: int
 ) -> Generator[Result, None, None]:
     """The results of `function` for all items, `workers` at once, in the order in which they end.
