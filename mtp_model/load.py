@@ -135,21 +135,21 @@ def _read_layer(checkpoint: Checkpoint, name: str, index: int) -> np.ndarray:
 
 
 def _read(checkpoint: Checkpoint, path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    """One leaf, shard by shard, so that the host holds one shard at a time."""
+    """One leaf, part by part, so that the host holds one device's part at a time."""
     import tensorstore as ts  # takes a while, and not everyone who imports this file loads
 
     place = checkpoint.params / leaf_name(path)
     spec = {"driver": "zarr", "kvstore": place.kvstore(), "fill_missing_data_reads": False}
     sharding = leaf.sharding or SingleDeviceSharding(jax.devices()[0])
-    devices: dict[Any, list[Any]] = {}
+    parts: dict[str, tuple[Any, list[Any]]] = {}  # devices may hold the same part
     for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
-        devices.setdefault(index, []).append(device)
+        parts.setdefault(str(index), (index, []))[1].append(device)
     shards = []
     try:
         stored = ts.open(spec, open=True, read=True).result()
-        for index, alike in devices.items():
-            shard = stored[index].read().result()
-            shards += [jax.device_put(shard, device) for device in alike]
+        for index, devices in parts.values():
+            part = stored[index].read().result()
+            shards += [jax.device_put(part, device) for device in devices]
     except (ValueError, RuntimeError, NotImplementedError, OSError) as error:
         raise CheckpointError(
             f"{place} cannot be read ({error}), though the checkpoint is marked complete; "

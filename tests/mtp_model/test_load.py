@@ -14,6 +14,7 @@ import mtp_model
 from mtp_model.block import take_layer
 from mtp_model.checkpoint.directory import CheckpointError, open_checkpoint
 from mtp_model.context import make_context
+from mtp_model.files.local import LocalPlace
 from mtp_model.load import cast_weights, load, load_layer
 from mtp_model.model import abstract_model, leaves_by_name
 from mtp_model.sharding import MESH_AXES, make_mesh
