@@ -17,7 +17,7 @@ from typing import Any, Self
 import numpy as np
 import xxhash
 
-from mtp_model.files.memory import ALIGNMENT, AlignedBuffer, ThreadMemory, aligned
+from mtp_model.files.memory import ALIGNMENT, AlignedBuffer, aligned
 from mtp_model.files.place import PIECE_BYTES, Appended, How, Place
 from mtp_model.problems import UserError
 
@@ -27,7 +27,7 @@ TMP_SUFFIX = ".partial"
 _READ_BYTES = 8 << 20
 _STAGING_BYTES = 4 << 20
 _FICLONE = 0x40049409  # of linux/fs.h; the fcntl module has it from Python 3.12 on
-_staging = ThreadMemory(_READ_BYTES)
+_staging = threading.local()
 
 
 class LocalPlace(PosixPath):
@@ -74,7 +74,7 @@ class LocalPlace(PosixPath):
                 yield piece
 
     def digest(self) -> str:
-        state, memory = xxhash.xxh3_128(), _staging.take(_READ_BYTES)
+        state, memory = xxhash.xxh3_128(), _staging_memory()
         direct = self.stat().st_size >= DIRECT_FROM_BYTES
         with _opened(self, os.O_RDONLY, direct=direct) as fd:
             offset = 0
@@ -293,11 +293,18 @@ def read_direct(fd: int, out: np.ndarray, offset: int) -> int:
         return os.preadv(fd, [out[:pages].data], offset)
     skip = offset % ALIGNMENT
     wanted = min(skip + len(out), _READ_BYTES)
-    staged = _staging.take(_READ_BYTES)
+    staged = _staging_memory()
     got = os.preadv(fd, [staged[: aligned(wanted)].data], offset - skip)
     count = max(min(got, wanted) - skip, 0)
     out[:count] = staged[skip : skip + count]
     return count
+
+
+def _staging_memory() -> np.ndarray:
+    """This thread's aligned memory (uint8) of _READ_BYTES."""
+    if not hasattr(_staging, "buffer"):
+        _staging.buffer = AlignedBuffer(_READ_BYTES)
+    return _staging.buffer.bytes
 
 
 def _write_all(fd: int, data: memoryview, begin: int = 0) -> None:

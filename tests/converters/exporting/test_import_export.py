@@ -453,7 +453,7 @@ def test_a_full_disk_is_foreseen(
         free = 100_000
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage)
-    with pytest.raises(UserError, match=r"needs 0\.0 GB more, its disk has 0\.0 GB free"):
+    with pytest.raises(UserError, match=r"needs 0\.4 MB more, its disk has 0\.1 MB free"):
         run_import(fp8, tmp_path / "ckpt")
     with pytest.raises(UserError, match="make room and run the same command again"):
         export_checkpoint(kept, tmp_path / "out")
