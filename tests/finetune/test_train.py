@@ -42,8 +42,8 @@ from finetune.state import TRAINABLE, make_train_step, start
 from finetune.train import StoppedError, train
 from finetune.weights import load_for_training
 from mtp_model import progress
-from mtp_model.checkpoint.claim import locked
 from mtp_model.checkpoint.directory import CheckpointError, open_checkpoint
+from mtp_model.files.local import LocalPlace
 from mtp_model.load import load
 from mtp_model.problems import UserError
 
@@ -338,7 +338,10 @@ def test_changed_data_cannot_continue_a_run(finished, settings, data, tmp_path):
 
 def test_two_processes_cannot_train_in_one_place(finished, settings, tmp_path):
     copy = unfinished_copy(finished, settings, tmp_path / "run")
-    with locked(copy.out / "lock"), pytest.raises(RunError, match="another process is training"):
+    with (
+        LocalPlace(copy.out / "lock").locked(),
+        pytest.raises(RunError, match="another process is training"),
+    ):
         train(copy, QUIET)
 
 
