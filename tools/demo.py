@@ -26,7 +26,7 @@ from rich.table import Table
 from tools.demo_text import Domain, train_tokenizer, write_domains
 from tools.make_tiny_checkpoint import stored_tensors, tiny_config, weight_shapes, write_weights
 
-MINUTES = 4  # what the whole demo may take on two cores
+MINUTES = 5  # what the whole demo may take on two quiet cores
 SIZES = {
     "hidden_size": 192,
     "vocab_size": 2048,
@@ -69,7 +69,7 @@ def main() -> None:
     arguments = parser.parse_args()
     began = time.monotonic()
     console.print(
-        f"This takes at most {MINUTES} minutes on two cores; files go to {arguments.out}/.\n"
+        f"This takes at most {MINUTES} minutes on two quiet cores; files go to {arguments.out}/.\n"
         "Steps a to c make a checkpoint such as people find; 1 to 5 are what its user does."
     )
     shutil.rmtree(arguments.out, ignore_errors=True)
