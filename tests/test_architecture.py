@@ -15,6 +15,8 @@ FORBIDDEN = {
 }
 TORCH_PACKAGES = {"torch", "transformers", "safetensors"}
 TORCH_MODULES = {"converters/verifying/torch_reference.py", "converters/verifying/torch_weights.py"}
+STORE_PACKAGES = {"tensorstore", "google", "google_crc32c", "gcsfs"}
+STORE_MODULES = {f"mtp_model/{name}.py" for name in ("files/objects", "files/object_place", "load")}
 MODULES = [path for package in PACKAGES for path in sorted((ROOT / package).glob("**/*.py"))]
 
 
@@ -37,6 +39,8 @@ def violations(path: Path, source: str) -> set[str]:
     forbidden = FORBIDDEN[package] | {"tests", "tools", "pickle"}
     if name_of(path) not in TORCH_MODULES:
         forbidden = forbidden | TORCH_PACKAGES
+    if name_of(path) not in STORE_MODULES:
+        forbidden = forbidden | STORE_PACKAGES
     return set(imported(ast.parse(source))) & forbidden
 
 
@@ -52,6 +56,8 @@ def test_imports_point_one_way(path):
         ("converters/cli/main.py", "from finetune.train import train"),
         ("finetune/train.py", "def f():\n    import converters"),
         ("mtp_model/load.py", "import torch"),
+        ("mtp_model/checkpoint/writer.py", "import tensorstore as ts"),
+        ("converters/sources/objects.py", "from google.cloud import storage"),
         ("converters/format/check.py", "from transformers import AutoConfig"),
     ],
 )

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from converters.exporting.exporter import export_checkpoint
 from converters.format.listing import open_safetensors
 from converters.importing.importer import import_checkpoint
 from converters.sources.open import open_source
+from finetune.cli import run as finetune
 from mtp_model.checkpoint.claim import claim
 from mtp_model.checkpoint.derived import ChangedLeaf, write_derived
 from mtp_model.checkpoint.directory import COMPLETE, UNFINISHED, CheckpointError, open_checkpoint
@@ -306,6 +308,33 @@ def test_an_object_replaced_while_it_is_read_is_noticed(gcs: GcsServer, url: str
     gcs.delete(f"{key(url)}/a")
     with pytest.raises(ProblemsError, match="is not in the folder"):
         source.fingerprint("a")
+
+
+@pytest.mark.parametrize("fault", ["is missing", "is cut"])
+def test_a_chunk_that_cannot_be_read_is_one_line(gcs: GcsServer, stored: str, url: str, fault: str):
+    copy(gcs, stored, url)
+    chunk = next(name for name in gcs.keys(f"{key(url)}/params/norm.weight") if name[-1] == "0")
+    content = gcs.content(chunk)
+    gcs.delete(chunk)
+    if fault == "is cut":
+        gcs.put(chunk, content[:-2])
+    with pytest.raises(CheckpointError, match=re.escape(f"{url}/params/norm.weight cannot")):
+        load(url)
+
+
+@pytest.mark.parametrize("address", ["gs://bucket/nothing", "gs://bucket//x", "gs://other/x"])
+def test_an_address_without_a_checkpoint_is_one_line(
+    gcs: GcsServer,  # noqa: ARG001
+    tmp_path: Path,
+    address: str,
+    capsys: pytest.CaptureFixture[str],
+):
+    (tmp_path / "text.txt").write_text("text")
+    options = ["--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / "run")]
+    assert finetune(["train", "--checkpoint", address, *options]) == 1
+    told = capsys.readouterr().err
+    assert address in told
+    assert "Traceback" not in told
 
 
 @pytest.mark.parametrize("address", ["gs://", "gs:///x", "gs://bucket//x", "gs://bucket/../x"])
