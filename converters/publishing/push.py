@@ -4,7 +4,6 @@ Weights are committed a few files at a time, index and config last: until then n
 is there, and an interrupted push loses at most the files that were on their way.
 """
 
-import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants
-from huggingface_hub.utils import build_hf_headers, get_session
 
 from converters.format.listing import SUFFIX, list_checkpoint
 from converters.publishing.model_card import merged_readme
-from converters.sources.hub_errors import REQUEST_ERRORS, Patience, hub_error, persist
-from converters.sources.hub_http import LIBRARY, TIMEOUT_S, Repository
-from converters.sources.hub_listing import Entry
+from converters.sources.hub_errors import REQUEST_ERRORS, hub_error, persist
+from converters.sources.hub_fetch import fetch_small
+from converters.sources.hub_listing import LIBRARY, Entry, Model, list_model
 from converters.sources.local import LocalSource
 from converters.sources.source import HUB_ID
 from mtp_model.checkpoint.directory import UNFINISHED, CheckpointError
@@ -27,19 +25,12 @@ from mtp_model.problems import Problem, raise_if_any
 
 README, CONFIG = "README.md", "config.json"
 
-# huggingface_hub itself tries each request six times.
-DEFAULT_PATIENCE = Patience(tries=4)
-
+# Of one commit.
+_MOST_FILES = 16
+_MOST_BYTES = 50_000_000_000
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batches:
-    """What is committed at once."""
-
-    most_files: int = 16
-    most_bytes: int = 50_000_000_000
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,19 +50,14 @@ def push_folder(
     repo_id: str,
     *,
     provenance: Mapping[str, Any],
-    private: bool = True,
-    token: str | None = None,
-    endpoint: str | None = None,
-    patience: Patience = DEFAULT_PATIENCE,
-    batches: Batches | None = None,
     progress: Progress | None = None,
 ) -> Pushed:
     """Upload an exported checkpoint; what is on the Hub already is not sent again.
 
-    provenance: of the checkpoint directory that was exported. private: of a repository that is made
-    for this; one that exists stays as it is. progress is told the bytes that are committed, and
-    their total. Raises CheckpointError for a folder that is
-    unfinished, ProblemsError for one that is no checkpoint, and for whatever the Hub refuses.
+    A repository that is made for this is private. provenance: of the checkpoint directory that was
+    exported. progress is told the bytes that are committed, and their total. Raises CheckpointError
+    for a folder that is unfinished, ProblemsError for one that is no checkpoint, and for whatever
+    the Hub refuses.
     """
     folder = Path(folder)
     if (folder / UNFINISHED).is_dir():
@@ -80,156 +66,96 @@ def push_folder(
         raise hub_error("the Hub", shown(repo_id), "is no place for a model; needed org/name")
     source = LocalSource(str(folder))
     list_checkpoint(source)
-    push = _Push(folder, repo_id, token, endpoint, patience)
-    push.make_repository(private)
-    readme = merged_readme(
-        push.existing_readme(), repo_id, provenance, json.loads((folder / CONFIG).read_bytes())
-    )
-    with push.transfer():
-        added = push.commit_all(source.files(), readme, batches or Batches(), progress)
-    return push.listed_back(added)
+    api = HfApi(library_name=LIBRARY)
+    _make_repository(api, repo_id)
+    config = json.loads((folder / CONFIG).read_bytes())
+    readme = merged_readme(_existing_readme(folder, repo_id), repo_id, provenance, config)
+    sizes = source.files()
+    sent: list[CommitOperationAdd] = []
+    for batch in _batches(sizes):
+        adds = [CommitOperationAdd(path_in_repo=f, path_or_fileobj=folder / f) for f in batch]
+        if CONFIG in batch:
+            adds.append(CommitOperationAdd(path_in_repo=README, path_or_fileobj=readme.encode()))
+        _commit(api, repo_id, adds)
+        sent += adds
+        if progress and CONFIG not in batch:
+            progress(sum(add.upload_info.size for add in sent), sum(sizes.values()))
+    return _listed_back(repo_id, sent)
 
 
-class _Push:
-    def __init__(
-        self,
-        folder: Path,
-        repo_id: str,
-        token: str | None,
-        endpoint: str | None,
-        patience: Patience,
-    ):
-        self._folder = folder
-        self._repo_id = repo_id
-        self._token = token
-        self._endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
-        self._patience = patience
-        self._api = HfApi(endpoint=self._endpoint, token=token, library_name=LIBRARY)
+def _make_repository(api: HfApi, repo_id: str) -> None:
+    def make() -> None:  # asked first: a token may write here without the right to create
+        if not api.repo_exists(repo_id):
+            api.create_repo(repo_id, private=True, exist_ok=True)
 
-    def make_repository(self, private: bool) -> None:
-        def make() -> None:  # asked first: a token may write here without the right to create
-            if not self._api.repo_exists(self._repo_id):
-                self._api.create_repo(self._repo_id, private=private, exist_ok=True)
-
-        persist(make, "the Hub", self._repo_id, self._patience)
-
-    def existing_readme(self) -> str | None:
-        """The README on the Hub, which somebody may have edited there, or else the folder's."""
-        remote = self._remote()
-        local = self._folder / README
-        if README in remote.entries:
-            raw = remote.whole(README)
-        elif local.is_file():
-            raw = local.read_bytes()
-        else:
-            return None
-        try:
-            return raw.decode()
-        except UnicodeDecodeError:
-            fault = "is not UTF-8, which the Hub needs; convert it"
-            raise hub_error(self._repo_id, README, fault) from None
-
-    @contextlib.contextmanager
-    def transfer(self) -> Iterator[None]:
-        """Large files go by Xet where the server offers it, else by LFS.
-
-        huggingface_hub takes Xet whenever hf_xet is installed; only this setting tells it not to.
-        """
-        before = constants.HF_HUB_DISABLE_XET
-        constants.HF_HUB_DISABLE_XET = before or not self._offers_xet()
-        try:
-            yield
-        finally:
-            constants.HF_HUB_DISABLE_XET = before
-
-    def commit_all(
-        self,
-        sizes: Mapping[str, int],
-        readme: str,
-        batches: Batches,
-        progress: Progress | None,
-    ) -> list[CommitOperationAdd]:
-        """Commit every file; what was added, with digests."""
-        added, total = [], sum(sizes.values())
-        weights = {file: size for file, size in sizes.items() if file.endswith(SUFFIX)}
-        for files in _batched(weights, batches):
-            added += self._commit([(file, self._folder / file) for file in files], files[0])
-            if progress:
-                progress(sum(add.upload_info.size for add in added), total)
-        others = [(file, self._folder / file) for file in sizes if file not in weights]
-        last = [*(pair for pair in others if pair[0] != README), (README, readme.encode())]
-        return added + self._commit(last, CONFIG)
-
-    def listed_back(self, added: Sequence[CommitOperationAdd]) -> Pushed:
-        """Compare what the Hub lists now with what was sent."""
-        remote = self._remote()
-        problems = [
-            Problem("hub", add.path_in_repo, fault)
-            for add in added
-            if (fault := _fault(add, remote.entries.get(add.path_in_repo)))
-        ]
-        raise_if_any(remote.name, problems)
-        ours = {add.path_in_repo for add in added}
-        return Pushed(
-            repo_id=self._repo_id,
-            commit=remote.commit,
-            url=f"{self._endpoint}/{self._repo_id}/tree/{remote.commit}",
-            num_files=len(ours),
-            num_bytes=sum(add.upload_info.size for add in added),
-            others=tuple(sorted(remote.entries.keys() - ours - {".gitattributes"})),
-        )
-
-    def _remote(self) -> Repository:
-        return Repository(
-            self._repo_id, token=self._token, endpoint=self._endpoint, patience=self._patience
-        )
-
-    def _offers_xet(self) -> bool:
-        url = f"{self._endpoint}/api/models/{self._repo_id}/xet-write-token/main"
-        headers = build_hf_headers(token=self._token, library_name=LIBRARY)
-
-        def ask() -> bool:
-            return get_session().get(url, headers=headers, timeout=TIMEOUT_S).status_code == 200
-
-        return persist(ask, "the Hub", self._repo_id, self._patience)
-
-    def _commit(
-        self, contents: Sequence[tuple[str, Path | bytes]], subject: str
-    ) -> list[CommitOperationAdd]:
-        adds = [
-            CommitOperationAdd(path_in_repo=file, path_or_fileobj=content)
-            for file, content in contents
-        ]
-        more = f" and {len(adds) - 1} more" if len(adds) > 1 else ""
-
-        def commit() -> None:
-            try:
-                self._api.create_commit(
-                    self._repo_id, adds, commit_message=f"Upload {subject}{more}"
-                )
-            except RuntimeError as err:  # of a thread that uploads one file
-                if isinstance(err.__cause__, REQUEST_ERRORS):
-                    raise err.__cause__ from None
-                fault = f"cannot be sent: {err.__cause__ or err}"
-                raise hub_error(self._repo_id, subject, fault) from None
-            except ValueError as err:
-                if isinstance(err, REQUEST_ERRORS):
-                    raise
-                raise hub_error(self._repo_id, subject, f"was refused: {err}") from None
-
-        persist(commit, self._repo_id, f"{subject}{more}", self._patience)
-        return adds
+    persist(make, "the Hub", repo_id, brief=True)
 
 
-def _batched(sizes: Mapping[str, int], batches: Batches) -> Iterator[list[str]]:
+def _existing_readme(folder: Path, repo_id: str) -> str | None:
+    """The README on the Hub, which somebody may have edited there, or else the folder's."""
+    remote = list_model(repo_id)
+    if README in remote.entries:
+        raw = fetch_small(remote, README)
+    elif (folder / README).is_file():
+        raw = (folder / README).read_bytes()
+    else:
+        return None
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        fault = "is not UTF-8, which the Hub needs; convert it"
+        raise hub_error(repo_id, README, fault) from None
+
+
+def _batches(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """The files of each commit: weights a few at a time, then config.json first of the others."""
     batch: list[str] = []
-    for file, size in sizes.items():
-        full = sum(sizes[name] for name in batch) + size > batches.most_bytes
-        if batch and (full or len(batch) == batches.most_files):
+    for file in (file for file in sizes if file.endswith(SUFFIX)):
+        full = sum(sizes[name] for name in batch) + sizes[file] > _MOST_BYTES
+        if batch and (full or len(batch) == _MOST_FILES):
             yield batch
             batch = []
         batch.append(file)
     yield batch
+    others = {file for file in sizes if not file.endswith(SUFFIX)} - {CONFIG, README}
+    yield [CONFIG, *sorted(others)]
+
+
+def _commit(api: HfApi, repo_id: str, adds: Sequence[CommitOperationAdd]) -> None:
+    """One commit, named after its first file; huggingface_hub itself tries each request again."""
+    more = f" and {len(adds) - 1} more" if len(adds) > 1 else ""
+    subject = f"{adds[0].path_in_repo}{more}"
+
+    def commit() -> None:
+        try:
+            api.create_commit(repo_id, adds, commit_message=f"Upload {subject}")
+        except RuntimeError as err:  # of a thread that uploads one file
+            if isinstance(err.__cause__, REQUEST_ERRORS):
+                raise err.__cause__ from None
+            raise hub_error(repo_id, subject, f"cannot be sent: {err.__cause__ or err}") from None
+        except ValueError as err:
+            if isinstance(err, REQUEST_ERRORS):
+                raise
+            raise hub_error(repo_id, subject, f"was refused: {err}") from None
+
+    persist(commit, repo_id, subject, brief=True)
+
+
+def _listed_back(repo_id: str, sent: Sequence[CommitOperationAdd]) -> Pushed:
+    """Compare what the Hub lists now with what was sent."""
+    remote: Model = list_model(repo_id)
+    listed = ((add, remote.entries.get(add.path_in_repo)) for add in sent)
+    faults = [(add.path_in_repo, _fault(add, entry)) for add, entry in listed]
+    raise_if_any(remote.name, [Problem("hub", file, fault) for file, fault in faults if fault])
+    ours = {add.path_in_repo for add in sent}
+    return Pushed(
+        repo_id=repo_id,
+        commit=remote.commit,
+        url=f"{constants.ENDPOINT}/{repo_id}/tree/{remote.commit}",
+        num_files=len(ours),
+        num_bytes=sum(add.upload_info.size for add in sent),
+        others=tuple(sorted(remote.entries.keys() - ours - {".gitattributes"})),
+    )
 
 
 def _fault(add: CommitOperationAdd, entry: Entry | None) -> str | None:

@@ -1,65 +1,55 @@
 """A model on the Hub as the source of a checkpoint: `org/name` or `org/name@revision`.
 
-Knows where bytes are at hand: the Hub's cache, what was fetched ahead, or else the network.
+Bytes come from the Hub's cache on this machine, from what was fetched ahead, or by a request.
 """
 
 import contextlib
-import os
-import threading
-from collections import OrderedDict
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from converters.sources.hub_cache import cached
-from converters.sources.hub_downloads import Downloads, Limits, room_needed
-from converters.sources.hub_errors import DEFAULT_PATIENCE, Patience, hub_error
-from converters.sources.hub_http import Repository
-from converters.sources.hub_listing import Entry
-from converters.sources.source import HUB_ID, Buffer, Fingerprint, Finish, Read, Source, byte_view
+from converters.sources.ahead import MOST_FILES, Ahead
+from converters.sources.hub_errors import hub_error
+from converters.sources.hub_fetch import Downloads, cached, fetch_range, fetch_small, files_in
+from converters.sources.hub_listing import Entry, list_model
+from converters.sources.source import (
+    HUB_ID,
+    Buffer,
+    Fingerprint,
+    Finish,
+    Read,
+    Source,
+    byte_view,
+)
 from mtp_model.files.untrusted_json import shown
 
-_HELD_BYTES = 64 << 20  # of small files, each whole: config, index, tokenizer
+# Not in large file storage: config, index, tokenizer. The Hub's own servers hold them, which need
+# not know ranges, so these are fetched whole, proved and held for a while.
+_SMALL_BYTES = 16 << 20
+_SMALL_FILES = 4
 
 
 class HubSource(Source):
     """The files of a model at the commit that its revision stood for when this was made.
 
     `name` is the model with that commit, `org/name@0123...`: what is read stays the same when the
-    branch moves. keep_downloads: files that were fetched whole move to the Hub's cache. token None:
-    the one that the user is logged in with, if any.
+    branch moves.
     """
 
     is_far = True
 
-    def __init__(
-        self,
-        src: str,
-        *,
-        keep_downloads: bool = False,
-        token: str | None = None,
-        endpoint: str | None = None,
-        patience: Patience = DEFAULT_PATIENCE,
-        limits: Limits | None = None,
-    ):
+    def __init__(self, src: str):
         match = HUB_ID.fullmatch(src)
         if not match:
             raise hub_error("the Hub", shown(src), "is no model; needed org/name[@revision]")
-        self._repository = Repository(
-            match["repo"],
-            match["revision"],
-            token=token,
-            endpoint=endpoint,
-            patience=patience,
-            where=f"the Hub, since there is no folder {src}",
-        )
-        self._keep_downloads = keep_downloads
-        self._limits = limits or Limits()
-        self._downloads: Downloads | None = None
-        self._held = _HeldFiles(self._repository)
-        self.name = self._repository.name
+        where = f"the Hub, since there is no folder {src}"
+        self._model = list_model(match["repo"], match["revision"], where=where)
+        self._ahead: Ahead | None = None
+        self._small = functools.lru_cache(_SMALL_FILES)(functools.partial(fetch_small, self._model))
+        self.name = self._model.name
 
     def files(self) -> dict[str, int]:
-        return {file: entry.size for file, entry in self._repository.entries.items()}
+        return {file: entry.size for file, entry in self._model.entries.items()}
 
     def read(self, file: str, begin: int, nbytes: int) -> bytes:
         self._check_range(file, begin, nbytes)  # before memory is taken for it
@@ -79,26 +69,40 @@ class HubSource(Source):
         return {"size": entry.size, kind: entry.digest}
 
     def room_needed(self, reads: Mapping[str, Sequence[Read]], folder: Path) -> Mapping[Path, int]:
-        """Bytes that `staged` needs on disk at once: a few files; to keep them, all of them."""
-        return room_needed(
-            self._repository, reads, folder, keep=self._keep_downloads, limits=self._limits
-        )
+        """A few whole files, or those of the step that reads the most.
+
+        It is about that: a reader that falls behind the others holds its files for longer.
+        """
+        steps = self._to_fetch(reads)
+        sizes = sorted(self._entry(file).size for file in {f for of in steps.values() for f in of})
+        of_one_step = max(map(len, steps.values()), default=0)
+        at_once = sum(sizes[-max(MOST_FILES, of_one_step) :])
+        there = sum(path.stat().st_blocks * 512 for path in files_in(folder))
+        return {folder: max(at_once - there, 0)}
 
     @contextlib.contextmanager
     def staged(self, reads: Mapping[str, Sequence[Read]], folder: Path) -> Iterator[Finish]:
-        """Fetch `reads`, by step and in this order, into `folder`, ahead of whoever reads them."""
-        downloads = Downloads(
-            self._repository, reads, folder, keep=self._keep_downloads, limits=self._limits
-        )
-        self._downloads = downloads
+        """Fetch the files of `reads` into `folder`, whole, ahead of whoever reads them."""
+        steps = self._to_fetch(reads)
+        downloads = Downloads(self._model, folder, {f for of in steps.values() for f in of})
+        self._ahead = ahead = Ahead(steps, downloads.fetch, downloads.delete)
         try:
-            yield downloads.finish
+            yield ahead.finish
         finally:
-            self._downloads = None
+            self._ahead = None
+            ahead.close(downloads.stop)
             downloads.close()
 
+    def _to_fetch(self, reads: Mapping[str, Sequence[Read]]) -> dict[str, list[str]]:
+        """The files that each step needs from the network."""
+        files = {file: not cached(self._model, file) for of in reads.values() for file, _, _ in of}
+        return {
+            step: list(dict.fromkeys(file for file, _, _ in of_step if files[file]))
+            for step, of_step in reads.items()
+        }
+
     def _entry(self, file: str) -> Entry:
-        entry = self._repository.entries.get(file)
+        entry = self._model.entries.get(file)
         if not entry:
             raise hub_error(self.name, shown(file), "is not in the repository")
         return entry
@@ -110,57 +114,25 @@ class HubSource(Source):
             raise hub_error(self.name, file, f"is {size} bytes, {needed}")
 
     def _fill(self, file: str, begin: int, view: memoryview) -> None:
+        if not view:
+            return
         end = begin + len(view)
-        downloads = self._downloads
-        path = downloads.path(file, begin, end) if downloads else None
-        path = path or cached(self._repository, file)
+        ahead = self._ahead  # another thread may end it
+        path = (ahead.path(file) if ahead else None) or cached(self._model, file)
         if path and _read_file(path, begin, view):
             return
-        if self._held.holds(file):
-            view[:] = self._held.content(file)[begin:end]
-            return
-        position = 0
-        for part in self._repository.stream(file, begin, end):
-            view[position : position + len(part)] = part
-            position += len(part)
-
-
-class _HeldFiles:
-    """Small files in memory, each fetched once and proved by its digest, the last read the longest.
-
-    Those are the files that are not in large file storage; the Hub's own servers, which hold them,
-    need not know ranges.
-    """
-
-    def __init__(self, repository: Repository):
-        self._repository = repository
-        self._lock = threading.Lock()
-        self._contents: OrderedDict[str, bytes] = OrderedDict()
-
-    def holds(self, file: str) -> bool:
-        entry = self._repository.entries[file]
-        return not entry.sha256 and entry.size <= _HELD_BYTES
-
-    def content(self, file: str) -> bytes:
-        with self._lock:
-            content = self._contents.pop(file, None)
-            if content is None:
-                content = self._repository.whole(file)
-            self._contents[file] = content
-            while sum(map(len, self._contents.values())) > _HELD_BYTES:
-                self._contents.popitem(last=False)
-            return content
+        entry = self._entry(file)
+        if not entry.sha256 and entry.size <= _SMALL_BYTES:
+            view[:] = self._small(file)[begin:end]
+        else:
+            view[:] = fetch_range(self._model, file, begin, end)
 
 
 def _read_file(path: Path, begin: int, view: memoryview) -> bool:
     """Fill `view` from a file; False when it was deleted meanwhile, or is shorter than it was."""
     try:
-        with path.open("rb", buffering=0) as file:
-            while view:
-                got = os.preadv(file.fileno(), [view], begin)
-                if not got:
-                    return False
-                begin, view = begin + got, view[got:]
+        with path.open("rb") as file:
+            file.seek(begin)
+            return file.readinto(view) == len(view)
     except FileNotFoundError:
         return False
-    return True

@@ -1,21 +1,23 @@
 """Requests to the Hub that fail: which to try again, and what to tell the user about the others.
 
-Must not know what is requested. Only a file's name and the status get into an error, never a URL,
-which may be signed, nor a header, which may hold the token.
+Only a file's name and the status get into an error, never a URL, which may be signed, nor a header,
+which may hold the token.
 """
 
-import email.utils
+import itertools
 import threading
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 import httpx2
+from huggingface_hub import constants
 from huggingface_hub.errors import (
     DisabledRepoError,
+    FileMetadataError,
     GatedRepoError,
     HfHubHTTPError,
+    LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
@@ -26,9 +28,23 @@ from huggingface_hub.utils import parse_ratelimit_headers
 from mtp_model.files.untrusted_json import shown
 from mtp_model.problems import Problem, ProblemsError
 
-PASSING_STATUS = frozenset((408, 425, 429, 500, 502, 503, 504))
-REQUEST_ERRORS = (HfHubHTTPError, httpx2.RequestError, OfflineModeIsEnabled)
+REQUEST_ERRORS = (
+    HfHubHTTPError,
+    httpx2.RequestError,
+    httpx2.InvalidURL,
+    OfflineModeIsEnabled,
+    LocalEntryNotFoundError,
+    FileMetadataError,
+)
 """What huggingface_hub raises for a request that failed; `explain` takes each of them."""
+
+TRIES = 8
+BRIEF_TRIES = 4  # where huggingface_hub tries again itself, or the user waits for a first answer
+FIRST_WAIT_S = 1.0  # doubles with each failure
+LONGEST_WAIT_S = 300.0  # the Hub counts requests over five minutes
+
+_PASSING_STATUS = frozenset((408, 425, 429, 500, 502, 503, 504))
+_EXPIRED_STATUS = frozenset((401, 403, 404, 410))  # of storage: the signed address is too old
 
 T = TypeVar("T")
 
@@ -36,7 +52,7 @@ T = TypeVar("T")
 class PassingError(Exception):
     """A failure that may pass: what was found, and the seconds that the server asks to wait."""
 
-    def __init__(self, found: str, wait_s: float | None = None):
+    def __init__(self, found: str, wait_s: float = 0.0):
         super().__init__(found)
         self.wait_s = wait_s
 
@@ -45,61 +61,26 @@ class StoppedError(Exception):
     """Whoever wanted the answer no longer does."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Patience:
-    """How often a request is tried. Waits double from `first_wait_s` up to `longest_wait_s`.
-
-    The Hub counts requests over five minutes: its longest Retry-After is waited for in full.
-    """
-
-    tries: int = 8
-    first_wait_s: float = 1.0
-    longest_wait_s: float = 300.0
-
-    def wait_s(self, failures: int, asked_s: float | None) -> float:
-        """Seconds to wait after so many failures, when the server asks for `asked_s`."""
-        return min(
-            max(self.first_wait_s * 2 ** (failures - 1), asked_s or 0.0), self.longest_wait_s
-        )
-
-
-DEFAULT_PATIENCE = Patience()
-
-
-class Failures:
-    """Counts the failures of one thing that is tried, waits after each, and at last gives up."""
-
-    def __init__(
-        self, where: str, subject: str, patience: Patience, stop: threading.Event | None = None
-    ):
-        self._where, self._subject = where, subject
-        self._patience = patience
-        self._stop = stop or threading.Event()
-        self._count = 0
-
-    def add(self, error: PassingError) -> None:
-        """Wait before the next try; ProblemsError when there is none, StoppedError when stopped."""
-        self._count += 1
-        if self._count >= self._patience.tries:
-            tried = f"tried {self._count} times; run the same command again later"
-            raise hub_error(self._where, self._subject, f"{error}; {tried}")
-        if self._stop.wait(self._patience.wait_s(self._count, error.wait_s)):
-            raise StoppedError
-
-    def forget(self) -> None:
-        """There was progress since the last failure."""
-        self._count = 0
-
-
 def hub_error(where: str, subject: str, detail: str) -> ProblemsError:
     """An error with one problem."""
     return ProblemsError(where, [Problem("hub", subject, detail)])
 
 
-def persist(task: Callable[[], T], where: str, subject: str, patience: Patience) -> T:
-    """The result of `task`, which is tried again when it fails in passing; else ProblemsError."""
-    failures = Failures(where, subject, patience)
-    while True:
+def persist(
+    task: Callable[[], T],
+    where: str,
+    subject: str,
+    *,
+    brief: bool = False,
+    stop: threading.Event | None = None,
+) -> T:
+    """The result of `task`, which is tried again when it fails in passing; else ProblemsError.
+
+    brief: it is tried a few times only. StoppedError once `stop` is set.
+    """
+    tries = min(TRIES, BRIEF_TRIES) if brief else TRIES
+    stop = stop or threading.Event()
+    for failures in itertools.count(1):
         try:
             return task()
         except REQUEST_ERRORS as err:
@@ -108,21 +89,41 @@ def persist(task: Callable[[], T], where: str, subject: str, patience: Patience)
             fault = err
         if isinstance(fault, ProblemsError):
             raise fault
-        failures.add(fault)
+        if failures >= tries:
+            tried = f"tried {failures} times; run the same command again later"
+            raise hub_error(where, subject, f"{fault}; {tried}")
+        if stop.wait(wait_s(failures, fault.wait_s)):
+            raise StoppedError
+    raise AssertionError
 
 
-def explain(err: Exception, where: str, subject: str) -> PassingError | ProblemsError:
+def wait_s(failures: int, asked_s: float) -> float:
+    """Seconds to wait after so many failures, when the server asks for `asked_s`."""
+    return min(max(FIRST_WAIT_S * 2 ** (failures - 1), asked_s), LONGEST_WAIT_S)
+
+
+def explain(err: BaseException, where: str, subject: str) -> PassingError | ProblemsError:
     """What one of REQUEST_ERRORS means: worth another try, or what the user can do."""
     if isinstance(err, HfHubHTTPError):
         status = err.response.status_code
-        if status in PASSING_STATUS:
-            return PassingError(f"the Hub answered {status}", asked_wait_s(err.response.headers))
+        stored = _origin(str(err.response.url)) != _origin(constants.ENDPOINT)
+        if status in _PASSING_STATUS or (stored and status in _EXPIRED_STATUS):
+            return PassingError(f"the Hub answered {status}", _asked_wait_s(err.response.headers))
         return hub_error(where, subject, _advice(err, status))
     if isinstance(err, OfflineModeIsEnabled):
         return hub_error(
             where, subject, "needs the Hub, and HF_HUB_OFFLINE is set; unset it, or use a folder"
         )
+    if isinstance(err, LocalEntryNotFoundError) and isinstance(err.__cause__, REQUEST_ERRORS):
+        return explain(err.__cause__, where, subject)
+    if isinstance(err, FileMetadataError | LocalEntryNotFoundError):
+        return PassingError("got an answer that is no place of a file")
     return PassingError(f"the connection failed ({type(err).__name__})")
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port
 
 
 def _advice(err: HfHubHTTPError, status: int) -> str:
@@ -144,19 +145,9 @@ def _advice(err: HfHubHTTPError, status: int) -> str:
     return f"got the answer {status} from the Hub{said}"
 
 
-def asked_wait_s(headers: httpx2.Headers) -> float | None:
-    """Seconds that an answer asks to wait: Retry-After, seconds or a date, or the rate limit."""
-    value = headers.get("Retry-After", "").strip()
-    if value.isascii() and value.isdigit():
-        return float(value[:9])
-    if value:
-        return _seconds_until(value)
+def _asked_wait_s(headers: httpx2.Headers) -> float:
+    """Seconds that an answer asks to wait; 0 when it does not say."""
+    value = headers.get("Retry-After", "")
     limit = parse_ratelimit_headers(headers)
-    return float(limit.reset_in_seconds) if limit and limit.remaining == 0 else None
-
-
-def _seconds_until(date: str) -> float | None:
-    try:
-        return max(email.utils.parsedate_to_datetime(date).timestamp() - time.time(), 0.0)
-    except ValueError:
-        return None
+    asked = limit.reset_in_seconds if limit and limit.remaining == 0 else 0
+    return float(value[:9]) if value.isascii() and value.isdigit() else float(asked)

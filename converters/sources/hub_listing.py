@@ -1,17 +1,23 @@
-"""What the Hub says about the files of a model, checked; must not know how it was asked."""
+"""A model on the Hub and its files, as the Hub lists them; what it lists is checked."""
 
 import hashlib
 import re
 from dataclasses import dataclass
 from typing import Any
 
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.hf_api import RepoSibling
 
+from converters.sources.hub_errors import hub_error, persist
 from converters.sources.source import name_fault
 from mtp_model.files.untrusted_json import shown
 from mtp_model.problems import Problem, raise_if_any
 
-COMMIT = re.compile(r"[0-9a-f]{40}")
+LIBRARY = "deepseek-mtp"
+TIMEOUT_S = 30.0
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -43,8 +49,48 @@ class Entry:
         return None if found == self.digest else f"has digest {found}, the Hub lists {self.digest}"
 
 
-def entries_of(repo_id: str, siblings: list[RepoSibling]) -> dict[str, Entry]:
-    """The listed files by name, sorted; ProblemsError tells all that no honest Hub lists."""
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A repository at one commit, and its files by name, sorted."""
+
+    repo_id: str
+    commit: str
+    entries: dict[str, Entry]
+
+    @property
+    def name(self) -> str:
+        """What stays the same when a branch moves."""
+        return f"{self.repo_id}@{self.commit}"
+
+
+def list_model(repo_id: str, revision: str | None = None, *, where: str = "the Hub") -> Model:
+    """The model at the commit that `revision` stands for now; None: its main branch.
+
+    where: what an error says about where the model was looked for. Raises ProblemsError.
+    """
+
+    def ask() -> Model:
+        api = HfApi(library_name=LIBRARY)
+        try:
+            info = api.model_info(
+                repo_id, revision=revision, files_metadata=True, timeout=TIMEOUT_S
+            )
+        except (HfHubHTTPError, OfflineModeIsEnabled):
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise hub_error("the Hub", repo_id, "got an answer that is no model") from None
+        if not _matches(_COMMIT, info.sha):
+            fault = f"is at commit {shown(info.sha)}, needed 40 hexadecimal digits"
+            raise hub_error("the Hub", repo_id, fault)
+        entries = _entries_of(repo_id, info.siblings or [])
+        return Model(repo_id=repo_id, commit=str(info.sha), entries=entries)
+
+    # A name that is a mistyped folder's should not take minutes to be refused.
+    return persist(ask, where, f"{repo_id}@{revision}" if revision else repo_id, brief=True)
+
+
+def _entries_of(repo_id: str, siblings: list[RepoSibling]) -> dict[str, Entry]:
+    """The listed files; ProblemsError tells all that no honest Hub lists."""
     problems, entries = [], {}
     for sibling in siblings:
         file = sibling.rfilename
@@ -69,7 +115,7 @@ def _entry_fault(sibling: RepoSibling) -> str | None:
         return "has a name that cannot be printed"
     if type(sibling.size) is not int or sibling.size < 0:
         return f"is listed with {shown(sibling.size)} bytes"
-    if not _matches(COMMIT, sibling.blob_id):
+    if not _matches(_COMMIT, sibling.blob_id):
         return f"is listed with git blob {shown(sibling.blob_id)}"
     if sibling.lfs and not _matches(_SHA256, sibling.lfs.sha256):
         return f"is listed with sha256 {shown(sibling.lfs.sha256)}"

@@ -10,7 +10,6 @@ import hashlib
 import json
 import re
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -25,8 +24,8 @@ class Fault:
     """What is wrong with the next answers to a kind of request; an instance serves `times` times.
 
     status, body: answered instead. drop: no answer at all. keep_bytes: of the body, before the
-    connection drops. short: the answer says, in good order, that it is shorter. corrupt: one bit
-    is wrong.
+    connection drops; hang: it stays open, and silent. short: the answer says, in good order, that
+    it is shorter. corrupt: one bit is wrong.
     """
 
     status: int | None = None
@@ -34,6 +33,7 @@ class Fault:
     body: bytes | None = None
     drop: bool = False
     keep_bytes: int | None = None
+    hang: bool = False
     short: bool = False
     corrupt: bool = False
     ignore_range: bool = False
@@ -102,7 +102,7 @@ class HubServer:
         self.stored: dict[str, bytes] = {}
         self.seen: list[Seen] = []
         self.signature = 0
-        self.delay_s = 0.0
+        self.over = threading.Event()
         self._faults: list[tuple[re.Pattern[str], Fault]] = []
         self._actions: list[tuple[re.Pattern[str], Callable[[], None]]] = []
         self._lock = threading.Lock()
@@ -113,6 +113,7 @@ class HubServer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.over.set()
         for server in self._servers:
             server.shutdown()
             server.server_close()
@@ -200,7 +201,6 @@ class _Handler(BaseHTTPRequestHandler):
         with self.hub._lock:
             self.hub.seen.append(self.note)
         self.fault = self.hub.fault_for(str(self.note))
-        time.sleep(self.hub.delay_s)
         if self.fault.drop:
             self.close_connection = True
         elif self.fault.status or self.fault.body is not None:
@@ -226,16 +226,20 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.note.body_bytes = len(body)
             self.wfile.write(body)
+        if self.fault.hang:
+            self.wfile.flush()
+            self.hub.over.wait(60)
 
     def send_json(self, value: Any, status: int = 200) -> None:
         self.send(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     def send_file(self, content: bytes, headers: dict[str, str]) -> None:
         """A file, or the range of it that was asked for."""
-        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if not asked or self.fault.ignore_range:
             return self.send(200, content, headers)
-        begin, last = (int(number) + self.fault.shift_range for number in asked.groups())
+        ends = (asked[1], asked[2] or len(content) - 1)
+        begin, last = (int(end) + self.fault.shift_range for end in ends)
         place = f"bytes {begin}-{last}/{len(content)}"
         return self.send(206, content[begin : last + 1], {**headers, "Content-Range": place})
 

@@ -7,19 +7,17 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from hub_client import TOKEN, lone_hub, make_default
+from hub_client import TOKEN, lone_hub
 from hub_server import Fault, HubServer
 from roundtrip import assert_same_files, dequantised, read_tensors, tree_bytes
 
 from converters.cli.main import main
 from converters.publishing import push as hub_push
-from converters.sources.hub_errors import Patience
 from mtp_model.checkpoint.derived import ChangedLeaf, write_derived
 from mtp_model.checkpoint.directory import Checkpoint, open_checkpoint
 from tools.make_tiny_checkpoint import make_tiny_checkpoint
 
 REPO = "org/Tuned-V3"
-QUICK = Patience(tries=2, first_wait_s=0.001, longest_wait_s=0.01)
 EXPERTS = "mtp.block.mlp.experts.up_proj.weight"
 BLOCK = (8, 16)
 COLUMNS = "weight rms error / rms weight largest error / block's largest"
@@ -58,16 +56,9 @@ def tuned(mtp: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Checkpoi
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """The Hub of a user who is logged in."""
     with lone_hub(tmp_path, monkeypatch) as server:
-        make_default(server, monkeypatch)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr(hub_push.push_folder, "__kwdefaults__", _quick_defaults())
+        monkeypatch.setattr(hub_push, "_MOST_FILES", 2)
         yield server
-
-
-def _quick_defaults() -> dict[str, object]:
-    defaults = hub_push.push_folder.__kwdefaults__
-    assert defaults
-    return defaults | {"patience": QUICK, "batches": hub_push.Batches(most_files=2)}
 
 
 def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:

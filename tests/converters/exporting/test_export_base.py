@@ -12,7 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from hub_client import TOKEN, lone_hub, source_of
+from hub_client import lone_hub
 from roundtrip import (
     SMALL_CHUNKS,
     assert_same_files,
@@ -30,6 +30,7 @@ from converters.exporting.exporter import export_checkpoint
 from converters.exporting.result import ExportSummary
 from converters.format.listing import list_checkpoint
 from converters.importing.importer import import_checkpoint
+from converters.sources.hub import HubSource
 from converters.sources.open import open_source
 from converters.verifying.verify import check_storage
 from mtp_model.checkpoint.derived import ChangedLeaf, write_derived
@@ -343,7 +344,7 @@ def test_a_model_on_the_hub_may_be_the_base(
 ):
     with lone_hub(tmp_path, monkeypatch) as hub:
         hub.add("org/Model-V3.1", tree_bytes(src))
-        listing = list_checkpoint(source_of(hub, token=TOKEN))
+        listing = list_checkpoint(HubSource("org/Model-V3.1"))
         summary = export_checkpoint(tuned, tmp_path / "out", base=listing)
     assert {file.how for file in summary.files} == {"copy", "written"}
     export(tuned, tmp_path / "local", src)

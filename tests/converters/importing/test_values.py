@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from gcs_server import BUCKET, GcsServer
-from hub_client import REPO, lone_hub, make_default
+from hub_client import REPO, lone_hub
 from roundtrip import make_source, patch_tensor, read_tensors, tree_bytes
 
 from converters.cli.main import main
@@ -68,7 +68,6 @@ def test_a_damaged_value_is_the_same_problem_everywhere(
     for file, content in tree_bytes(folder).items():
         gcs.put(f"{address.removeprefix(f'gs://{BUCKET}/')}/{file}", content)
     with lone_hub(tmp_path, monkeypatch) as hub:
-        make_default(hub, monkeypatch)
         hub.add(REPO, tree_bytes(folder))
         problems = [
             import_it(source, tmp_path / f"ckpt{number}", capsys, "--dtype", dtype)

@@ -11,17 +11,15 @@ import pytest
 import yaml
 from hub_client import TOKEN, lone_hub
 from hub_server import Fault, HubServer, is_large
-from huggingface_hub import constants
 from roundtrip import make_source, run_import, tree_bytes
 
+from converters.publishing import push as push_module
 from converters.publishing.model_card import BEGIN, END, merged_readme
-from converters.publishing.push import Batches, Pushed, push_folder
-from converters.sources.hub_errors import Patience
+from converters.publishing.push import Pushed, push_folder
 from mtp_model.checkpoint.directory import UNFINISHED, CheckpointError, open_checkpoint
 from mtp_model.problems import ProblemsError
 
 REPO = "org/Tuned-V3"
-QUICK = Patience(tries=3, first_wait_s=0.001, longest_wait_s=0.01)
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PUT = "^PUT /[0-9a-f]{64}$"
 
@@ -32,7 +30,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """The Hub of a user who is logged in."""
     with lone_hub(tmp_path, monkeypatch) as server:
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield server
 
 
@@ -48,9 +48,8 @@ def provenance(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     return open_checkpoint(dst).provenance
 
 
-def push(hub: HubServer, folder: Path, provenance: Any, **options: Any) -> Pushed:
-    options = {"token": TOKEN, "endpoint": hub.url, "patience": QUICK} | options
-    return push_folder(folder, options.pop("repo_id", REPO), provenance=provenance, **options)
+def push(folder: Path, provenance: Any, repo_id: str = REPO) -> Pushed:
+    return push_folder(folder, repo_id, provenance=provenance)
 
 
 def on_the_hub(hub: HubServer) -> dict[str, bytes]:
@@ -58,9 +57,11 @@ def on_the_hub(hub: HubServer) -> dict[str, bytes]:
     return model.commits[model.branches["main"]]
 
 
-def test_every_file_arrives_weights_first_index_and_config_last(hub, exported, provenance):
-    batches = Batches(most_files=2)
-    pushed = push(hub, exported, provenance, batches=batches)
+def test_every_file_arrives_weights_first_index_and_config_last(
+    hub, exported, provenance, monkeypatch
+):
+    monkeypatch.setattr(push_module, "_MOST_FILES", 2)
+    pushed = push(exported, provenance)
     files = tree_bytes(exported)
     found = on_the_hub(hub)
     assert {name: found[name] for name in files} == files
@@ -77,27 +78,30 @@ def test_every_file_arrives_weights_first_index_and_config_last(hub, exported, p
     assert pushed.url == f"{hub.url}/{REPO}/tree/{pushed.commit}"
     assert pushed.num_files == len(files) + 1
     assert pushed.others == ()
-    assert not constants.HF_HUB_DISABLE_XET
 
 
-def test_batches_are_bounded_by_bytes(hub, exported, provenance):
-    push(hub, exported, provenance, batches=Batches(most_bytes=1))
+def test_batches_are_bounded_by_bytes(hub, exported, provenance, monkeypatch):
+    monkeypatch.setattr(push_module, "_MOST_BYTES", 1)
+    push(exported, provenance)
     assert len(hub.models[REPO].messages) == 6
 
 
-def test_a_push_that_was_interrupted_sends_only_what_is_missing(hub, exported, provenance):
+def test_a_push_that_was_interrupted_sends_only_what_is_missing(
+    hub, exported, provenance, monkeypatch
+):
+    monkeypatch.setattr(push_module, "_MOST_FILES", 2)
     hub.fail("^POST .*/commit/", Fault())
     hub.fail("^POST .*/commit/", Fault(status=403, times=9))
     with pytest.raises(ProblemsError, match=r"hub +model-00003-.* and 1 more is forbidden \(403\)"):
-        push(hub, exported, provenance, batches=Batches(most_files=2))
+        push(exported, provenance)
     assert len(hub.requests(PUT)) == 4
     assert "config.json" not in on_the_hub(hub)
     hub.clear_faults()
-    push(hub, exported, provenance, batches=Batches(most_files=2))
+    push(exported, provenance)
     assert len(hub.requests(PUT)) == 5
     assert len(hub.models[REPO].messages) == 1 + 3
     before = hub.models[REPO].branches["main"]
-    assert push(hub, exported, provenance).commit == before, "nothing to do, nothing is committed"
+    assert push(exported, provenance).commit == before, "nothing to do, nothing is committed"
     assert len(hub.requests(PUT)) == 5
 
 
@@ -105,7 +109,7 @@ def test_a_push_that_was_interrupted_sends_only_what_is_missing(hub, exported, p
 @pytest.mark.parametrize("fault", [Fault(status=503), Fault(status=429), Fault(drop=True)])
 def test_failures_that_pass_leave_no_trace(hub, exported, provenance, request_, fault):
     hub.fail(request_, Fault(**{**vars(fault), "times": 2}))
-    push(hub, exported, provenance)
+    push(exported, provenance)
     assert {**tree_bytes(exported), **on_the_hub(hub)} == on_the_hub(hub)
 
 
@@ -113,7 +117,7 @@ def test_a_failure_of_storage_that_passes_leaves_no_trace(hub, exported, provena
     monkeypatch.setattr(time, "sleep", lambda _s: None)  # of huggingface_hub's own retries
     for fault in (Fault(status=503), Fault(drop=True), Fault(status=500)):
         hub.fail(PUT, fault)
-    push(hub, exported, provenance)
+    push(exported, provenance)
     assert {**tree_bytes(exported), **on_the_hub(hub)} == on_the_hub(hub)
 
 
@@ -126,20 +130,22 @@ def test_a_failure_of_storage_that_passes_leaves_no_trace(hub, exported, provena
         (TOKEN, "org/name@main", "org/name@main is no place for a model; needed org/name"),
     ],
 )
-def test_what_may_not_be_pushed_says_why(hub, exported, provenance, token, repo_id, told):
+@pytest.mark.usefixtures("hub")
+def test_what_may_not_be_pushed_says_why(exported, provenance, token, repo_id, told, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", token or "")
     with pytest.raises(ProblemsError, match=told):
-        push(hub, exported, provenance, token=token, repo_id=repo_id)
+        push(exported, provenance, repo_id)
 
 
 def test_a_folder_that_is_no_whole_checkpoint_is_not_pushed(hub, tmp_path, provenance):
     src = make_source(tmp_path / "src")
     (src / UNFINISHED).mkdir()
     with pytest.raises(CheckpointError, match="is unfinished; run the export again"):
-        push(hub, src, provenance)
+        push(src, provenance)
     (src / UNFINISHED).rmdir()
     next(src.glob("*.safetensors")).unlink()
     with pytest.raises(ProblemsError, match="is named by the index"):
-        push(hub, src, provenance)
+        push(src, provenance)
     assert hub.seen == []
 
 
@@ -152,24 +158,24 @@ def test_what_arrived_damaged_is_noticed(hub, exported, provenance):
 
     hub.after("^POST .*/commit/", damage)
     with pytest.raises(ProblemsError, match=r"is listed with sha256 .*, other bytes were sent"):
-        push(hub, exported, provenance)
+        push(exported, provenance)
 
 
 def test_other_files_in_the_repository_stay_and_are_told(hub, exported, provenance):
     hub.add(REPO, {"old.safetensors": b"12", ".gitattributes": b""})
-    assert push(hub, exported, provenance).others == ("old.safetensors",)
+    assert push(exported, provenance).others == ("old.safetensors",)
     assert on_the_hub(hub)["old.safetensors"] == b"12"
 
 
 def test_the_token_appears_nowhere(hub, exported, provenance, caplog, capfd):
     caplog.set_level(logging.DEBUG)
-    push(hub, exported, provenance)
+    push(exported, provenance)
     assert all("authorization" not in seen.headers for seen in hub.requests(PUT))
     texts = [on_the_hub(hub)["README.md"].decode(), json.dumps(provenance)]
     for repo_id, request in (("org/new", "/create"), (REPO, "/commit/"), (REPO, "^GET")):
         hub.fail(request, Fault(status=401, times=9))
         with pytest.raises(ProblemsError) as error:
-            push(hub, exported, {**provenance, "tools": {"a": request}}, repo_id=repo_id)
+            push(exported, {**provenance, "tools": {"a": request}}, repo_id)
         hub.clear_faults()
         texts += [str(error.value), str(error.getrepr(style="long"))]
     for text in (*texts, caplog.text, *capfd.readouterr()):
@@ -263,13 +269,13 @@ def test_front_matter_that_is_none_is_left_alone(provenance, existing):
 
 
 def test_the_readme_on_the_hub_goes_before_the_folders(hub, exported, provenance):
-    push(hub, exported, provenance)
+    push(exported, provenance)
     files = on_the_hub(hub) | {"README.md": on_the_hub(hub)["README.md"] + b"\nEdited there.\n"}
     hub.models[REPO].commit(files)
-    push(hub, exported, trained(provenance))
+    push(exported, trained(provenance))
     found = on_the_hub(hub)["README.md"].decode()
     assert "Fine-tuned from" in found
     assert found.endswith("\nEdited there.\n")
     hub.models[REPO].commit(files | {"README.md": b"\xff"})
     with pytest.raises(ProblemsError, match=r"README\.md is not UTF-8, which the Hub needs"):
-        push(hub, exported, provenance)
+        push(exported, provenance)

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hub_client import REPO, lone_hub, source_of
+from hub_client import REPO, lone_hub
 from hub_server import HubServer
 from imported import import_folder, import_tiny
 from roundtrip import tree_bytes
@@ -16,8 +16,8 @@ from verified import Pair, opened, storage
 
 from converters.exporting.exporter import export_checkpoint
 from converters.format.listing import open_safetensors
+from converters.sources import ahead
 from converters.sources.hub import HubSource
-from converters.sources.hub_downloads import Limits
 from converters.sources.source import Source
 from converters.verifying.verify import StorageCheck, check_storage
 from mtp_model.checkpoint.directory import open_checkpoint
@@ -131,10 +131,11 @@ class Untold(HubSource):
 
 
 @pytest.mark.parametrize("changed", [False, True])
-def test_a_model_of_the_hub_is_fetched_in_large_ranges(
+def test_a_model_of_the_hub_is_fetched_file_by_file(
     kept: Pair, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: bool
 ):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(ahead, "MOST_FILES", 2)
     files = tree_bytes(kept[0])
     if changed:
         files["model-00002-of-000007.safetensors"] = files["model-00002-of-000007.safetensors"][
@@ -149,24 +150,24 @@ def test_a_model_of_the_hub_is_fetched_in_large_ranges(
         found = check_storage(
             checkpoint,
             open_checkpoint(kept[1]),
-            progress=lambda *_: on_disk.append(len([*tmp_path.glob("convert-*/*.part")])),
+            progress=lambda *_: on_disk.append(len([*tmp_path.glob("convert-*/*.safetensors")])),
         )
         assert found.holds == (not changed)
         assert not found.files
         return len(hub.requests("^GET /[0-9a-f]{64}$"))
 
     shards = len(opened(kept[0]).headers)
-    assert requests(source_of(hub, limits=Limits(most_files=2))) == shards
+    assert requests(HubSource(REPO)) == shards
     assert 1 <= max(on_disk) <= 4
     assert not [*tmp_path.glob("convert-*")]
-    assert requests(Untold(REPO, endpoint=hub.url)) > 300
+    assert requests(Untold(REPO)) > 300
 
 
 def test_a_full_disk_is_noticed_before_anything_is_fetched(
     kept: Pair, hub: HubServer, monkeypatch: pytest.MonkeyPatch
 ):
     hub.add(REPO, tree_bytes(kept[0]))
-    source = source_of(hub)
+    source = HubSource(REPO)
     checkpoint = open_safetensors(source)
     hub.seen.clear()
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
