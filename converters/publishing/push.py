@@ -5,7 +5,7 @@ is there, and an interrupted push loses at most the files that were on their way
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,13 @@ from converters.sources.source import HUB_ID
 from mtp_model.checkpoint.directory import UNFINISHED, CheckpointError
 from mtp_model.files.untrusted_json import shown
 from mtp_model.problems import Problem, raise_if_any
+from mtp_model.progress import OnProgress
 
 README, CONFIG = "README.md", "config.json"
 
 # Of one commit.
 _MOST_FILES = 16
 _MOST_BYTES = 50_000_000_000
-
-Progress = Callable[[int, int], None]
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +48,7 @@ def push_folder(
     repo_id: str,
     *,
     provenance: Mapping[str, Any],
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Pushed:
     """Upload an exported checkpoint; what is on the Hub already is not sent again.
 
