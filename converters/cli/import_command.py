@@ -38,7 +38,8 @@ def run_import(command: Import) -> int:
             mtp_hidden_state=_hidden_state(command),
         )
     seconds = time.monotonic() - began_s
-    stale = open_checkpoint(command.dst).provenance["stale_copies"] if summary.finished else ()
+    may_be_stale = summary.finished and command.copies == "main"  # else import has refused them
+    stale = open_checkpoint(command.dst).provenance["stale_copies"] if may_be_stale else ()
     notes = [f"{name} differs; the main model's is taken" for name in stale]
     plain = {**dataclasses.asdict(summary), "notes": notes, "seconds": seconds}
     print_result(_imported(summary, notes, seconds), plain, as_json=command.json)
