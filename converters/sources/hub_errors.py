@@ -57,7 +57,7 @@ class PassingError(Exception):
         self.wait_s = wait_s
 
 
-class StoppedError(Exception):
+class UnwantedError(Exception):
     """Whoever wanted the answer no longer does."""
 
 
@@ -76,7 +76,7 @@ def persist(
 ) -> T:
     """The result of `task`, which is tried again when it fails in passing; else ProblemsError.
 
-    brief: it is tried a few times only. StoppedError once `stop` is set.
+    brief: it is tried a few times only. UnwantedError once `stop` is set.
     """
     tries = min(TRIES, BRIEF_TRIES) if brief else TRIES
     stop = stop or threading.Event()
@@ -93,7 +93,7 @@ def persist(
             tried = f"tried {failures} times; run the same command again later"
             raise hub_error(where, subject, f"{fault}; {tried}")
         if stop.wait(wait_s(failures, fault.wait_s)):
-            raise StoppedError
+            raise UnwantedError
     raise AssertionError
 
 

@@ -1,5 +1,6 @@
 """Bytes of one file of the Hub: a range of it, or all of it on disk, proved by its digest."""
 
+import contextlib
 import os
 import shutil
 import threading
@@ -15,12 +16,11 @@ from huggingface_hub.utils import (
     logging,
     tqdm,
 )
-from huggingface_hub.utils._xet import abort_xet_session
 
 from converters.sources.hub_errors import (
     REQUEST_ERRORS,
     PassingError,
-    StoppedError,
+    UnwantedError,
     hub_error,
     persist,
 )
@@ -105,7 +105,7 @@ class Downloads:
                 path.unlink()
 
     def fetch(self, file: str) -> Path:
-        """Where the file is once it is there; StoppedError after `stop`, else ProblemsError."""
+        """Where the file is once it is there; UnwantedError after `stop`, else ProblemsError."""
         path, fault = self._folder / file, None
         try:
             if path.is_file() and not self._fault(file):
@@ -129,7 +129,10 @@ class Downloads:
     def stop(self) -> None:
         """End what is being fetched; huggingface_hub keeps nothing of a file in part."""
         self._stop.set()
-        abort_xet_session()
+        with contextlib.suppress(ImportError):  # not public, and the only way to end a Xet transfer
+            from huggingface_hub.utils._xet import abort_xet_session
+
+            abort_xet_session()
 
     def close(self) -> None:
         """Delete the folder unless whole files are left in it, for the next run."""
@@ -164,7 +167,7 @@ class Downloads:
             while part := content.read(_HASH_BYTES):
                 hasher.update(part)
                 if self._stop.is_set():
-                    raise StoppedError
+                    raise UnwantedError
         return entry.fault(hasher)
 
 
@@ -177,7 +180,7 @@ def _silent_bar(stop: threading.Event) -> type[tqdm]:
 
         def update(self, n: float | None = 1) -> None:  # noqa: ARG002
             if stop.is_set():
-                raise StoppedError
+                raise UnwantedError
 
     return Bar
 

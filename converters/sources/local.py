@@ -4,7 +4,7 @@ import os
 import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from converters.sources.source import (
@@ -15,13 +15,8 @@ from converters.sources.source import (
     byte_view,
     name_fault,
 )
-from mtp_model.files.local import (
-    DIRECT_FROM_BYTES,
-    LocalPlace,
-    open_direct,
-    read_cached,
-    read_direct,
-)
+from mtp_model.files.local import LocalPlace
+from mtp_model.files.shared_file import SharedFile
 from mtp_model.files.untrusted_json import shown
 from mtp_model.problems import Problem, ProblemsError, raise_if_any
 
@@ -46,7 +41,7 @@ class LocalSource(Source):
         if self._root.parent.name == "snapshots":
             self._inside.append(self._root.parent.parent / "blobs")
         self._lock = threading.Lock()
-        self._open: OrderedDict[str, _OpenFile] = OrderedDict()
+        self._open: OrderedDict[str, SharedFile] = OrderedDict()
 
     def files(self) -> dict[str, int]:
         sizes: dict[str, int] = {}
@@ -115,12 +110,12 @@ class LocalSource(Source):
             raise self._error(file, fault)
         return path, found
 
-    def _opened(self, file: str) -> "_OpenFile":
+    def _opened(self, file: str) -> SharedFile:
         with self._lock:
             if file not in self._open:
                 path, _ = self._stat(file)
                 try:
-                    self._open[file] = _OpenFile(path)
+                    self._open[file] = SharedFile(path)
                 except OSError as err:
                     raise self._error(file, f"cannot be opened: {err.strerror}") from err
             self._open.move_to_end(file)
@@ -133,14 +128,12 @@ class LocalSource(Source):
             needed = f"needed bytes {begin} to {begin + nbytes}"
             raise self._error(file, f"is {size} bytes, {needed}; it is truncated or was replaced")
 
-    def _fill(self, file: str, opened: "_OpenFile", begin: int, view: memoryview) -> None:
+    def _fill(self, file: str, opened: SharedFile, begin: int, view: memoryview) -> None:
         done = 0
         out = byte_view(view)
-        direct = len(out) >= DIRECT_FROM_BYTES
-        fd, read = (opened.direct_fd, read_direct) if direct else (opened.fd, read_cached)
         while done < len(view):
             try:
-                got = read(fd, out[done:], begin + done)
+                got = opened.read(out[done:], begin + done)
             except OSError as err:
                 raise self._error(file, f"byte {begin + done}: {err.strerror}") from err
             if not got:
@@ -150,28 +143,3 @@ class LocalSource(Source):
 
     def _error(self, file: str, detail: str) -> ProblemsError:
         return ProblemsError(self.name, [Problem("file", shown(file), detail)])
-
-
-class _OpenFile:
-    """A file descriptor that closes with its last reference, so that eviction can't race reads."""
-
-    def __init__(self, path: Path):
-        # No link and no wait: the path was resolved, and a pipe put there since must not block.
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        self.size = os.fstat(self.fd).st_size
-        self._lock = threading.Lock()
-        self._direct_fd: int | None = None
-
-    @property
-    def direct_fd(self) -> int:
-        """The same file, past the page cache: what is read once gains nothing from it."""
-        with self._lock:
-            if self._direct_fd is None:
-                self._direct_fd = open_direct(f"/proc/self/fd/{self.fd}", os.O_RDONLY)
-            return self._direct_fd
-
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:
-        # `close` is kept for the end of the process, when modules are gone before objects are.
-        for fd in (getattr(self, "fd", None), getattr(self, "_direct_fd", None)):
-            if fd is not None:  # os.open may have failed
-                close(fd)

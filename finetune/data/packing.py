@@ -47,7 +47,7 @@ def _padded_from(row: int, each_BT: np.ndarray) -> np.ndarray:
     return np.where(np.arange(len(each_BT))[:, None] < row, each_BT, np.int32(0))
 
 
-class Place(NamedTuple):
+class TokenPlace(NamedTuple):
     """A token: the epoch, the document's number in that epoch's order, the token in it."""
 
     epoch: int
@@ -68,8 +68,8 @@ class Position:
     """Where packing goes on, in a few numbers."""
 
     next: tuple[int, int] = (0, 0)  # epoch and document that are begun next
-    reading: tuple[Place, ...] = ()  # documents that are begun, and their next token
-    waiting: tuple[Place, ...] = ()  # pieces that have no row yet
+    reading: tuple[TokenPlace, ...] = ()  # documents that are begun, and their next token
+    waiting: tuple[TokenPlace, ...] = ()  # pieces that have no row yet
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -77,7 +77,7 @@ class Position:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Position":
         reading, waiting = (
-            tuple(Place(*place) for place in values[name]) for name in ("reading", "waiting")
+            tuple(TokenPlace(*place) for place in values[name]) for name in ("reading", "waiting")
         )
         epoch, document = values["next"]
         return cls(next=(epoch, document), reading=reading, waiting=waiting)
@@ -86,7 +86,7 @@ class Position:
 class RowPart(NamedTuple):
     """At most a row of one document, from `place` on."""
 
-    place: Place
+    place: TokenPlace
     tokens: Tokens
 
 
@@ -156,7 +156,7 @@ class Packer:
             self.reading.append((rest, tokens))
         return piece
 
-    def _begin(self) -> tuple[Place, Tokens] | None:
+    def _begin(self) -> tuple[TokenPlace, Tokens] | None:
         """The next document, or None after the last epoch. Those without tokens are passed."""
         # The only one with tokens may come first in an epoch and last in the next.
         for _ in range(2 * len(self.documents)):
@@ -165,7 +165,7 @@ class Packer:
                 return None
             last = document + 1 == len(self.documents)
             self.next = (epoch + 1, 0) if last else (epoch, document + 1)
-            place = Place(epoch, document, 0)
+            place = TokenPlace(epoch, document, 0)
             tokens = self._tokens(place)
             if tokens.ids.size:
                 return place, tokens
@@ -174,10 +174,10 @@ class Packer:
     def _shuffled(self, epoch: int) -> np.ndarray:
         return np.random.default_rng((self.seed, epoch)).permutation(len(self.documents))
 
-    def _tokens(self, place: Place) -> Tokens:
+    def _tokens(self, place: TokenPlace) -> Tokens:
         return self.documents[int(self._order(place.epoch)[place.document])]
 
-    def _cut(self, place: Place, tokens: Tokens) -> RowPart:
+    def _cut(self, place: TokenPlace, tokens: Tokens) -> RowPart:
         part = slice(place.token, place.token + self.row_tokens)
         return RowPart(place, Tokens(tokens.ids[part], tokens.loss_mask[part]))
 

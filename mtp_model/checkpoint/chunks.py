@@ -1,4 +1,4 @@
-"""How a leaf is cut into chunk files: arithmetic on shapes; knows no file system and no names.
+"""How a leaf is cut into chunk files: arithmetic on shapes.
 
 A leaf stacks equal tensors: `num_stack_dims` leading dims (none, layer, or layer and expert), then
 the tensor's own dims, of which the first is its rows. A chunk always holds whole rows, so any row

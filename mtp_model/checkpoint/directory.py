@@ -1,4 +1,4 @@
-"""The checkpoint directory, for reading: what it holds and its bytes; knows no safetensors names.
+"""The checkpoint directory, for reading: what it holds and its bytes.
 
     params/           the Orbax tree, restorable with orbax.checkpoint alone: one raw file per chunk
     config.json       the source's, unchanged, and the source's other side files
