@@ -5,6 +5,7 @@ product, and on a product with one line or file added that it has to find.
 """
 
 import ast
+import functools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -79,6 +80,7 @@ def read_product() -> dict[str, str]:
 
 
 PRODUCT = read_product()
+parsed = functools.lru_cache(maxsize=None)(ast.parse)  # the rules read the product forty times
 
 
 def module_name(path: str) -> str:
@@ -87,7 +89,7 @@ def module_name(path: str) -> str:
 
 def imported_names(text: str) -> Iterator[str]:
     """Everything imported, inside functions and under TYPE_CHECKING too: `a.b` or `a.b.name`."""
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(parsed(text)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -203,7 +205,7 @@ def stores_out_of_place(product: Product) -> list[str]:
     for path, text in product.items():
         if path.startswith(OPENS_ONLY_IN):
             continue
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(parsed(text)):
             text_of = ast.unparse(node) if isinstance(node, ast.Name | ast.Attribute) else ""
             known = path in SOURCES_THAT_ARE_PLACES
             if text_of == "os.open" or (text_of in KINDS_OF_PLACE and not known):
@@ -216,7 +218,7 @@ def errors_of_their_own(product: Product) -> list[str]:
     bases = {
         node.name: {ast.unparse(base) for base in node.bases}
         for text in product.values()
-        for node in ast.walk(ast.parse(text))
+        for node in ast.walk(parsed(text))
         if isinstance(node, ast.ClassDef) and node.name.endswith("Error")
     }
     good = {"UserError"}
@@ -229,7 +231,7 @@ def words_with_two_meanings(product: Product) -> list[str]:
     """Public class names that are defined twice."""
     places = defaultdict(list)
     for path, text in product.items():
-        for node in ast.parse(text).body:
+        for node in parsed(text).body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 places[node.name].append(path)
     return [f"{name}: {', '.join(of)}" for name, of in places.items() if len(of) > 1]
@@ -264,16 +266,14 @@ def layer_numbers(product: Product) -> list[str]:
     return [
         f"{path}:{node.lineno}"
         for path, text in product.items()
-        for node in ast.walk(ast.parse(text))
+        for node in ast.walk(parsed(text))
         if isinstance(node, ast.Constant) and node.value == 61
     ]
 
 
 def files_without_a_word(product: Product) -> list[str]:
     """Files whose first line does not say what they are for."""
-    return [
-        path for path, text in product.items() if text and not ast.get_docstring(ast.parse(text))
-    ]
+    return [path for path, text in product.items() if text and not ast.get_docstring(parsed(text))]
 
 
 BREAKING = {
@@ -335,7 +335,11 @@ def test_the_product_keeps_the_rule(rule: Rule):
     assert not rule(PRODUCT), f"{rule.__doc__}\n" + "\n".join(rule(PRODUCT))
 
 
-@pytest.mark.parametrize(("rule", "path", "line"), CASES, ids=lambda case: str(case)[:60])
+@pytest.mark.parametrize(
+    ("rule", "path", "line"),
+    CASES,
+    ids=[f"{rule.__name__}-{number}" for number, (rule, *_) in enumerate(CASES)],
+)
 def test_what_breaks_a_rule_is_found(rule: Rule, path: str, line: str):
     broken = {**PRODUCT, path: f"{PRODUCT.get(path, '')}\n{line}\n"}
     assert len(rule(broken)) > len(rule(PRODUCT))
