@@ -24,6 +24,7 @@ from imported import (
 )
 
 from converters.verifying import torch_reference as reference
+from converters.verifying.torch_config import as_read
 from converters.verifying.torch_reference import TorchReference, open_reference, under
 from mtp_model import attention
 from mtp_model.block import take_layer
@@ -114,7 +115,7 @@ def check_module(ours, theirs, what):
 @torch.no_grad()
 def test_each_module(two_modules):
     model, ref, x = two_modules
-    config, layer = ref.config, take_layer(model.moe_layers, 1)
+    config, layer = as_read(ref.config), take_layer(model.moe_layers, 1)
     get = under(ref.get, f"model.layers.{config['first_k_dense_replace'] + 1}")
     x_torch, segments = torch.tensor(np.asarray(x)), jnp.ones((2, 24), jnp.int32)
     places = ref.places(torch.ones((2, 24), dtype=torch.int32))

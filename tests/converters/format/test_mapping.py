@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import pytest
 from released import (
@@ -21,7 +21,7 @@ from released import (
 
 from converters.format import mapping
 from converters.format.listing import list_checkpoint
-from converters.format.mapping import SCALE_SUFFIX, TABLE, Slot, leaf_shapes, slots
+from converters.format.mapping import SCALE_SUFFIX, TABLE, Row, Slot, leaf_shapes, slots
 from converters.sources.open import open_source
 from mtp_model.config import ModelConfig
 from tools.make_tiny_checkpoint import TINY_CONFIG, make_tiny_checkpoint, weight_shapes
@@ -70,9 +70,21 @@ def test_an_independent_generator_agrees_at_the_released_sizes(released):
 Q_PROJ = next(row for row in TABLE if row.path == "self_attn.q_proj.weight")
 
 
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Iterable[Row]], None]]:
+    """Puts another table in the place of ours; what was made of either is forgotten."""
+
+    def replace(rows: Iterable[Row]) -> None:
+        monkeypatch.setattr(mapping, "TABLE", tuple(rows))
+        slots.cache_clear()
+
+    yield replace
+    slots.cache_clear()
+
+
 @pytest.mark.parametrize("dropped", [r for r in TABLE if r is not Q_PROJ], ids=lambda r: r.name)
-def test_dropping_any_row_is_caught(dropped, monkeypatch, tmp_path):
-    monkeypatch.setattr(mapping, "TABLE", tuple(row for row in TABLE if row is not dropped))
+def test_dropping_any_row_is_caught(dropped, table, tmp_path):
+    table(row for row in TABLE if row is not dropped)
     config = ModelConfig.from_dict(TINY_CONFIG)
     if dropped.copy_of:  # has no leaf of its own: then the checkpoint's tensor is unknown
         make_tiny_checkpoint(tmp_path)
@@ -83,12 +95,11 @@ def test_dropping_any_row_is_caught(dropped, monkeypatch, tmp_path):
             slots(config)
 
 
-def test_plain_queries_need_their_row(monkeypatch):
+def test_plain_queries_need_their_row(table):
     config = ModelConfig.from_dict({**CONFIG, "q_lora_rank": None})
     assert "model.layers.61.self_attn.q_proj.weight" in slots(config)
     assert "model.layers.61.self_attn.q_a_proj.weight" not in slots(config)
-    monkeypatch.setattr(mapping, "TABLE", tuple(row for row in TABLE if row is not Q_PROJ))
-    slots.cache_clear()  # made with the whole table
+    table(row for row in TABLE if row is not Q_PROJ)
     with pytest.raises(AssertionError, match="q_proj"):
         slots(config)
 
