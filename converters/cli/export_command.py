@@ -5,6 +5,7 @@ import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from converters.cli.arguments import Export
 from converters.cli.common import print_result, source_of, time_and_rate
@@ -12,7 +13,6 @@ from converters.exporting.destination import forget_record
 from converters.exporting.exporter import export_checkpoint
 from converters.exporting.result import ExportSummary
 from converters.format.listing import SUFFIX, list_checkpoint
-from converters.publishing.push import Pushed
 from mtp_model.checkpoint.directory import Checkpoint, open_checkpoint
 from mtp_model.problems import Problem, ProblemsError
 from mtp_model.progress import progress
@@ -23,6 +23,9 @@ from mtp_model.reporting import (
     human_bytes,
     plural,
 )
+
+if TYPE_CHECKING:
+    from converters.publishing.push import Pushed
 
 _MOST_NAMES = 12
 _MOST_REQUANTISED = 8
@@ -59,9 +62,8 @@ def run_export(command: Export) -> int:
 
 def _push(folder: Path, repo_id: str, checkpoint: Checkpoint) -> "Pushed":
     """Upload what was exported; on failure ProblemsError that says how to go on."""
-    from converters.publishing.push import (
-        push_folder,  # loads huggingface_hub, which folders don't need
-    )
+    # Here and not above: it loads huggingface_hub, which folders don't need.
+    from converters.publishing.push import push_folder
 
     sent, total = 0, None
     try:
