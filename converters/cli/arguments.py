@@ -29,6 +29,9 @@ _Ckpt = Annotated[
 _Workers = Annotated[int, arg(metavar="N", help="threads; memory grows with their number")]
 _Json = Annotated[bool, arg(help="print JSON instead of tables")]
 _Overwrite = Annotated[bool, arg(help="replace what DST holds, if this toolkit wrote it")]
+_FollowLinks = Annotated[
+    bool, arg(help="read what symbolic links of SRC lead to, also out of its folder")
+]
 _BASE = (
     "what CKPT was imported from, unchanged: only files that hold changed tensors are written, the "
     "others are hard links, reflinks or copies of SRC's (never write into a linked file), within "
@@ -46,6 +49,7 @@ class Inspect:
     """Say what a checkpoint is and whether it can be imported, from its headers and config.json."""
 
     src: _Src
+    follow_links: _FollowLinks = False
     json: _Json = False
 
 
@@ -67,6 +71,7 @@ class Import:
     worker: Annotated[str, arg(metavar="I/N")] = "1/1"
     """do the I-th of N shares, for N processes or hosts with one DST; the last finishes it"""
     overwrite: _Overwrite = False
+    follow_links: _FollowLinks = False
     json: _Json = False
 
     @property
@@ -89,6 +94,7 @@ class Export:
     push: Annotated[str | None, arg(metavar="ORG/NAME", help=_PUSH)] = None
     workers: _Workers = 3
     overwrite: _Overwrite = False
+    follow_links: _FollowLinks = False
     json: _Json = False
 
 
@@ -110,6 +116,7 @@ class Verify:
     report: Annotated[str | None, arg(metavar="DIR")] = None
     """write report.json, report.md and a picture of the logits' differences there"""
     workers: _Workers = 3
+    follow_links: _FollowLinks = False
     json: _Json = False
 
     @property

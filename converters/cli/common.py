@@ -19,9 +19,9 @@ from mtp_model.reporting import (
 )
 
 
-def source_of(src: str) -> Source:
+def source_of(src: str, *, follow_links: bool) -> Source:
     """What SRC stands for; ProblemsError where it is not the kind of thing that is wanted."""
-    source = open_source(src)
+    source = open_source(src, follow_links=follow_links)
     if fault := kind_fault(source.files()):
         raise ProblemsError(source.name, [Problem("source", src, fault)])
     return source

@@ -34,7 +34,9 @@ _MOST_REQUANTISED = 8
 def run_export(command: Export) -> int:
     """Export, push if asked to, and tell what differs from the source."""
     checkpoint = open_checkpoint(command.ckpt)
-    base = list_checkpoint(source_of(command.base)) if command.base else None
+    base = None
+    if command.base:
+        base = list_checkpoint(source_of(command.base, follow_links=command.follow_links))
     began_s = time.monotonic()
     with progress("export") as report:
         summary = export_checkpoint(

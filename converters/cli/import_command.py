@@ -21,7 +21,7 @@ from mtp_model.reporting import (
 
 def run_import(command: Import) -> int:
     """Check all that the headers tell, then import; values are checked as they are read."""
-    checkpoint = open_safetensors(source_of(command.src))
+    checkpoint = open_safetensors(source_of(command.src, follow_links=command.follow_links))
     assert command.share
     began_s = time.monotonic()
     with progress("import") as report:

@@ -18,7 +18,7 @@ from mtp_model.reporting import (
 
 def run_inspect(command: Inspect) -> int:
     """Print what a checkpoint is; 1 if it has problems."""
-    found = inspect_source(source_of(command.src))
+    found = inspect_source(source_of(command.src, follow_links=command.follow_links))
     print_result(inspection(found), found.to_dict(), as_json=command.json)
     return 1 if found.problems else 0
 

@@ -20,7 +20,7 @@ def run_verify(command: Verify) -> int:
         Path(command.report).mkdir(parents=True, exist_ok=True)  # fails now, not after an hour
     ckpt = command.ckpt or command.src
     checkpoint = open_checkpoint(ckpt)
-    source = source_of(command.src) if command.ckpt else None
+    source = source_of(command.src, follow_links=command.follow_links) if command.ckpt else None
     opened = open_safetensors(source) if source else None
     with progress("digests") as report:
         digests = check_digests(checkpoint, workers=command.workers, progress=report)

@@ -1,5 +1,6 @@
 """A folder on this machine as the source of a checkpoint."""
 
+import contextlib
 import os
 import stat
 import threading
@@ -24,14 +25,16 @@ _OPEN_FILES = 32
 
 
 class LocalSource(Source):
-    """A folder on this machine; links that lead out of it are refused.
+    """A folder on this machine; links that lead out of it are refused, or followed.
 
     The Hub's cache is a folder of such links (`snapshots/REV/x -> ../../blobs/HASH`): for a folder
     that is a snapshot, the cache's own `blobs` count as inside.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, *, follow_links: bool = False):
+        """follow_links: read what links out of the folder lead to, as the user has asked."""
         self.name = name
+        self._follow_links = follow_links
         self._root = Path(os.path.realpath(name))
         if not self._root.is_dir():
             found = "is a file" if self._root.exists() else "does not exist"
@@ -80,11 +83,27 @@ class LocalSource(Source):
         return LocalPlace(self._stat(file)[0])
 
     def _walk(self) -> Iterator[str]:
-        for folder, subfolders, names in os.walk(self._root, onerror=self._refuse_folder):
+        walk = os.walk(self._root, onerror=self._refuse_folder, followlinks=self._follow_links)
+        walked: list[Path] = []
+        for folder, subfolders, names in walk:
+            walked.append(Path(os.path.realpath(folder)))
             subfolders[:] = [name for name in subfolders if name not in BOOKKEEPING]
             links = [name for name in subfolders if Path(folder, name).is_symlink()]
+            if self._follow_links:
+                for name in links:
+                    walked.append(self._linked_folder(Path(folder, name), walked))
+                links = []  # os.walk goes into them
             for name in names + links:
                 yield Path(folder, name).relative_to(self._root).as_posix()
+
+    def _linked_folder(self, link: Path, walked: list[Path]) -> Path:
+        """Where a link to a folder leads; refuses what would be walked twice, or without end."""
+        linked = Path(os.path.realpath(link))
+        if any(folder.is_relative_to(linked) for folder in walked):
+            file = link.relative_to(self._root).as_posix()
+            found = "is a link to a folder that is part of this one already"
+            raise self._error(file, f"{found}; remove the link")
+        return linked
 
     def _refuse_folder(self, err: OSError) -> None:
         raise self._error(str(err.filename), f"cannot be listed: {err.strerror}")
@@ -101,9 +120,18 @@ class LocalSource(Source):
         except UnicodeEncodeError:
             raise self._error(file, "has a name that is not UTF-8; rename it") from None
         except OSError as err:
-            raise self._error(file, f"cannot be opened: {err.strerror}") from err
-        if not any(path.is_relative_to(folder) for folder in self._inside):
-            fault = f"is a link out of the folder, to {shown(str(path))}; put the file itself there"
+            fault = f"cannot be opened: {err.strerror}"
+            with contextlib.suppress(OSError):  # it is no link
+                leads = shown(str((self._root / file).readlink()))
+                fault = f"is a link to {leads}, which {fault}; mend the link or remove it"
+            raise self._error(file, fault) from err
+        is_inside = any(path.is_relative_to(folder) for folder in self._inside)
+        if not is_inside and not self._follow_links:
+            advice = "read it with --follow-links, or put the file itself there"
+            fault = f"is a link out of the folder, to {shown(str(path))}; {advice}"
+        elif stat.S_ISDIR(found.st_mode) and (self._root / file).is_symlink():
+            advice = "read it with --follow-links, or put the folder itself there"
+            fault = f"is a link to a folder; {advice}"
         elif not stat.S_ISREG(found.st_mode):
             fault = "is not a regular file"
         if fault:

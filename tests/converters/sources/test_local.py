@@ -107,7 +107,7 @@ def test_the_fingerprint_notices_a_change_of_a_file_that_is_open(tmp_path):
         ("pipe", "is not a regular file"),
         ("loop", "cannot be opened: Too many levels of symbolic links"),
         ("dangling", "cannot be opened: No such file or directory"),
-        ("out", "is a link out of the folder, to .*/secret; put the file itself there"),
+        ("out", "is a link out of the folder, to .*/secret; read it with --follow-links,"),
     ],
 )
 def test_names_that_are_no_file_of_the_folder_are_refused(tmp_path, name, fault):
