@@ -30,8 +30,14 @@ _Workers = Annotated[int, arg(metavar="N", help="threads; memory grows with thei
 _Json = Annotated[bool, arg(help="print JSON instead of tables")]
 _Overwrite = Annotated[bool, arg(help="replace what DST holds, if this toolkit wrote it")]
 _FollowLinks = Annotated[
-    bool, arg(help="read what symbolic links of SRC lead to, also out of its folder")
+    bool, arg(help="read what symbolic links of SRC and SRC2 lead to, also out of the folder")
 ]
+_MTP_FROM = (
+    "take the MTP module from here, not from SRC: any kind of SRC, or a checkpoint directory. It "
+    "becomes mtp.safetensors, in SRC's format, with SRC's embedding and head (--copies main)"
+)
+_MTP_FROM_AGAIN = "what import took the MTP module from"
+_MtpFrom = Annotated[str | None, arg(metavar="SRC2", help=_MTP_FROM_AGAIN)]
 _BASE = (
     "what CKPT was imported from, unchanged: only files that hold changed tensors are written, the "
     "others are hard links, reflinks or copies of SRC's (never write into a linked file), within "
@@ -61,6 +67,7 @@ class Import:
     dst: _Dst
     scope: Literal["all", "main", "mtp"] = "all"
     """main: without MTP modules; mtp: only these, embedding, norm and head; see export --base"""
+    mtp_from: Annotated[str | None, arg(metavar="SRC2", help=_MTP_FROM)] = None
     dtype: Literal["keep", "bf16", "f32"] = "keep"
     """of the weights; keep: as in SRC, FP8 included"""
     copies: Literal["check", "main"] = "check"
@@ -91,6 +98,7 @@ class Export:
     dtype: Literal["keep", "bf16"] = "keep"
     """of the weights; keep: as in the source, what was trained quantised again; bf16: no FP8"""
     base: Annotated[str | None, arg(metavar="SRC", help=_BASE)] = None
+    mtp_from: _MtpFrom = None
     push: Annotated[str | None, arg(metavar="ORG/NAME", help=_PUSH)] = None
     workers: _Workers = 3
     overwrite: _Overwrite = False
@@ -111,6 +119,7 @@ class Verify:
     )
     scope: Literal["all", "main", "mtp"] = "all"
     """what is compared, of what CKPT holds"""
+    mtp_from: _MtpFrom = None
     logits: bool = False
     """compare float32 logits with a torch reference on SRC; holds CKPT in memory, needs torch"""
     report: Annotated[str | None, arg(metavar="DIR")] = None
@@ -121,7 +130,7 @@ class Verify:
 
     @property
     def needs_source(self) -> bool:
-        return self.logits or self.scope != "all"
+        return self.logits or self.scope != "all" or self.mtp_from is not None
 
 
 Command = Inspect | Import | Export | Verify
@@ -151,14 +160,18 @@ def _usage_fault(command: Command) -> str | None:
         return "--workers needs to be 1 or more"
     if isinstance(command, Import) and not command.share:
         return f"--worker {command.worker} is no share; needed I/N with I from 1 to N, as 2/4"
+    if isinstance(command, Import) and command.mtp_from is not None and command.scope == "main":
+        return "--mtp-from gives an MTP module, --scope main leaves it out; leave out one of them"
     if isinstance(command, Export):
         return _export_fault(command)
     if isinstance(command, Verify) and not command.ckpt and command.needs_source:
-        return "--logits and --scope compare with a source: verify SRC CKPT"
+        return "--logits, --scope and --mtp-from compare with a source: verify SRC CKPT"
     return None
 
 
 def _export_fault(command: Export) -> str | None:
+    if command.mtp_from is not None and not command.base:
+        return "--mtp-from belongs to --base SRC, as at import; leave it out, or name both"
     if command.base and command.dtype != "keep":
         return f"--base keeps files as they are; with --dtype {command.dtype} none would be"
     if command.push is not None and not _MODEL.fullmatch(command.push):

@@ -2,11 +2,17 @@
 
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from converters.cli.arguments import PROG
+from converters.exporting.as_source import DirectorySource
+from converters.format.listing import SourceCheckpoint, open_safetensors
+from converters.format.mtp_from import find_module, open_joined
 from converters.sources.open import open_source
 from converters.sources.source import Source, kind_fault
+from mtp_model.checkpoint.directory import COMPLETE, UNFINISHED, open_checkpoint
+from mtp_model.files.open import as_place, is_address
 from mtp_model.problems import Problem, ProblemsError, UserError
 from mtp_model.reporting import (
     Section,
@@ -25,6 +31,22 @@ def source_of(src: str, *, follow_links: bool) -> Source:
     if fault := kind_fault(source.files()):
         raise ProblemsError(source.name, [Problem("source", src, fault)])
     return source
+
+
+def checkpoint_of(src: str, mtp_from: str | None, *, follow_links: bool) -> SourceCheckpoint:
+    """The safetensors checkpoint SRC; with `--mtp-from` its main model with another's module."""
+    source = source_of(src, follow_links=follow_links)
+    if mtp_from is None:
+        return open_safetensors(source)
+    return open_joined(source, find_module(_module_source(mtp_from, follow_links=follow_links)))
+
+
+def _module_source(src: str, *, follow_links: bool) -> Source:
+    """What `--mtp-from` names: any source, or a checkpoint directory."""
+    place = as_place(src) if is_address(src) or Path(src).is_dir() else None
+    if place and ((place / COMPLETE).is_file() or (place / UNFINISHED).is_dir()):
+        return DirectorySource(open_checkpoint(place))
+    return source_of(src, follow_links=follow_links)
 
 
 def print_result(sections: Iterable[Section], plain: dict[str, Any], *, as_json: bool) -> None:

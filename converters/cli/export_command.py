@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converters.cli.arguments import Export
-from converters.cli.common import print_result, source_of, time_and_rate
+from converters.cli.common import checkpoint_of, print_result, source_of, time_and_rate
 from converters.exporting.destination import forget_record
 from converters.exporting.exporter import export_checkpoint
 from converters.exporting.result import ExportSummary
@@ -35,8 +35,11 @@ def run_export(command: Export) -> int:
     """Export, push if asked to, and tell what differs from the source."""
     checkpoint = open_checkpoint(command.ckpt)
     base = None
-    if command.base:
-        base = list_checkpoint(source_of(command.base, follow_links=command.follow_links))
+    follow_links = command.follow_links
+    if command.base and command.mtp_from:
+        base = checkpoint_of(command.base, command.mtp_from, follow_links=follow_links)
+    elif command.base:
+        base = list_checkpoint(source_of(command.base, follow_links=follow_links))
     began_s = time.monotonic()
     with progress("export") as report:
         summary = export_checkpoint(

@@ -5,8 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from converters.cli.arguments import Import
-from converters.cli.common import print_result, source_of, time_and_rate
-from converters.format.listing import open_safetensors
+from converters.cli.common import checkpoint_of, print_result, time_and_rate
 from converters.importing.importer import ImportSummary, import_checkpoint
 from mtp_model.checkpoint.directory import open_checkpoint
 from mtp_model.config import HiddenState
@@ -21,7 +20,9 @@ from mtp_model.reporting import (
 
 def run_import(command: Import) -> int:
     """Check all that the headers tell, then import; values are checked as they are read."""
-    checkpoint = open_safetensors(source_of(command.src, follow_links=command.follow_links))
+    checkpoint = checkpoint_of(command.src, command.mtp_from, follow_links=command.follow_links)
+    # The copies of another checkpoint's module may be of what its main model was before training.
+    copies = "main" if checkpoint.taken else command.copies
     assert command.share
     began_s = time.monotonic()
     with progress("import") as report:
@@ -30,7 +31,7 @@ def run_import(command: Import) -> int:
             command.dst,
             scope=command.scope,
             dtype=command.dtype,
-            copies=command.copies,
+            copies=copies,
             workers=command.workers,
             overwrite=command.overwrite,
             progress=report,
@@ -38,11 +39,12 @@ def run_import(command: Import) -> int:
             mtp_hidden_state=_hidden_state(command),
         )
     seconds = time.monotonic() - began_s
-    may_be_stale = summary.finished and command.copies == "main"  # else import has refused them
+    may_be_stale = summary.finished and copies == "main"  # else import has refused them
     stale = open_checkpoint(command.dst).provenance["stale_copies"] if may_be_stale else ()
     notes = [f"{name} differs; the main model's is taken" for name in stale]
-    plain = {**dataclasses.asdict(summary), "notes": notes, "seconds": seconds}
-    print_result(_imported(summary, notes, seconds), plain, as_json=command.json)
+    taken = checkpoint.taken.notes if checkpoint.taken else ()
+    plain = {**dataclasses.asdict(summary), "notes": [*taken, *notes], "seconds": seconds}
+    print_result(_imported(summary, taken, notes, seconds), plain, as_json=command.json)
     return 0
 
 
@@ -50,7 +52,9 @@ def _hidden_state(command: Import) -> HiddenState | None:
     return None if command.mtp_hidden_state == "config" else command.mtp_hidden_state
 
 
-def _imported(summary: ImportSummary, notes: Sequence[str], seconds: float) -> Iterator[Section]:
+def _imported(
+    summary: ImportSummary, taken: Sequence[str], stale: Sequence[str], seconds: float
+) -> Iterator[Section]:
     """What `import` prints."""
     pairs = [
         ("checkpoint", str(summary.path)),
@@ -64,7 +68,8 @@ def _imported(summary: ImportSummary, notes: Sequence[str], seconds: float) -> I
     if summary.resumed_units:
         resumed = f"{summary.resumed_units:,} of {summary.num_units:,} pieces were there"
         pairs.append(("continued", f"{resumed} already"))
-    pairs += [("stale copy", note) for note in notes]
+    pairs += [("MTP module", note) for note in taken]
+    pairs += [("stale copy", note) for note in stale]
     if not summary.finished:
         others = "this share is done, others are not; the last of them finishes the checkpoint"
         pairs.append(("unfinished", others))

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from converters.cli.arguments import Verify
-from converters.cli.common import print_result, source_of
-from converters.format.listing import SourceCheckpoint, open_safetensors
+from converters.cli.common import checkpoint_of, print_result
+from converters.format.listing import SourceCheckpoint
 from converters.verifying.digests import check_digests
 from converters.verifying.logits import LogitsCheck, check_logits
 from converters.verifying.report import verification, write_report
@@ -20,8 +20,10 @@ def run_verify(command: Verify) -> int:
         Path(command.report).mkdir(parents=True, exist_ok=True)  # fails now, not after an hour
     ckpt = command.ckpt or command.src
     checkpoint = open_checkpoint(ckpt)
-    source = source_of(command.src, follow_links=command.follow_links) if command.ckpt else None
-    opened = open_safetensors(source) if source else None
+    opened = None
+    if command.ckpt:
+        links = command.follow_links
+        opened = checkpoint_of(command.src, command.mtp_from, follow_links=links)
     with progress("digests") as report:
         digests = check_digests(checkpoint, workers=command.workers, progress=report)
     storage, logits = None, None
@@ -32,7 +34,7 @@ def run_verify(command: Verify) -> int:
             )
         logits = _logits(opened, checkpoint) if command.logits else None
     found = Verification(
-        source=source.name if source else None,
+        source=opened.source.name if opened else None,
         checkpoint=ckpt,
         digests=digests,
         storage=storage,

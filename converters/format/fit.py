@@ -3,6 +3,7 @@
 A config that contradicts the files is one problem, not one for every tensor that it mistakes.
 """
 
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 
 from converters.format.header import TensorInfo
 from converters.format.listing import Listing, SourceCheckpoint
-from converters.format.mapping import SCALE_SUFFIX, Slot, slots
+from converters.format.mapping import SCALE_SUFFIX, Slot, layer_of, mtp_layers, slots
 from mtp_model.config import ConfigError, ModelConfig
 from mtp_model.families import MODEL_TYPES
 from mtp_model.files.untrusted_json import shown
@@ -19,7 +20,6 @@ from mtp_model.problems import Problem, braces, raise_if_any
 
 _LARGEST_NUM_TENSORS = 1 << 20  # the released checkpoints have 91,991
 _FP8 = "F8_E4M3"
-_ONLY_IN_MTP = "eh_proj.weight"
 _TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 Tensors = Mapping[str, TensorInfo]
@@ -46,15 +46,22 @@ class _Contradiction(NamedTuple):
 
 def fit(listing: Listing, config: Mapping[str, Any], *, scope: Scope = "all") -> Fit:
     """All that headers and config (the parsed config.json) tell about the tensors of a scope."""
+    cfg, problems = checked_config(config, scope)
+    if cfg is None:
+        return Fit(config=None, slots={}, problems=problems)
+    return _compare(listing.tensors, cfg, scope, listing.source.name)
+
+
+def checked_config(
+    config: Mapping[str, Any], scope: Scope = "all"
+) -> tuple[ModelConfig | None, tuple[Problem, ...]]:
+    """The network of a parsed config.json; None where it is none that we know, and why."""
     try:
         cfg = ModelConfig.from_dict(config)
         faults = [*_size_faults(cfg, scope)]
     except ConfigError as err:
         cfg, faults = None, err.faults
-    if cfg is None or faults:
-        problems = tuple(_config_problem(fault) for fault in faults)
-        return Fit(config=None, slots={}, problems=problems)
-    return _compare(listing.tensors, cfg, scope)
+    return None if faults else cfg, tuple(_config_problem(fault) for fault in faults)
 
 
 def sound_fit(checkpoint: SourceCheckpoint, scope: Scope) -> tuple[ModelConfig, Mapping[str, Slot]]:
@@ -65,14 +72,14 @@ def sound_fit(checkpoint: SourceCheckpoint, scope: Scope) -> tuple[ModelConfig, 
     return found.config, found.slots
 
 
-def _compare(tensors: Tensors, cfg: ModelConfig, scope: Scope) -> Fit:
+def _compare(tensors: Tensors, cfg: ModelConfig, scope: Scope, where: str) -> Fit:
     if scope == "main":
         tensors = {name: t for name, t in tensors.items() if not _is_mtp(name, cfg)}
     known = slots(cfg)
     wanted = known if scope == "all" else slots(cfg, scope)
     problems: list[Problem] = []
     explained: set[str] = set()
-    for contradiction in _contradictions(tensors, cfg, wanted):
+    for contradiction in _contradictions(tensors, cfg, wanted, where):
         problems.append(contradiction.problem)
         explained |= contradiction.names
     problems += _missing(tensors, wanted, explained)
@@ -99,49 +106,48 @@ def _size_faults(cfg: ModelConfig, scope: Scope) -> Iterator[str]:
             f"this toolkit reads up to {_LARGEST_NUM_TENSORS}"
         )
     if scope == "mtp" and not cfg.num_nextn_predict_layers:
-        yield "num_nextn_predict_layers is 0: there is no MTP module for --scope mtp"
+        yield (
+            "num_nextn_predict_layers is 0: there is no MTP module for --scope mtp; take one in "
+            "with --mtp-from, naming a checkpoint that has it, or leave out --scope mtp"
+        )
 
 
-def _contradictions(tensors: Tensors, cfg: ModelConfig, wanted: Slots) -> Iterator[_Contradiction]:
-    yield from _layer_contradictions(tensors, cfg, wanted)
+def _contradictions(
+    tensors: Tensors, cfg: ModelConfig, wanted: Slots, where: str
+) -> Iterator[_Contradiction]:
+    yield from _layer_contradictions(tensors, cfg, wanted, where)
     yield from _quantisation_contradictions(tensors, wanted)
     yield from _dtype_contradictions(tensors, cfg, wanted)
 
 
 def _is_mtp(name: str, cfg: ModelConfig) -> bool:
-    layer = _layer_of(name)
+    layer = layer_of(name)
     return layer is not None and layer >= cfg.num_hidden_layers
-
-
-def _layer_of(name: str) -> int | None:
-    """The layer number of `model.layers.N.rest`."""
-    match name.split(".", 3):
-        case ["model", "layers", number, _] if number.isdecimal() and len(number) < 10:
-            return int(number)
-    return None
 
 
 def _by_layer(names: Iterable[str]) -> dict[int, list[str]]:
     found: dict[int, list[str]] = {}
     for name in names:
-        layer = _layer_of(name)
+        layer = layer_of(name)
         if layer is not None:
             found.setdefault(layer, []).append(name)
     return found
 
 
 def _layer_contradictions(
-    tensors: Tensors, cfg: ModelConfig, wanted: Slots
+    tensors: Tensors, cfg: ModelConfig, wanted: Slots, where: str
 ) -> Iterator[_Contradiction]:
     """Layers that the config promises and no file has, and layers that it does not know of."""
     have, need = _by_layer(tensors), _by_layer(wanted)
-    end = cfg.num_hidden_layers
-    found_mtp = [layer for layer in have if f"model.layers.{layer}.{_ONLY_IN_MTP}" in tensors]
-    if found_mtp and min(found_mtp) != end:
-        first = min(found_mtp)
-        found = f"is {end}, the first MTP module (the layer with eh_proj) is model.layers.{first}"
-        problem = Problem("config", "num_hidden_layers", f"{found}; make it {first}")
-        yield _Contradiction(problem, _names_from(min(first, end), have, need))
+    end, modules = cfg.num_hidden_layers, mtp_layers(tensors)
+    if modules and modules[0] != end and (advice := _renumbering(modules[0], end, have, where)):
+        found = f"is {end}, the first MTP module (the layer with eh_proj) is model.layers."
+        problem = Problem("config", "num_hidden_layers", f"{found}{modules[0]}; {advice}")
+        yield _Contradiction(problem, _names_from(min(modules[0], end), have, need))
+        if len(modules) != cfg.num_nextn_predict_layers and advice.startswith("make"):
+            found = f"is {cfg.num_nextn_predict_layers}, the files hold {len(modules)}"
+            detail = f"{found}; make it {len(modules)}"
+            yield _Contradiction(Problem("config", "num_nextn_predict_layers", detail), set())
         return
     absent = [layer for layer in need if layer not in have]
     main = [layer for layer in absent if layer < end]
@@ -150,18 +156,37 @@ def _layer_contradictions(
         names = {name for layer in main for name in need[layer]}
         yield _Contradiction(Problem("config", "num_hidden_layers", found), names)
     if len(main) < len(absent):
-        yield _mtp_contradiction("no file has a tensor of", cfg, absent[len(main) :], need)
+        yield _mtp_contradiction("no file has a tensor of", cfg, absent[len(main) :], need, modules)
     extra = sorted(layer for layer in have if layer >= end + cfg.num_nextn_predict_layers)
     if extra:
-        yield _mtp_contradiction("the files also hold", cfg, extra, have)
+        yield _mtp_contradiction("the files also hold", cfg, extra, have, modules)
+
+
+def _renumbering(first: int, end: int, have: Iterable[int], where: str) -> str | None:
+    """What to do where the first MTP module is not layer `end`; None if that is not what is wrong.
+
+    A model that was cut shorter may have kept the number that its module had before.
+    """
+    if set(range(first)) <= set(have):
+        return f"make it {first}"
+    if first < end:
+        return None
+    return f"to take it in as model.layers.{end}, import with --mtp-from {shlex.quote(where)}"
 
 
 def _mtp_contradiction(
-    finding: str, cfg: ModelConfig, layers: list[int], names_of: dict[int, list[str]]
+    finding: str,
+    cfg: ModelConfig,
+    layers: list[int],
+    names_of: dict[int, list[str]],
+    modules: list[int],
 ) -> _Contradiction:
     names = {name for layer in layers for name in names_of[layer]}
     found = f"{finding} model.layers.{braces(layers)} ({len(names):,} tensors)"
-    advice = "correct config.json, or import with --scope main"
+    advice = f"make it {len(modules)}, or import with --scope main"
+    if not modules or set(layers) - set(modules):
+        taken = "take the module in with --mtp-from, naming a checkpoint that has it"
+        advice = f"{taken}, or import with --scope main"
     detail = f"is {cfg.num_nextn_predict_layers}, {found}; {advice}"
     return _Contradiction(Problem("config", "num_nextn_predict_layers", detail), names)
 

@@ -1,7 +1,8 @@
 """What a checkpoint holds: config, index, headers, side files; no tensor is read."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+import shlex
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,10 @@ from converters.format.header import (
     bounded,
     read_header,
 )
+from converters.format.mapping import layer_of, mtp_layers
 from converters.sources.source import Fingerprint, Source, name_fault
 from mtp_model.files.untrusted_json import JsonError, is_text_map, parse, shown
-from mtp_model.problems import Problem, ProblemsError, raise_if_any
+from mtp_model.problems import Problem, ProblemsError, braces, raise_if_any
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
@@ -49,10 +51,26 @@ class Listing:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TakenModule:
+    """Where the MTP module of a checkpoint was taken from, which is not where its main model is.
+
+    headers: of the files that it was in. names: name there -> name here, of those tensors whose
+    bytes were taken as they are. notes: what the user should know of it, a line each.
+    """
+
+    main: str
+    source: Source
+    headers: Mapping[str, Header]
+    names: Mapping[str, str]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class SourceCheckpoint(Listing):
     """A safetensors checkpoint that was opened: its files, and the parsed config.json."""
 
     config: Mapping[str, Any]
+    taken: TakenModule | None = None
 
 
 def open_safetensors(source: Source) -> SourceCheckpoint:
@@ -74,20 +92,21 @@ def open_safetensors(source: Source) -> SourceCheckpoint:
     return SourceCheckpoint(**fields, config=config)
 
 
-def list_checkpoint(source: Source) -> Listing:
-    """All headers of a checkpoint; ProblemsError tells everything that is wrong, at once."""
-    sizes = source.files()
+def list_checkpoint(source: Source, *, leave_out: Collection[str] = ()) -> Listing:
+    """All headers of a checkpoint; ProblemsError tells everything that is wrong, at once.
+
+    leave_out: files that are not looked at.
+    """
+    sizes = {file: size for file, size in source.files().items() if file not in leave_out}
     problems: list[Problem] = []
-    index, weight_map = _read_index(source, sizes)
+    index, weight_map = read_index(source, sizes)
     stored = [file for file in sizes if file.endswith(SUFFIX)]
-    listed_in = "named by the index" if index is not None else f"part of it, {SINGLE_FILE} is all"
-    if index is not None:
-        named = sorted(set(weight_map.values()))
-    else:  # shards need no index: their headers say the same
-        named = [SINGLE_FILE] if SINGLE_FILE in stored else stored
-    problems += bounded(_file_problems(stored, named, listed_in), INDEX_FILE)
-    headers = _read_headers(source, [file for file in named if file in stored], problems)
+    named = named_files(stored, index, weight_map)
+    problems += bounded(_absent_files(stored, named), INDEX_FILE)
+    headers = read_headers(source, [file for file in named if file in stored], problems)
     tensors = _merge(headers.values(), problems)
+    unnamed = (file for file in stored if file not in named)
+    problems += bounded(_unnamed_files(source, unnamed, tensors, index), INDEX_FILE)
     if index is not None:
         problems += bounded(_index_problems(weight_map, tensors, headers), INDEX_FILE)
     raise_if_any(source.name, problems)
@@ -118,7 +137,17 @@ def read_config(source: Source) -> dict[str, Any]:
     return config
 
 
-def _read_index(source: Source, sizes: dict[str, int]) -> tuple[bytes | None, dict[str, str]]:
+def named_files(
+    stored: Sequence[str], index: bytes | None, weight_map: Mapping[str, str]
+) -> Sequence[str]:
+    """The safetensors files that are the checkpoint, of those that are stored."""
+    if index is not None:
+        return sorted(set(weight_map.values()))
+    # Shards need no index: their headers say the same.
+    return [SINGLE_FILE] if SINGLE_FILE in stored else stored
+
+
+def read_index(source: Source, sizes: Mapping[str, int]) -> tuple[bytes | None, dict[str, str]]:
     """The index verbatim and its weight map, tensor -> file; (None, {}) where there is no index."""
     if INDEX_FILE not in sizes:
         if any(file.endswith(SUFFIX) for file in sizes):
@@ -142,18 +171,49 @@ def _read_index(source: Source, sizes: dict[str, int]) -> tuple[bytes | None, di
     raise ProblemsError(source.name, [Problem("index", INDEX_FILE, fault)])
 
 
-def _file_problems(stored: list[str], named: list[str], listed_in: str) -> Iterator[Problem]:
+def _absent_files(stored: Sequence[str], named: Sequence[str]) -> Iterator[Problem]:
     for file in named:
         if file not in stored:
             absent = f"is named by the index, and there is no such {SUFFIX} file"
             yield Problem("index", shown(file), name_fault(file) or absent)
-    for file in stored:
-        if file not in named:
-            move = "move it out of the folder if it is no part of the checkpoint"
-            yield Problem("index", shown(file), f"is in the folder and not {listed_in}; {move}")
 
 
-def _read_headers(source: Source, files: list[str], problems: list[Problem]) -> dict[str, Header]:
+def _unnamed_files(
+    source: Source, files: Iterable[str], tensors: Mapping[str, TensorInfo], index: bytes | None
+) -> Iterator[Problem]:
+    """Files that are no part of the checkpoint by its index, and what to do with each."""
+    listed_in = "named by the index" if index is not None else f"part of it, {SINGLE_FILE} is all"
+    for file in files:
+        held = f"is in the folder and not {listed_in}"
+        yield Problem("index", shown(file), f"{held}; {_use_of(source, file, tensors, index)}")
+
+
+def _use_of(
+    source: Source, file: str, tensors: Mapping[str, TensorInfo], index: bytes | None
+) -> str:
+    """What to do with a file that is no part of the checkpoint."""
+    try:
+        names = [tensor.name for tensor in read_header(source, file).tensors]
+    except ProblemsError:
+        names = []
+    if not names or tensors.keys() & names:
+        return "move it out of the folder"
+    modules = mtp_layers(names)
+    if modules and {layer_of(name) for name in names} == set(modules):
+        found = f"it holds the MTP module model.layers.{braces(modules)}"
+        return f"{found}: import with --mtp-from {shlex.quote(source.name)} to take that in"
+    if index is not None:
+        way = f"move {INDEX_FILE} out of the folder, the files' own headers tell the same"
+    else:
+        way = f"give {SINGLE_FILE} another name, without one of that name all files are read"
+    return f"if it belongs to the checkpoint, {way}; if not, move it out of the folder"
+
+
+def read_headers(
+    source: Source, files: Sequence[str], problems: list[Problem]
+) -> dict[str, Header]:
+    """The headers of these files; what is wrong with one goes to `problems`."""
+
     def read(file: str) -> Header | ProblemsError:
         try:
             return read_header(source, file)

@@ -228,6 +228,21 @@ def float32_leaves(slots: Iterable[Slot]) -> frozenset[str]:
     return frozenset(path for path in paths if path in always or path.endswith(SCALE_SUFFIX))
 
 
+def layer_of(name: str) -> int | None:
+    """The layer number of `model.layers.N.rest`."""
+    match name.split(".", 3):
+        case ["model", "layers", number, _] if number.isdecimal() and len(number) < 10:
+            return int(number)
+    return None
+
+
+def mtp_layers(names: Iterable[str]) -> list[int]:
+    """The layers that are MTP modules, whatever the config says: those with `eh_proj`, sorted."""
+    eh_projs = (name for name in names if name.endswith(".eh_proj.weight"))
+    numbers = {name: number for name in eh_projs if (number := layer_of(name)) is not None}
+    return sorted({n for name, n in numbers.items() if name == f"model.layers.{n}.eh_proj.weight"})
+
+
 GROUPS = (
     "embedding and head",
     "attention",

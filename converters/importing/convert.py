@@ -15,7 +15,7 @@ import xxhash
 
 from converters.format import fp8
 from converters.format.header import DTYPES, TensorInfo
-from converters.format.listing import Listing
+from converters.format.listing import SourceCheckpoint
 from converters.format.mapping import Slot
 from converters.format.values import all_finite, scale_fault, weight_fault
 from converters.sources.source import Read
@@ -46,7 +46,7 @@ class Unit:
 class Conversion:
     """All that units need: where bytes come from, where they go, how they change on the way."""
 
-    listing: Listing
+    listing: SourceCheckpoint
     slots: Mapping[str, Slot]
     leaves: Mapping[str, Leaf]
     block: fp8.Block | None

@@ -12,12 +12,12 @@ from dataclasses import asdict
 from typing import Any
 
 from converters.format.header import Header
-from converters.format.listing import Listing
+from converters.format.listing import Listing, SourceCheckpoint
 from converters.format.mapping import TABLE_VERSION, Slot
 from converters.format.values import copy_fault
 from converters.importing.convert import Done
 from converters.importing.plan import ImportPlan
-from converters.sources.source import Fingerprint, read_pieces, replaced_files
+from converters.sources.source import Fingerprint, Source, read_pieces, replaced_files
 from mtp_model.checkpoint.writer import Digests, ParamsWriter
 from mtp_model.files.place import digest
 from mtp_model.problems import Problem, raise_if_any
@@ -44,7 +44,7 @@ def finish_import(writer: ParamsWriter, plan: ImportPlan, done: Mapping[str, Don
     raise_if_any(listing.source.name, changed)
     writer.finish(
         provenance={
-            "source": _source_record(listing, tensors),
+            **_origin(listing, tensors),
             "plan": plan.digest,
             **asdict(options),
             "stale_copies": stale,
@@ -98,14 +98,31 @@ def _digests(plan: ImportPlan, done: Mapping[str, Done]) -> Digests:
     return found
 
 
-def _source_record(listing: Listing, tensor_digests: Mapping[str, str]) -> dict[str, Any]:
-    """Name of the source, and size and digests of each of its safetensors files."""
+def _origin(checkpoint: SourceCheckpoint, digests: Mapping[str, str]) -> dict[str, Any]:
+    """Where the weights come from, and the MTP module where that is another checkpoint.
+
+    digests: of all tensors that were read, by name.
+    """
+    source, taken = checkpoint.source, checkpoint.taken
+    if not taken:
+        return {"source": _source_record(source.name, source, checkpoint.headers, digests)}
+    theirs = {name: digests[ours] for name, ours in taken.names.items() if ours in digests}
     return {
-        "name": listing.source.name,
+        "source": _source_record(taken.main, source, checkpoint.headers, digests),
+        "mtp_source": _source_record(taken.source.name, taken.source, taken.headers, theirs),
+    }
+
+
+def _source_record(
+    name: str, source: Source, headers: Mapping[str, Header], digests: Mapping[str, str]
+) -> dict[str, Any]:
+    """Name of a source, and size and digests of its safetensors files."""
+    return {
+        "name": name,
         "files": {
-            file: _file_record(header, [tensor_digests.get(t.name) for t in header.tensors])
-            | _listed_digest(listing.source.fingerprint(file))
-            for file, header in sorted(listing.headers.items())
+            file: _file_record(header, [digests.get(tensor.name) for tensor in header.tensors])
+            | _listed_digest(source.fingerprint(file))
+            for file, header in sorted(headers.items())
         },
     }
 

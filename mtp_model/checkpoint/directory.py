@@ -39,6 +39,7 @@ _SOURCE_FILE = {
     "header": str,
     "tensors": [Maybe(str)],
 }
+_SOURCE = {"name": str, "files": Each(_SOURCE_FILE)}
 _DERIVATION = {"base": dict, "changed": [str], "by": Maybe(str), "settings": Maybe(dict)}
 _SHAPES = {
     COMPLETE: {
@@ -47,7 +48,8 @@ _SHAPES = {
         "side_files": Each(str),
     },
     PROVENANCE: {
-        "source": {"name": str, "files": Each(_SOURCE_FILE)},
+        "source": _SOURCE,
+        "mtp_source": Maybe(_SOURCE),
         "plan": Maybe(str),
         "scope": str,
         "dtype": str,

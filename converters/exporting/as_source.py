@@ -1,0 +1,109 @@
+"""A checkpoint directory as a source: the safetensors files that its export would write.
+
+`--mtp-from` takes the MTP module from it, trained or not. Nothing is written: tensors are encoded
+when they are read.
+"""
+
+import json
+from collections.abc import Iterator
+
+import numpy as np
+
+from converters.exporting.encode import Encoder
+from converters.exporting.plan import make_plan
+from converters.format.header import TensorInfo
+from converters.format.listing import CONFIG_FILE
+from converters.sources.source import Buffer, Fingerprint, Source, byte_view
+from mtp_model.checkpoint.directory import COMPLETE, Checkpoint
+from mtp_model.files.place import Place
+from mtp_model.files.untrusted_json import shown
+from mtp_model.problems import Problem, ProblemsError, raise_if_any
+
+_LENGTH_BYTES = 8
+
+
+class DirectorySource(Source):
+    """The files that an export of a checkpoint directory with `--dtype keep` would write.
+
+    config.json says what the directory knows of `mtp_hidden_state`. Of a directory that holds the
+    MTP modules alone, other tensors cannot be read.
+    """
+
+    def __init__(self, checkpoint: Checkpoint):
+        """Raises ProblemsError where a chunk file of its MTP modules is damaged."""
+        self.name = str(checkpoint.path)
+        self._checkpoint = checkpoint
+        plan = make_plan(checkpoint, "keep", has_base=True)
+        raise_if_any(self.name, _damaged(checkpoint))
+        self._headers = {header.file: header for header in plan.files}
+        held = {name: dtype for name, dtype in plan.dtypes.items() if name in plan.slots}
+        self._encoder = Encoder(checkpoint, plan.slots, held)
+        config = checkpoint.config_dict
+        state = checkpoint.provenance["mtp_hidden_state"]
+        self._config = json.dumps({**config, "mtp_hidden_state": state}).encode()
+        self._complete = (checkpoint.path / COMPLETE).digest()
+
+    @property
+    def folder(self) -> Place:
+        return self._checkpoint.path
+
+    def files(self) -> dict[str, int]:
+        sizes = {file: header.size for file, header in self._headers.items()}
+        return dict(sorted({**sizes, CONFIG_FILE: len(self._config)}.items()))
+
+    def read(self, file: str, begin: int, nbytes: int) -> bytes:
+        self._check_range(file, begin, nbytes)  # before memory is taken for it
+        out = np.empty(nbytes, np.uint8)
+        self.read_into(file, begin, out)
+        return out.tobytes()
+
+    def read_into(self, file: str, begin: int, out: Buffer) -> None:
+        view = byte_view(out)
+        self._check_range(file, begin, len(view))
+        known = self._start(file)[begin : begin + len(view)]
+        view[: len(known)] = np.frombuffer(known, np.uint8)
+        end = begin + len(view)
+        for tensor in self._headers[file].tensors if file in self._headers else ():
+            low, high = max(tensor.begin, begin), min(tensor.begin + tensor.nbytes, end)
+            if low < high:
+                self._read_tensor(tensor, low - tensor.begin, view[low - begin : high - begin])
+
+    def fingerprint(self, file: str) -> Fingerprint:
+        self._check_range(file, 0, 0)
+        return {"size": self.files()[file], "complete": self._complete}
+
+    def _start(self, file: str) -> bytes:
+        """The bytes of a file that are no tensor's."""
+        if file == CONFIG_FILE:
+            return self._config
+        raw = self._headers[file].raw
+        return len(raw).to_bytes(_LENGTH_BYTES, "little") + raw
+
+    def _read_tensor(self, tensor: TensorInfo, begin: int, out: np.ndarray) -> None:
+        """Fill `out` with bytes of a tensor; whole rows of blocks around them are encoded."""
+        if tensor.name not in self._encoder.slots:
+            raise self._error(tensor.name, "is not in the checkpoint directory")
+        row_bytes, end = self._encoder.row_bytes(tensor.name), begin + len(out)
+        for rows in self._encoder.spans(tensor.name, max(len(out), row_bytes)):
+            first = rows.start * row_bytes
+            low, high = max(first, begin), min(first + len(rows) * row_bytes, end)
+            if low < high:
+                encoded = np.empty(len(rows) * row_bytes, np.uint8)
+                self._encoder.encode(tensor.name, rows, encoded)
+                out[low - begin : high - begin] = encoded[low - first : high - first]
+
+    def _check_range(self, file: str, begin: int, nbytes: int) -> None:
+        size = self.files().get(file)
+        if size is None or begin < 0 or nbytes < 0 or begin + nbytes > size:
+            found = "is not there" if size is None else f"is {size} bytes"
+            raise self._error(file, f"{found}, needed bytes {begin} to {begin + nbytes}")
+
+    def _error(self, subject: str, fault: str) -> ProblemsError:
+        return ProblemsError(self.name, [Problem("file", shown(subject), fault)])
+
+
+def _damaged(checkpoint: Checkpoint) -> Iterator[Problem]:
+    for piece in checkpoint.pieces():
+        if piece.path.startswith("mtp.") and piece.file.digest() != piece.digest:
+            detail = "has other bytes than were written; make the checkpoint directory again"
+            yield Problem("damaged", f"{piece.path}/{piece.coord}", detail)
