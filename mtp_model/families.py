@@ -177,7 +177,8 @@ class _Reader:
         if architectures == [DRAFT_ARCHITECTURE]:
             self.faults.append(
                 f"architectures is ['{DRAFT_ARCHITECTURE}']: a stand-alone draft for SGLang, an "
-                "MTP module without its main model"
+                "MTP module without its main model; import the main model, with --mtp-from naming "
+                "this draft"
             )
         elif not _is_causal_lm(architectures):
             self._fault("architectures", architectures, "one name that ends in ForCausalLM")

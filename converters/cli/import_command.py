@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from converters.cli.arguments import Import
 from converters.cli.common import checkpoint_of, print_result, time_and_rate
+from converters.format.listing import SourceCheckpoint
 from converters.importing.importer import ImportSummary, import_checkpoint
 from mtp_model.checkpoint.directory import open_checkpoint
 from mtp_model.config import HiddenState
@@ -42,10 +43,17 @@ def run_import(command: Import) -> int:
     may_be_stale = summary.finished and copies == "main"  # else import has refused them
     stale = open_checkpoint(command.dst).provenance["stale_copies"] if may_be_stale else ()
     notes = [f"{name} differs; the main model's is taken" for name in stale]
-    taken = checkpoint.taken.notes if checkpoint.taken else ()
+    taken = [*_of_module(checkpoint)]
     plain = {**dataclasses.asdict(summary), "notes": [*taken, *notes], "seconds": seconds}
     print_result(_imported(summary, taken, notes, seconds), plain, as_json=command.json)
     return 0
+
+
+def _of_module(checkpoint: SourceCheckpoint) -> Iterator[str]:
+    """Where the MTP module was taken from, and what became of it on the way."""
+    if checkpoint.taken:
+        yield f"from {checkpoint.taken.source.name}"
+        yield from checkpoint.taken.notes
 
 
 def _hidden_state(command: Import) -> HiddenState | None:

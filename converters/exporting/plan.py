@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -49,9 +50,10 @@ def make_plan(checkpoint: Checkpoint, dtype: Dtype, *, has_base: bool = False) -
     assert dtype == "keep" or not has_base
     scope = checkpoint.provenance["scope"]
     if scope != "all" and not has_base:
-        name = shown(checkpoint.provenance["source"]["name"])
-        detail = f"was imported with --scope {scope}, which left out the other tensors of {name}"
-        advice = "export it with --base, naming that source, to write the whole checkpoint"
+        detail = (
+            f"was imported with --scope {scope}, which left out the other tensors of its source"
+        )
+        advice = f"export it with --base {origin(checkpoint)} to write the whole checkpoint"
         problem = Problem("scope", "the checkpoint", f"{detail}; {advice}")
         raise ProblemsError(str(checkpoint.path), [problem])
     kept = ExportPlan(
@@ -65,6 +67,17 @@ def make_plan(checkpoint: Checkpoint, dtype: Dtype, *, has_base: bool = False) -
         notes=(),
     )
     return kept if dtype == "keep" else as_bf16(kept, checkpoint)
+
+
+def origin(checkpoint: Checkpoint) -> str:
+    """What a checkpoint was imported from, as a user names it to a command."""
+    record = checkpoint.provenance
+    name, taken = record["source"]["name"], record.get("mtp_source")
+    return f"{_quoted(name)} --mtp-from {_quoted(taken['name'])}" if taken else _quoted(name)
+
+
+def _quoted(name: str) -> str:
+    return shlex.quote(shown(name))
 
 
 def as_bf16(kept: ExportPlan, checkpoint: Checkpoint) -> ExportPlan:

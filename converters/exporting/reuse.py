@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 
 from converters.exporting.encode import PIECE_BYTES, EncodedRows, Encoder
-from converters.exporting.plan import ExportPlan
+from converters.exporting.plan import ExportPlan, origin
 from converters.exporting.stream import Segments, encoded_segments, tensor_segments
 from converters.format.header import Header, TensorInfo
 from converters.format.listing import Listing
@@ -143,8 +143,8 @@ def raise_if_changed(base: Listing, began: Fingerprint) -> None:
 
 def _needed(base: Listing, checkpoint: Checkpoint) -> str:
     """A base and what it has to be, as the head of a report."""
-    name = checkpoint.provenance["source"]["name"]
-    return f"{base.source.name}, which has to be what {checkpoint.path} was imported from ({name})"
+    needed = f"{base.source.name}, which has to be what {checkpoint.path} was imported from"
+    return f"{needed} ({origin(checkpoint)})"
 
 
 def _differences(base: Listing, checkpoint: Checkpoint) -> Iterator[Problem]:

@@ -47,9 +47,9 @@ def _metadata(provenance: Mapping[str, Any]) -> dict[str, Any]:
     return metadata
 
 
-def _hub_source(provenance: Mapping[str, Any]) -> tuple[str, str] | None:
+def _hub_source(provenance: Mapping[str, Any], source: str = "source") -> tuple[str, str] | None:
     """Model and commit that the weights were imported from; None for a local folder."""
-    match = HUB_ID.fullmatch(provenance["source"]["name"])
+    match = HUB_ID.fullmatch(provenance[source]["name"])
     return (match["repo"], match["revision"]) if match and match["revision"] else None
 
 
@@ -62,11 +62,17 @@ def _section(repo_id: str, provenance: Mapping[str, Any], config: Mapping[str, A
 
 
 def _origin(provenance: Mapping[str, Any]) -> str:
-    base = _hub_source(provenance)
-    source = f"`{base[0]}` at revision `{base[1]}`" if base else "a local safetensors checkpoint"
+    source = _named(provenance, "source", "a local safetensors checkpoint")
+    if "mtp_source" in provenance:
+        source += f" and the MTP module of {_named(provenance, 'mtp_source', 'a local checkpoint')}"
     if provenance.get("derived"):
         return f"Fine-tuned from {source} with deepseek-mtp."
     return f"Exported from {source} with deepseek-mtp; nothing was trained."
+
+
+def _named(provenance: Mapping[str, Any], source: str, local: str) -> str:
+    found = _hub_source(provenance, source)
+    return f"`{found[0]}` at revision `{found[1]}`" if found else local
 
 
 def _table(provenance: Mapping[str, Any], config: Mapping[str, Any]) -> str:

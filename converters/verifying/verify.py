@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from converters.exporting.encode import Encoder
+from converters.exporting.plan import origin
 from converters.format.fit import sound_fit
 from converters.format.listing import Listing, SourceCheckpoint
 from converters.format.mapping import GROUPS, Slot, group_of
@@ -171,6 +172,8 @@ def _comparable(
     held: Scope = checkpoint.provenance["scope"]
     config, slots = sound_fit(source, held if scope == "all" else scope)
     where = f"{source.source.name} for {checkpoint.path}"
+    if "mtp_source" in checkpoint.provenance and source.taken is None:
+        where += f", which was imported from {origin(checkpoint)}"
     raise_if_any(where, _other_network(config, checkpoint.config))
     if scope not in ("all", held) and held != "all":
         detail = f"was imported with --scope {held}; it cannot be verified with --scope {scope}"

@@ -105,11 +105,13 @@ def test_over_a_base_as_json(source: Path, tuned: Checkpoint, tmp_path: Path, ca
     assert [len(file["changed"]) for file in found["files"]] == [0, 0, 0, 0, 4, 12, 8]
 
 
-def test_what_a_partial_checkpoint_needs_is_told(tuned: Checkpoint, tmp_path: Path, capsys):
+def test_what_a_partial_checkpoint_needs_is_told(
+    source: Path, tuned: Checkpoint, tmp_path: Path, capsys
+):
     status, out, err = run(capsys, "export", tuned.path, tmp_path / "out")
     assert (status, out) == (1, "")
     assert "was imported with --scope mtp" in err
-    assert "export it with --base, naming that source" in err
+    assert f"export it with --base {source} to write the whole checkpoint" in err
     assert not (tmp_path / "out").exists()
 
 

@@ -75,7 +75,8 @@ def test_a_single_file(root):
     store(root / "other.safetensors", {"z": [1]})
     assert reports(root) == [
         "index other.safetensors is in the folder and not part of it, model.safetensors is all; "
-        "move it out of the folder if it is no part of the checkpoint"
+        "if it belongs to the checkpoint, give model.safetensors another name, without one of that "
+        "name all files are read; if not, move it out of the folder"
     ]
 
 
@@ -168,12 +169,12 @@ def test_everything_that_differs_is_one_report(root):
     )
     store(root / "again.safetensors", {"b": [3]})
     (root / "broken.safetensors").write_bytes(b"short")
-    outside = "is in the folder and not named by the index; move it out of the folder if it is no"
+    outside = "is in the folder and not named by the index; move it out of the folder"
     assert reports(root) == [
         "index absent.safetensors is named by the index, and there is no such .safetensors file",
-        f"index model-1.safetensors {outside} part of the checkpoint",
         "file broken.safetensors is 5 bytes; a safetensors file begins with the 8 bytes of its "
         "header length",
+        f"index model-1.safetensors {outside}",
         "missing a in model-2.safetensors, where the index puts it",
         "missing gone in model-2.safetensors, where the index puts it",
     ]
