@@ -46,6 +46,8 @@ SOURCES_THAT_ARE_PLACES = ("converters/sources/local.py", "converters/sources/ob
 KINDS_OF_PLACE = {"ObjectPlace", "LocalPlace"}
 # Raised and caught within sources/hub*: the user sees what becomes of them.
 INTERNAL_ERRORS = {"PassingError", "UnwantedError"}
+# Raised and caught in a process that has nothing of ours: its text is what comes out of it.
+INTERNAL_ERRORS |= {"CannotRenderError"}
 MOST_FILES = 12
 MOST_LINES = 400
 FLAT = {"mtp_model"}  # the network stays flat: a layer a file

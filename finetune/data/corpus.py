@@ -1,108 +1,107 @@
 """Training text on disk: where each document is, and that it can be read.
 
-A corpus is an index (file, first byte, bytes) of 20 bytes a document; the text stays on disk.
+A corpus is an index (file, number, first byte, bytes) of 28 bytes a document; the text stays on
+disk.
 """
 
 import codecs
-import json
 from array import array
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 
-from mtp_model.problems import UserError
-
-# A text file is indexed in pieces of at most this size, so that a file of any size is read
-# piece by piece, and so that one long file can be shuffled and partly held out.
-PIECE_BYTES = 64 * 1024
-REPORTED_FAULTS = 40
-FORMS = (
-    '{"text"}, {"prompt", "completion" or "response"}, {"instruction", optional "input", '
-    '"output"}, or {"input_ids", optional "loss_mask" or "labels"}'
+from finetune.data.chat import ChatTemplate
+from finetune.data.kinds import (
+    ARRAY,
+    NAMES,
+    PROSE,
+    TABLE,
+    Broken,
+    FileError,
+    FileKind,
+    Span,
+    kind_of,
+    parse,
+    read_header,
+    spans,
 )
-_BESIDE_IDS = {"input_ids", "loss_mask", "labels", "attention_mask"}
-_NOT_LEARNT = -100  # in labels, as Transformers' losses leave it out
-_COMPLETIONS = {"prompt": ("completion", "response"), "instruction": ("output",)}
+from finetune.data.records import (
+    Chat,
+    DataError,
+    Record,
+    Text,
+    TokenIds,
+    has_target,
+    is_record,
+    parse_record,
+)
+from finetune.data.stored import StoredFile
+
+LONG_BYTES = 64 * 1024  # prose longer than this is tokenised in stretches
+# Text about data, which lies beside it in many folders. Named on its own it is read.
+ABOUT_DATA = ("readme", "license", "licence", "changelog", "contributing", "notice")
 
 
-class DataError(UserError):
-    """Data that cannot be trained on, with every fault (the first 40 are printed)."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DataFile:
+    """A file of documents, and what its documents need to be parsed."""
 
-    def __init__(self, faults: list[str]):
-        self.faults = faults
-        count = f"{len(faults)} problem{'' if len(faults) == 1 else 's'} in the data:"
-        rest = len(faults) - REPORTED_FAULTS
-        more = [f"and {rest} more"] if rest > 0 else []
-        super().__init__("\n  ".join([count, *faults[:REPORTED_FAULTS], *more]))
+    path: Path
+    kind: FileKind
+    stored: StoredFile
+    header: tuple[str, ...] = ()  # of a table
 
+    @property
+    def day(self) -> str:
+        """When it was last changed: today, for chat templates that write the date.
 
-@dataclass(frozen=True, kw_only=True)
-class Text:
-    """A document of plain text, or a piece of one."""
+        A run that goes on must see the same text on another day.
+        """
+        return date.fromtimestamp(self.path.stat().st_mtime).isoformat()
 
-    text: str
-    starts: bool = True  # the document begins here
-    ends: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class Exchange:
-    """A prompt, which is read, and a completion, which is learnt."""
-
-    prompt: str
-    completion: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenIds:
-    """A document that comes as tokens; loss_mask is 1 for each token that is learnt."""
-
-    input_ids: list[int]
-    loss_mask: list[int] | None = None
-
-
-Record = Text | Exchange | TokenIds
-
-
-def has_target(record: Record) -> bool:
-    """Whether there is anything to learn in a record. Its first token is never a target."""
-    if isinstance(record, Text):
-        return bool(record.text)
-    if isinstance(record, Exchange):
-        return bool(record.completion)
-    mask = record.loss_mask if record.loss_mask is not None else [1] * len(record.input_ids)
-    return any(mask[1:])
+    def record(self, value: Any, vocab_size: int | None = None) -> Record:
+        """A JSON value of this file as a record. Raises ValueError."""
+        record = parse_record(value, vocab_size)
+        return replace(record, day=self.day) if isinstance(record, Chat) else record
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Corpus:
     """Documents by number: `corpus.read(3)`. N documents."""
 
-    files: tuple[Path, ...]
+    files: tuple[DataFile, ...]
     file_N: np.ndarray  # int32, which file
+    number_N: np.ndarray  # int64, of its line in the file, or in its array
     begin_N: np.ndarray  # int64, first byte
     nbytes_N: np.ndarray  # int64
     idle_N: np.ndarray  # bool, documents with nothing to learn
     digest: str  # xxh3-128 of all files' contents, in order
     has_text: bool  # some document needs the tokenizer
-    left_out: tuple[Path, ...] = ()  # files of a folder that are not UTF-8 text
+    left_out: tuple[Path, ...] = ()  # files of a folder that are no data
 
     def __len__(self) -> int:
         return len(self.file_N)
 
     def select(self, chosen_N: np.ndarray) -> "Corpus":
         """The documents where `chosen_N` (bool) holds, in the same order."""
-        columns = ("file_N", "begin_N", "nbytes_N", "idle_N")
+        columns = ("file_N", "number_N", "begin_N", "nbytes_N", "idle_N")
         return replace(self, **{name: getattr(self, name)[chosen_N] for name in columns})
 
     @property
     def num_idle(self) -> int:
         """How many documents have nothing to learn."""
         return int(self.idle_N.sum())
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """How many files there are of each kind."""
+        return dict(sorted(Counter(file.kind.name for file in self.files).items()))
 
     def raise_if_idle(self) -> None:
         """DataError where no document has anything to learn."""
@@ -111,42 +110,46 @@ class Corpus:
             raise DataError([f"nothing to learn in any of {len(self):,} documents: {why}"])
 
     def where(self, document: int) -> str:
-        """FILE:LINE of a document, for messages."""
-        path, begin = self.files[self.file_N[document]], int(self.begin_N[document])
-        with path.open("rb") as file:
-            lines = sum(block.count(b"\n") for block in _blocks(file, begin))
-        return f"{path}:{lines + 1}"
+        """FILE:LINE of a document, or FILE and its number in it, for messages."""
+        return _where(self.files[self.file_N[document]], int(self.number_N[document]))
 
     def read(self, document: int) -> Record:
         """One document's record, read from its file."""
-        path = self.files[self.file_N[document]]
-        begin, nbytes = int(self.begin_N[document]), int(self.nbytes_N[document])
-        with path.open("rb") as file:
-            file.seek(begin)
-            content = file.read(nbytes)
-            last = not file.read(1)
-        if begin == 0:
-            content = content.removeprefix(codecs.BOM_UTF8)  # no part of the text
-        if _is_jsonl(path):
-            return parse_record(json.loads(content))
-        return Text(text=content.decode("utf-8"), starts=begin == 0, ends=last)
+        file, content = self.files[self.file_N[document]], self.content(document)
+        if file.kind.form == PROSE:
+            return Text(text=content.decode("utf-8"))
+        return file.record(parse(file.stored.form, content, file.header))
+
+    def is_long(self, document: int) -> bool:
+        """Whether a document is prose that should not be read all at once."""
+        is_prose = self.files[self.file_N[document]].kind.form == PROSE
+        return is_prose and self.nbytes_N[document] > LONG_BYTES
+
+    def content(self, document: int, begin: int = 0, end: int | None = None) -> bytes:
+        """Some or all bytes of a document."""
+        end = int(self.nbytes_N[document]) if end is None else min(end, self.nbytes_N[document])
+        stored = self.files[self.file_N[document]].stored
+        return stored.read(int(self.begin_N[document]) + begin, max(0, int(end) - begin))
 
 
-def scan(paths: Iterable[Path], vocab_size: int) -> Corpus:
+def scan(paths: Iterable[Path], vocab_size: int, chats: ChatTemplate | None = None) -> Corpus:
     """Index every document under `paths`, in a fixed order, and check it.
 
-    A file that is named must be UTF-8 text; in a folder, files that are not are left out, and so
-    are hidden ones. Raises DataError with every malformed line as FILE:LINE.
+    A file that is named must be of a known kind; in a folder, files that are not are left out, and
+    so are hidden ones and those about the data. chats: the checkpoint's chat template, by which
+    conversations are checked. Raises DataError with every malformed record.
     """
-    scanner = _Scanner(vocab_size)
+    paths = tuple(paths)
+    scanner = _Scanner(vocab_size, chats)
     for path in paths:
         if path.is_dir():
             for inner in _files_of(path):
-                scanner.scan(inner, required=False)
+                scanner.scan(inner, is_named=False)
         else:
-            scanner.scan(path, required=True)
+            scanner.scan(path, is_named=True)
     if not scanner.faults and not scanner.nbytes:
-        scanner.faults.append(f"no document in {', '.join(map(str, paths))}")
+        left = f"; left out: {', '.join(map(str, scanner.left_out))}" if scanner.left_out else ""
+        scanner.faults.append(f"no document in {', '.join(map(str, paths))}{left}")
     if scanner.faults:
         raise DataError(scanner.faults)
     corpus = scanner.corpus()
@@ -154,92 +157,11 @@ def scan(paths: Iterable[Path], vocab_size: int) -> Corpus:
     return corpus
 
 
-def parse_record(value: Any, vocab_size: int | None = None) -> Record:
-    """A parsed line of JSONL as a record. Raises ValueError that says what is wrong with it."""
-    if not isinstance(value, dict):
-        raise ValueError(f"is {type(value).__name__}, needed an object: {FORMS}")
-    forms = [key for key in ("text", "prompt", "instruction", "input_ids") if key in value]
-    if len(forms) != 1:
-        raise ValueError(f"has the keys {', '.join(sorted(value)) or 'of none'}, needed {FORMS}")
-    [form] = forms
-    if form == "input_ids":
-        return _token_ids(value, vocab_size)
-    if form == "text":
-        return Text(text=_string(value, "text"))
-    return _exchange(value, form)
-
-
-def _exchange(value: dict[str, Any], form: str) -> Exchange:
-    names = [name for name in _COMPLETIONS[form] if name in value] or _COMPLETIONS[form][:1]
-    if len(names) > 1:
-        raise ValueError(f"has both {' and '.join(names)}, needed one of them")
-    prompt, completion = _string(value, form), _string(value, names[0])
-    if form == "instruction" and value.get("input"):
-        prompt = f"{prompt}\n\n{_string(value, 'input')}"
-    return Exchange(prompt=prompt, completion=completion)
-
-
-def _string(value: dict[str, Any], name: str) -> str:
-    if not isinstance(value.get(name), str):
-        raise ValueError(f"{name} is {_kind(value.get(name))}, needed a string")
-    return value[name]
-
-
-def _token_ids(value: dict[str, Any], vocab_size: int | None) -> TokenIds:
-    unknown = sorted(value.keys() - _BESIDE_IDS)
-    if unknown:
-        known = ", ".join(sorted(_BESIDE_IDS - {"input_ids"}))
-        raise ValueError(f"has {', '.join(unknown)} beside input_ids, known there are {known}")
-    ids, mask = value["input_ids"], value.get("loss_mask")
-    if not isinstance(ids, list) or not all(type(each) is int for each in ids):
-        raise ValueError("input_ids is not a list of whole numbers")
-    top = vocab_size or (1 << 31)
-    wrong = next((each for each in ids if not 0 <= each < top), None)
-    if wrong is not None:
-        raise ValueError(f"input_ids has {wrong}, the vocabulary is 0 to {top - 1}")
-    if value.get("labels") is not None:
-        if mask is not None:
-            raise ValueError("has both loss_mask and labels, needed one of them")
-        mask = _mask_of_labels(value["labels"], ids)
-    mask = _zeros_and_ones(mask, "loss_mask", ids)
-    attention = _zeros_and_ones(value.get("attention_mask"), "attention_mask", ids)
-    if attention is None or all(attention):
-        return TokenIds(input_ids=ids, loss_mask=mask)
-    kept = [position for position, seen in enumerate(attention) if seen]  # the rest is padding
-    return TokenIds(
-        input_ids=[ids[position] for position in kept],
-        loss_mask=mask and [mask[position] for position in kept],
-    )
-
-
-def _zeros_and_ones(mask: Any, name: str, ids: list[int]) -> list[int] | None:
-    if mask is None:
-        return None
-    if not isinstance(mask, list) or not all(type(m) is int and m in (0, 1) for m in mask):
-        raise ValueError(f"{name} is not a list of 0 and 1")
-    if len(mask) != len(ids):
-        raise ValueError(f"{name} has {len(mask)} entries for {len(ids)} input_ids")
-    return mask
-
-
-def _mask_of_labels(labels: Any, ids: list[int]) -> list[int]:
-    """The loss mask that labels stand for: its own token, or -100 where it is not learnt."""
-    if not isinstance(labels, list) or len(labels) != len(ids):
-        found = len(labels) if isinstance(labels, list) else _kind(labels)
-        raise ValueError(f"labels has {found} entries for {len(ids)} input_ids")
-    for position, (label, token) in enumerate(zip(labels, ids, strict=True)):
-        if label not in (token, _NOT_LEARNT):
-            found = f"labels has {label!r} at {position}, where input_ids has {token}"
-            raise ValueError(f"{found}; needed that token, or {_NOT_LEARNT}: nothing is shifted")
-    return [int(label != _NOT_LEARNT) for label in labels]
-
-
-def _kind(value: Any) -> str:
-    return "missing" if value is None else type(value).__name__
-
-
-def _is_jsonl(path: Path) -> bool:
-    return path.suffix.lower() == ".jsonl"
+def _where(file: DataFile, number: int) -> str:
+    if file.kind.form == PROSE:
+        return str(file.path)
+    lined = file.kind.form not in (ARRAY,) and file.stored.form == file.kind.form
+    return f"{file.path}:{number}" if lined else f"{file.path}, record {number}"
 
 
 def _files_of(folder: Path) -> list[Path]:
@@ -249,54 +171,35 @@ def _files_of(folder: Path) -> list[Path]:
     return [folder / path for path in sorted(seen, key=lambda path: path.parts)]
 
 
-def _blocks(file: Any, nbytes: int) -> Iterator[bytes]:
-    """The next `nbytes` of a file, in blocks."""
-    while nbytes > 0 and (block := file.read(min(nbytes, 1 << 20))):
-        yield block
-        nbytes -= len(block)
-
-
-def _cut(data: bytes) -> int:
-    """Where to cut a full piece: after its last line end, else before its last character."""
-    if line_end := data.rfind(b"\n") + 1:
-        return line_end
-    start = len(data) - 1
-    while start > len(data) - 4 and data[start] & 0xC0 == 0x80:  # inside a UTF-8 character
-        start -= 1
-    return start
-
-
 class _Scanner:
     """Builds a Corpus file by file, collecting faults."""
 
-    def __init__(self, vocab_size: int):
-        self.vocab_size = vocab_size
+    def __init__(self, vocab_size: int, chats: ChatTemplate | None):
+        self.vocab_size, self.chats = vocab_size, chats
         self.faults: list[str] = []
-        self.files: list[Path] = []
+        self.files: list[DataFile] = []
         self.left_out: list[Path] = []
-        self.file, self.begin, self.nbytes = array("i"), array("q"), array("q")
+        self.file, self.number = array("i"), array("q")
+        self.begin, self.nbytes = array("q"), array("q")
         self.digest = xxhash.xxh3_128()
         self.has_text = False
         self.idle = array("b")  # 1 for a document with nothing to learn
+        self.with_chats: set[Path] = set()
 
-    def scan(self, path: Path, required: bool) -> None:
-        known = len(self.nbytes)
-        self.files.append(path.absolute())
-        try:
-            (self._scan_jsonl if _is_jsonl(path) else self._scan_text)(path)
-        except UnicodeDecodeError as error:
-            if required:
-                self.faults.append(f"{path} is not UTF-8 text: {error.reason}")
-            else:
-                self._forget(known)
-                self.left_out.append(path)
-        except OSError as error:
-            self.faults.append(f"{path} cannot be read: {error.strerror}")
+    def scan(self, path: Path, is_named: bool) -> None:
+        kind = kind_of(path)
+        if kind is None and is_named and path.exists():
+            self.faults.append(f"{path} is of no kind that is read: {NAMES}")
+        elif not is_named and (kind is None or _is_about_data(path, kind)):
+            self.left_out.append(path)
+        else:
+            self._scan_file(path, kind or FileKind("", PROSE, False), is_named)
 
     def corpus(self) -> Corpus:
         return Corpus(
             files=tuple(self.files),
             file_N=np.array(self.file, np.int32),
+            number_N=np.array(self.number, np.int64),
             begin_N=np.array(self.begin, np.int64),
             nbytes_N=np.array(self.nbytes, np.int64),
             idle_N=np.array(self.idle, bool),
@@ -305,47 +208,90 @@ class _Scanner:
             left_out=tuple(self.left_out),
         )
 
-    def _add(self, begin: int, content: bytes, *, idle: bool = False) -> None:
-        self.idle.append(idle)
-        self.digest.update(content)
-        self.file.append(len(self.files) - 1)
-        self.begin.append(begin)
-        self.nbytes.append(len(content))
-
-    def _forget(self, known: int) -> None:
-        for column in (self.file, self.begin, self.nbytes, self.idle):
-            del column[known:]
-
-    def _scan_text(self, path: Path) -> None:
-        begin = 0
-        with path.open("rb") as file:
-            while data := file.read(PIECE_BYTES):
-                if len(data) == PIECE_BYTES:
-                    data = data[: _cut(data)]
-                    file.seek(begin + len(data))
-                data.decode("utf-8")
-                self._add(begin, data)
-                begin += len(data)
-        self.has_text |= begin > 0
-
-    def _scan_jsonl(self, path: Path) -> None:
-        begin = 0
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    self._scan_line(f"{path}:{number}", begin, line)
-                begin += len(line)
-
-    def _scan_line(self, where: str, begin: int, line: bytes) -> None:
+    def _scan_file(self, path: Path, kind: FileKind, is_named: bool) -> None:
         try:
-            content = line if begin else line.removeprefix(codecs.BOM_UTF8)
-            record = parse_record(json.loads(content), self.vocab_size)
-        except json.JSONDecodeError as error:
-            self.faults.append(f"{where} is not JSON: {error.msg} at column {error.colno}")
+            stored = StoredFile(path.absolute(), kind)
+            with stored.open() as opened:
+                header = read_header(opened) if kind.form == TABLE else ()
+                file = DataFile(path=path.absolute(), kind=kind, stored=stored, header=header)
+                if not is_named and _is_one_other_object(file):
+                    self.left_out.append(path)
+                    return
+                self.files.append(file)
+                for span in spans(stored.form, opened, self.digest.update):
+                    self._take(file, span)
+        except FileError as error:
+            self.faults.append(f"{path} {error}")
         except UnicodeDecodeError as error:
-            self.faults.append(f"{where} is not UTF-8: {error.reason}")
+            self.faults.append(f"{path} is not UTF-8 text: {error.reason}")
+        except OSError as error:
+            self.faults.append(f"{path} cannot be read: {error.strerror}")
+
+    def _take(self, file: DataFile, span: Span | Broken) -> None:
+        where = _where(file, span.number)
+        if isinstance(span, Broken):
+            self.faults.append(f"{where} {span.why}")
+            return
+        if file.kind.form == PROSE:
+            self._add(span, is_idle=False)
+            self.has_text = True
+            if span.nbytes > LONG_BYTES:
+                self.digest.update(b"one document")  # where earlier versions saw several
+            return
+        try:
+            record = file.record(span.value, self.vocab_size)
+            if isinstance(record, Chat):
+                self._check(file, record)
         except (ValueError, RecursionError) as error:
             self.faults.append(f"{where} {error}")
         else:
-            self._add(begin, line, idle=not has_target(record))
+            self._add(span, is_idle=not has_target(record))
             self.has_text |= not isinstance(record, TokenIds)
+
+    def _check(self, file: DataFile, chat: Chat) -> None:
+        """Render it, and count what it depends on as part of the data. Raises ValueError."""
+        is_first = file.path not in self.with_chats
+        self.with_chats.add(file.path)
+        if self.chats is None:
+            if is_first:  # said once
+                raise ValueError(NO_TEMPLATE)
+            return
+        self.chats.render(chat)
+        if is_first:
+            day = chat.day if self.chats.reads_the_day else ""
+            self.digest.update((self.chats.identity + day).encode())
+
+    def _add(self, span: Span, *, is_idle: bool) -> None:
+        self.idle.append(is_idle)
+        self.file.append(len(self.files) - 1)
+        self.number.append(span.number)
+        self.begin.append(span.begin)
+        self.nbytes.append(span.nbytes)
+
+
+NO_TEMPLATE = (
+    "holds messages, and the checkpoint's tokenizer has no chat template: put the template that "
+    "the model is served with into the checkpoint directory as chat_template.jinja, "
+    'or write the records as {"prompt", "completion"}'
+)
+
+
+def _is_about_data(path: Path, kind: FileKind) -> bool:
+    return kind.form == PROSE and path.name.lower().startswith(ABOUT_DATA)
+
+
+def _is_one_other_object(file: DataFile) -> bool:
+    """Whether a .json file is a single object that is no record, as dataset_info.json is."""
+    if file.kind.form != ARRAY:
+        return False
+    try:
+        with file.stored.open() as opened:
+            if opened.read(1 << 10).removeprefix(codecs.BOM_UTF8).lstrip()[:1] != b"{":
+                return False
+            found = spans(ARRAY, opened, lambda _: None)
+            first, second = next(found, None), next(found, None)
+    except (FileError, UnicodeDecodeError):
+        return False
+    if not isinstance(first, Span) or second is not None:
+        return False
+    return isinstance(first.value, dict) and not is_record(first.value)

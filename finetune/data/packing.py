@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from finetune.data.corpus import DataError
+from finetune.data.records import DataError
 from finetune.data.tokens import Tokens
 
 # Pieces that may wait for a later batch because they fit in no row of this one. More of them
@@ -48,19 +48,28 @@ def _padded_from(row: int, each_BT: np.ndarray) -> np.ndarray:
 
 
 class TokenPlace(NamedTuple):
-    """A token: the epoch, the document's number in that epoch's order, the token in it."""
+    """A token: the epoch, the document's number in that epoch's order, the token in it.
+
+    Of a long document, `stretch` is where its stretch begins and `token` counts from there.
+    """
 
     epoch: int
     document: int
     token: int
+    stretch: int = 0
 
 
 class Documents(Protocol):
-    """Documents of tokens by number."""
+    """Documents of tokens by number.
+
+    `stretch` is asked for what follows in a document whose tokens say that something does.
+    """
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, document: int, /) -> Tokens: ...
+
+    def stretch(self, document: int, begin: int, /) -> Tokens: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +103,7 @@ class Packer:
     """Iterates over (batch, position after it); the same seed and position give the same batches.
 
     As many documents as there are rows are read in turn, so that a batch is no single document.
+    Of a long one a stretch is held at a time.
     A document that fits in a row is never cut. It goes to the first row of the batch with room,
     else waits for a later batch. A longer document is cut into full rows and a rest; each part
     is a segment of its own. Documents are shuffled anew in each epoch.
@@ -116,7 +126,7 @@ class Packer:
         self._order = functools.lru_cache(maxsize=2)(self._shuffled)
         self.next = position.next
         self.reading = [(place, self._tokens(place)) for place in position.reading]
-        self.waiting = [self._cut(place, self._tokens(place)) for place in position.waiting]
+        self.waiting = [self._cut(place, self._tokens(place))[0] for place in position.waiting]
 
     def __iter__(self) -> "Packer":
         return self
@@ -149,12 +159,10 @@ class Packer:
             self.reading.append(begun)
         if not self.reading:
             return None
-        place, tokens = self.reading.pop(0)
-        piece = self._cut(place, tokens)
-        rest = place._replace(token=place.token + piece.tokens.ids.size)
-        if rest.token < tokens.ids.size:
-            self.reading.append((rest, tokens))
-        return piece
+        part, rest = self._cut(*self.reading.pop(0))
+        if rest is not None:
+            self.reading.append(rest)
+        return part
 
     def _begin(self) -> tuple[TokenPlace, Tokens] | None:
         """The next document, or None after the last epoch. Those without tokens are passed."""
@@ -175,11 +183,32 @@ class Packer:
         return np.random.default_rng((self.seed, epoch)).permutation(len(self.documents))
 
     def _tokens(self, place: TokenPlace) -> Tokens:
-        return self.documents[int(self._order(place.epoch)[place.document])]
+        document = int(self._order(place.epoch)[place.document])
+        if place.stretch:
+            return self.documents.stretch(document, place.stretch)
+        return self.documents[document]
 
-    def _cut(self, place: TokenPlace, tokens: Tokens) -> RowPart:
-        part = slice(place.token, place.token + self.row_tokens)
-        return RowPart(place, Tokens(tokens.ids[part], tokens.loss_mask[part]))
+    def _cut(
+        self, place: TokenPlace, tokens: Tokens
+    ) -> tuple[RowPart, tuple[TokenPlace, Tokens] | None]:
+        """At most a row from `place` on, and what is left after it: place, and tokens there.
+
+        `tokens` are those of the document, or of the stretch of it that `place` is in.
+        """
+        ids, masks, at, room = [], [], place, self.row_tokens
+        while True:
+            part = slice(at.token, at.token + room)
+            ids.append(tokens.ids[part])
+            masks.append(tokens.loss_mask[part])
+            room -= ids[-1].size
+            at = at._replace(token=at.token + ids[-1].size)
+            done = RowPart(place, Tokens(np.concatenate(ids), np.concatenate(masks)))
+            if at.token < tokens.ids.size:
+                return done, (at, tokens)
+            if tokens.following is None:
+                return done, None
+            at = at._replace(token=0, stretch=tokens.following)
+            tokens = self._tokens(at)
 
 
 class _Rows:

@@ -5,12 +5,15 @@ from pathlib import Path
 
 import numpy as np
 
-from finetune.data.corpus import Corpus, DataError, scan
+from finetune.data.corpus import Corpus, scan
 from finetune.data.packing import Batch, Packer, first_rows
+from finetune.data.records import DataError
 from finetune.data.tokens import TextEncoder, TokenDocuments
 from finetune.settings import RunSettings
 from mtp_model import ModelConfig
 from mtp_model.files.open import as_place
+
+SHOWN_FILES = 8  # of those left out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +29,7 @@ class RunText:
 def open_run_text(settings: RunSettings, config: ModelConfig) -> RunText:
     """Scan, check and split the data of a run. Raises DataError with everything wrong with it."""
     encoder = TextEncoder(as_place(settings.checkpoint))
-    train, held_out, said = _split(settings, config.vocab_size)
+    train, held_out, said = _split(settings, config.vocab_size, encoder)
     train.raise_if_idle()
     documents = (
         TokenDocuments(each, encoder, config.vocab_size) for each in (train, held_out) if each
@@ -37,14 +40,14 @@ def open_run_text(settings: RunSettings, config: ModelConfig) -> RunText:
         train=train_documents,
         held_out=held_out_documents,
         digest=train.digest + (held_out.digest if held_out else ""),
-        description=f"{len(train)} documents to train on, {said}{_left_out(train)}{_idle(train)}",
+        description=f"{len(train)} documents to train on, {said}{_files(train)}{_idle(train)}",
     )
 
 
 def open_documents(checkpoint: str, data: tuple[Path, ...], config: ModelConfig) -> TokenDocuments:
     """All documents under `data`, as tokens of the checkpoint's tokenizer."""
-    corpus = scan(data, config.vocab_size)
-    return TokenDocuments(corpus, TextEncoder(as_place(checkpoint)), config.vocab_size)
+    encoder = TextEncoder(as_place(checkpoint))
+    return TokenDocuments(scan(data, config.vocab_size, encoder.chats), encoder, config.vocab_size)
 
 
 def held_out_batches(documents: TokenDocuments, settings: RunSettings) -> list[Batch]:
@@ -59,11 +62,13 @@ def held_out_batches(documents: TokenDocuments, settings: RunSettings) -> list[B
     return [batch for batch, _ in first_rows(packer, settings.evaluation.rows)]
 
 
-def _split(settings: RunSettings, vocab_size: int) -> tuple[Corpus, Corpus | None, str]:
+def _split(
+    settings: RunSettings, vocab_size: int, encoder: TextEncoder
+) -> tuple[Corpus, Corpus | None, str]:
     """What to train on, what is held out, and a sentence about the latter."""
-    corpus = scan(settings.data, vocab_size)
+    corpus = scan(settings.data, vocab_size, encoder.chats)
     if settings.eval_data:
-        held_out = scan(settings.eval_data, vocab_size)
+        held_out = scan(settings.eval_data, vocab_size, encoder.chats)
         return corpus, held_out, f"{len(held_out)} held out (--eval-data)"
     every = min(settings.evaluation.holdout_every, len(corpus))
     if not every:
@@ -87,7 +92,12 @@ def _idle(corpus: Corpus) -> str:
     return f"; warning: {corpus.num_idle:,} documents have nothing to learn"
 
 
-def _left_out(corpus: Corpus) -> str:
-    if not corpus.left_out:
-        return ""
-    return f"; {len(corpus.left_out)} files are not UTF-8 and left out, {corpus.left_out[0]} first"
+def _files(corpus: Corpus) -> str:
+    """How many files of which kind are read, and which of a folder are not."""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in corpus.kinds.items())
+    said = f"; read: {kinds}"
+    if corpus.left_out:
+        first = ", ".join(path.name for path in corpus.left_out[:SHOWN_FILES])
+        more = len(corpus.left_out) - SHOWN_FILES
+        said += f"; left out: {first}" + (f" and {more} more" if more > 0 else "")
+    return said

@@ -6,22 +6,27 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from finetune.data.corpus import Corpus, DataError, Exchange, Record, TokenIds
+from finetune.data.chat import Rendered, open_chat_template
+from finetune.data.corpus import Corpus
+from finetune.data.records import Chat, DataError, Exchange, Record, TokenIds
+from finetune.data.stretches import UncuttableError, read_stretch
 from mtp_model.files.place import Place
 
 
 class Tokens(NamedTuple):
-    """A document. loss_mask belongs to the token itself: 1 where that token is learnt."""
+    """A document, or a stretch of one. loss_mask belongs to the token itself: 1 if it is learnt."""
 
     ids: np.ndarray  # int32 [n]
     loss_mask: np.ndarray  # int32 [n]
+    following: int | None = None  # where the document's next stretch begins, in its bytes
 
 
 class TextEncoder:
-    """Encodes records: bos before each document that starts, eos after each that ends.
+    """Encodes records: bos before each document, eos after it; conversations by their template.
 
     Which tokens those are, and whether bos is wanted (`add_bos_token`), is read from the
-    checkpoint's tokenizer_config.json and config.json. `{"input_ids"}` stays as it is.
+    checkpoint's tokenizer_config.json and config.json. `{"input_ids"}` stays as it is, and so does
+    what the chat template (`chats`, None without one) writes.
     Raises DataError for files that cannot be read.
     """
 
@@ -32,9 +37,11 @@ class TextEncoder:
         wanted = settings.get("add_bos_token", True)
         self.bos = self._special("bos_token", settings, config) if wanted else ()
         self.eos = self._special("eos_token", settings, config)
+        added = self.tokenizer.get_added_tokens_decoder().values() if self.tokenizer else ()
+        self.chats = open_chat_template(checkpoint, settings, (each.content for each in added))
 
     def encode(self, record: Record) -> Tokens:
-        """Tokens of one record; text needs a tokenizer."""
+        """Tokens of one record; text needs a tokenizer. Raises ValueError for a conversation."""
         if isinstance(record, TokenIds):
             mask = record.loss_mask
             ids = record.input_ids
@@ -43,10 +50,24 @@ class TextEncoder:
             prompt, completion = self._encode(record.prompt), self._encode(record.completion)
             context, learnt = self._begun(prompt), self._ended(completion)
             return _tokens((context, [0] * len(context)), (learnt, [1] * len(learnt)))
-        ids = self._encode(record.text)
-        ids = self._begun(ids) if record.starts else ids
-        ids = self._ended(ids) if record.ends else ids
+        if isinstance(record, Chat):
+            assert self.chats is not None  # scan checks it
+            return self._encode_chat(self.chats.render(record))
+        ids = self._ended(self._begun(self._encode(record.text)))
         return _tokens((ids, [1] * len(ids)))
+
+    def encode_stretch(self, corpus: Corpus, document: int, begin: int) -> Tokens:
+        """Tokens of a long text from a byte on, which is where the stretch before ended."""
+        assert self.tokenizer is not None  # TokenDocuments checks it
+        ids, following = read_stretch(
+            self.tokenizer,
+            lambda first, end: corpus.content(document, first, end),
+            int(corpus.nbytes_N[document]),
+            begin,
+        )
+        ids = self._begun(ids) if begin == 0 else ids
+        ids = self._ended(ids) if following is None else ids
+        return _tokens((ids, [1] * len(ids)))._replace(following=following)
 
     def _begun(self, ids: list[int]) -> list[int]:
         """With bos in front, once: the text may have it."""
@@ -59,6 +80,16 @@ class TextEncoder:
     def _encode(self, text: str) -> list[int]:
         assert self.tokenizer is not None  # TokenDocuments checks it
         return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def _encode_chat(self, rendered: Rendered) -> Tokens:
+        """Tokens of a conversation; one that is partly in a learnt span is learnt."""
+        assert self.tokenizer is not None  # TokenDocuments checks it
+        encoding = self.tokenizer.encode(rendered.text, add_special_tokens=False)
+        begin_n, end_n = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
+        mask_n = np.zeros(len(encoding.ids), np.int32)
+        for begin, end in rendered.spans:
+            mask_n |= (begin_n < end) & (end_n > begin)
+        return Tokens(np.array(encoding.ids, np.int32), mask_n)
 
     def _special(self, key: str, settings: dict, config: dict) -> tuple[int, ...]:
         """The id of bos or eos as a tuple, empty where the checkpoint has none."""
@@ -87,8 +118,21 @@ class TokenDocuments:
         return len(self.corpus)
 
     def __getitem__(self, document: int) -> Tokens:
-        """One document's tokens. Raises DataError when an id is outside the vocabulary."""
-        tokens = self.encoder.encode(self.corpus.read(document))
+        """One document's tokens, of a long one the first stretch.
+
+        Raises DataError when an id is outside the vocabulary, or a text cannot be tokenised.
+        """
+        return self.stretch(document, 0)
+
+    def stretch(self, document: int, begin: int) -> Tokens:
+        """The stretch of a long document that begins where `following` of the one before says."""
+        try:
+            if self.corpus.is_long(document):
+                tokens = self.encoder.encode_stretch(self.corpus, document, begin)
+            else:
+                tokens = self.encoder.encode(self.corpus.read(document))
+        except (ValueError, UncuttableError) as error:
+            raise DataError([f"{self.corpus.where(document)} {error}"]) from error
         if tokens.ids.size and int(tokens.ids.max()) >= self.vocab_size:
             found = f"{self.corpus.where(document)} gives token {int(tokens.ids.max())}"
             needed = f"the model's vocabulary is 0 to {self.vocab_size - 1}"
@@ -111,6 +155,8 @@ def _tokenizer(file: Place) -> Tokenizer | None:
         raise DataError([f"{file} is not a tokenizer: {error}"]) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    # It would add special tokens, which nobody asks it for, and trims spaces off the offsets.
+    tokenizer.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]
     return tokenizer
 
 

@@ -24,8 +24,8 @@ from rich.console import Console
 from roundtrip import tree_bytes
 
 from finetune import cli
-from finetune.data.corpus import DataError
 from finetune.data.packing import Batch
+from finetune.data.records import DataError
 from finetune.optimizer import make_optimizer
 from finetune.run.directory import RunError
 from finetune.run.metrics import read_rows

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.data.corpus import PIECE_BYTES, DataError, Exchange, Text, TokenIds, scan
+from finetune.data.corpus import scan
+from finetune.data.records import DataError, Exchange, Text, TokenIds
 from finetune.data.run_text import open_run_text
 from finetune.data.tokens import TextEncoder, TokenDocuments
 from finetune.settings import EvaluationSettings, RunSettings
@@ -32,7 +33,7 @@ def write_jsonl(path: Path, *records) -> Path:
 
 
 def test_a_folder_is_read_in_a_fixed_order_without_what_is_no_text(tmp_path):
-    (tmp_path / "b.py").write_text("b")
+    (tmp_path / "b.md").write_text("b")
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "z.txt").write_text("az")
     write_jsonl(tmp_path / "c.jsonl", {"text": "c1"}, {"prompt": "p", "completion": "q"})
@@ -46,6 +47,7 @@ def test_a_folder_is_read_in_a_fixed_order_without_what_is_no_text(tmp_path):
         Exchange(prompt="p", completion="q"),
     ]
     assert [path.name for path in corpus.left_out] == ["picture.png"]
+    assert corpus.kinds == {".jsonl": 1, ".md": 1, ".txt": 1}
 
 
 def test_digest_is_of_the_contents(tmp_path):
@@ -54,25 +56,6 @@ def test_digest_is_of_the_contents(tmp_path):
     before = scan([file], VOCAB).digest
     file.write_text("two")
     assert scan([file], VOCAB).digest != before
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "one line\n" * (3 * PIECE_BYTES // 9 + 5),
-        "é" * PIECE_BYTES + "\N{GRINNING FACE}" * PIECE_BYTES,  # no line end to cut at
-        "x" * PIECE_BYTES,  # exactly a piece
-    ],
-)
-def test_a_long_text_is_read_in_pieces_that_make_it_up(tmp_path, text):
-    file = tmp_path / "long.txt"
-    file.write_text(text, encoding="utf-8")
-    corpus = scan([file], VOCAB)
-    pieces = [corpus.read(i) for i in range(len(corpus))]
-    assert "".join(piece.text for piece in pieces) == text
-    assert max(corpus.nbytes_N) <= PIECE_BYTES
-    assert [piece.starts for piece in pieces] == [True] + [False] * (len(pieces) - 1)
-    assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True]
 
 
 def test_every_malformed_line_is_reported_at_once(tmp_path):
@@ -144,18 +127,18 @@ def test_text_becomes_tokens_with_bos_and_eos(checkpoint):
     encoder = TextEncoder(checkpoint)
     assert (encoder.bos, encoder.eos) == ((0,), (1,))
     whole = encoder.encode(Text(text="def first(items):"))
-    middle = encoder.encode(Text(text="def first(items):", starts=False, ends=False))
-    assert whole.ids.tolist() == [0, *middle.ids.tolist(), 1]
     assert encoder.tokenizer is not None
-    assert encoder.tokenizer.decode(middle.ids.tolist()) == "def first(items):"
+    first, *middle, last = whole.ids.tolist()
+    assert (first, last) == (0, 1)
+    assert encoder.tokenizer.decode(middle) == "def first(items):"
     assert whole.loss_mask.tolist() == [1] * len(whole.ids)
 
 
 def test_only_the_completion_is_learnt(checkpoint):
     encoder = TextEncoder(checkpoint)
     tokens = encoder.encode(Exchange(prompt="import", completion="return"))
-    prompt = encoder.encode(Text(text="import", ends=False)).ids
-    completion = encoder.encode(Text(text="return", starts=False)).ids
+    prompt = encoder.encode(Text(text="import")).ids[:-1]
+    completion = encoder.encode(Text(text="return")).ids[1:]
     assert tokens.ids.tolist() == [*prompt, *completion]
     assert tokens.loss_mask.tolist() == [0] * len(prompt) + [1] * len(completion)
 

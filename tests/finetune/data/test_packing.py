@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.data.corpus import DataError
 from finetune.data.packing import Batch, Packer, Position, first_rows
+from finetune.data.records import DataError
 from finetune.data.tokens import Tokens
 
 

@@ -1,0 +1,127 @@
+"""Data files that can be read anywhere: as they are, or unpacked once into a temporary file.
+
+What is packed (.gz, .parquet) cannot be read from the middle. It is unpacked into a file without a
+name in the folder for temporary files, which is gone when the process is.
+"""
+
+import errno
+import json
+import os
+import tempfile
+import weakref
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from gzip import BadGzipFile, GzipFile
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from finetune.data.kinds import LINES, PARQUET, RECORD_BYTES, FileError, FileKind
+from finetune.data.records import FORM_KEYS, KNOWN_KEYS
+
+# Text is packed about 3 to 10 times; what a file of zeros gives is a thousand times.
+_MOST_UNPACKED = 200
+_ALWAYS_UNPACKED_BYTES = 1 << 30
+_BLOCK = 1 << 20
+_ROWS = 64  # of parquet held at a time
+
+
+class StoredFile:
+    """A data file, open as bytes from any place in it."""
+
+    def __init__(self, path: Path, kind: FileKind):
+        """Raises FileError for a packed file that is damaged, OSError for one that is not there."""
+        self.path = path
+        self.form = LINES if kind.form == PARQUET else kind.form
+        self._unpacked: BinaryIO | None = None
+        if kind.is_packed or kind.form == PARQUET:
+            with path.open("rb") as file, _room_to_unpack():
+                self._unpacked = tempfile.TemporaryFile()  # noqa: SIM115 - as long as this lives
+                weakref.finalize(self, self._unpacked.close)
+                (_unpack_parquet if kind.form == PARQUET else _unpack_gzip)(file, self._unpacked)
+                self._unpacked.flush()
+
+    @contextmanager
+    def open(self) -> Iterator[BinaryIO]:
+        """The file from its beginning."""
+        if self._unpacked is None:
+            with self.path.open("rb") as file:
+                yield file
+        else:
+            self._unpacked.seek(0)
+            yield self._unpacked
+
+    def read(self, begin: int, nbytes: int) -> bytes:
+        """Bytes from any place. May be called by several threads."""
+        if self._unpacked is not None:
+            return os.pread(self._unpacked.fileno(), nbytes, begin)
+        with self.path.open("rb") as file:
+            file.seek(begin)
+            return file.read(nbytes)
+
+
+@contextmanager
+def _room_to_unpack() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        where = tempfile.gettempdir()
+        why = (
+            f"does not fit unpacked into {where}: make room there, or set TMPDIR to another folder"
+        )
+        raise FileError(why) from error
+
+
+def _unpack_gzip(packed: BinaryIO, out: BinaryIO) -> None:
+    most = max(_ALWAYS_UNPACKED_BYTES, _MOST_UNPACKED * os.fstat(packed.fileno()).st_size)
+    written = 0
+    try:
+        with GzipFile(fileobj=packed) as unpacked:
+            while block := unpacked.read(_BLOCK):
+                written += len(block)
+                if written > most:
+                    why = f"is more than {_MOST_UNPACKED} times larger unpacked, as no text is"
+                    raise FileError(f"{why}: unpack it yourself if it is meant to be so")
+                out.write(block)
+    except (BadGzipFile, EOFError, zlib.error) as error:
+        raise FileError(f"is not a whole gzip file: {error}") from error
+
+
+def _unpack_parquet(file: BinaryIO, out: BinaryIO) -> None:
+    """Rows as lines of JSON. Of columns that no record has, only the names are kept."""
+    try:
+        import pyarrow as arrow
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        why = "needs pyarrow, which is not installed: pip install 'deepseek-mtp[data]'"
+        raise FileError(why) from error
+    try:
+        table = parquet.ParquetFile(file, buffer_size=_BLOCK, pre_buffer=False)
+        names = table.schema_arrow.names
+        known = [name for name in names if name in KNOWN_KEYS]
+        if not FORM_KEYS & set(known):
+            raise FileError(f"has the columns {', '.join(names)}, needed one of {_shown_forms()}")
+        others = dict.fromkeys(set(names) - set(known), "")
+        for batch in table.iter_batches(_ROWS, columns=known):
+            for row in batch.to_pylist():
+                out.write(_line(row | others))
+    except arrow.ArrowException as error:
+        raise FileError(f"is not a parquet file that can be read: {error}") from error
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    line = json.dumps(row, default=_plain).encode() + b"\n"
+    if len(line) > RECORD_BYTES:
+        raise FileError(f"has a row longer than {RECORD_BYTES >> 20} MiB: cut it up")
+    return line
+
+
+def _plain(value: Any) -> Any:
+    """Dates and the like as something that is no text, so that they are refused where text goes."""
+    return {"type": type(value).__name__}
+
+
+def _shown_forms() -> str:
+    return ", ".join(sorted(FORM_KEYS))

@@ -1,0 +1,289 @@
+"""Kinds of data files: each gives the same documents, whatever holds them, in bounded memory."""
+
+import csv
+import gzip
+import io
+import json
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from finetune.data import kinds, stored
+from finetune.data.corpus import scan
+from finetune.data.packing import Packer, Position
+from finetune.data.records import DataError, Exchange, Text, TokenIds
+from finetune.data.tokens import TextEncoder, TokenDocuments
+from tools.make_tiny_checkpoint import make_tiny_checkpoint
+
+parquet = pytest.importorskip("pyarrow.parquet")
+arrow = pytest.importorskip("pyarrow")
+
+VOCAB = 384
+TEXTS = [
+    'plain "quoted", with\nlines\r\n',
+    "émigré 日本語 \N{GRINNING FACE}",
+    " spaces ",
+    "\\ back\x0bslash\u2028",
+    "0",
+]
+RECORDS = [{"prompt": f"p {text}", "completion": text} for text in TEXTS * 7]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source")
+    make_tiny_checkpoint(folder, num_files=1, sizes={"num_hidden_layers": 1})
+    return folder
+
+
+def as_lines(records, **options) -> str:
+    return "".join(json.dumps(each, **options) + "\n" for each in records)
+
+
+def as_csv(records) -> str:
+    out = io.StringIO(newline="")
+    writer = csv.DictWriter(out, list(records[0]), quoting=csv.QUOTE_ALL)
+    writer.writeheader()
+    writer.writerows(records)
+    return out.getvalue()
+
+
+def as_parquet(records, **options) -> bytes:
+    out = io.BytesIO()
+    parquet.write_table(arrow.Table.from_pylist(records), out, **options)
+    return out.getvalue()
+
+
+WRITTEN = {
+    "a.jsonl": as_lines(RECORDS),
+    "b.ndjson": as_lines(RECORDS, ensure_ascii=False),
+    "c.json": json.dumps(RECORDS),
+    "d.json": json.dumps(RECORDS, indent=2, ensure_ascii=False),
+    "e.JSON": as_lines(RECORDS),
+    "f.json": as_lines(RECORDS, indent=1),  # one after the other, over several lines
+    "g.csv": as_csv(RECORDS),
+    "h.jsonl.gz": gzip.compress(as_lines(RECORDS).encode()),
+    "i.json.gz": gzip.compress(json.dumps(RECORDS).encode()),
+    "j.csv.gz": gzip.compress(as_csv(RECORDS).encode()),
+    "k.parquet": as_parquet(RECORDS, row_group_size=4),
+    "l.json": "\ufeff" + json.dumps(RECORDS),
+    "m.csv": "\ufeff" + as_csv(RECORDS),
+    "n.jsonl.gz": gzip.compress(as_lines(RECORDS[:9]).encode())
+    + gzip.compress(as_lines(RECORDS[9:]).encode()),
+}
+
+
+def write(folder: Path, name: str, content: str | bytes) -> Path:
+    path = folder / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def read_all(corpus):
+    return [corpus.read(number) for number in range(len(corpus))]
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_every_kind_gives_the_same_documents(tmp_path, name):
+    corpus = scan([write(tmp_path, name, WRITTEN[name])], VOCAB)
+    assert read_all(corpus) == [Exchange(**record) for record in RECORDS]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.txt.gz", "a.md.gz"])
+def test_prose_is_one_document(tmp_path, name):
+    text = "\n".join(TEXTS * 5000)
+    content = text.encode("utf-8-sig")
+    packed = gzip.compress(content) if name.endswith(".gz") else content
+    corpus = scan([write(tmp_path, name, packed)], VOCAB)
+    assert read_all(corpus) == [Text(text=text)]
+
+
+@pytest.mark.parametrize("name", [*WRITTEN, "prose.txt", "prose.txt.gz"])
+def test_training_goes_on_in_the_middle_of_every_kind(checkpoint, tmp_path, name):
+    """Bit for bit, from a corpus that is scanned anew."""
+    text = "".join(f"{number} {TEXTS[number % 5]}" for number in range(20_000)).encode()
+    content = {"prose.txt": text, "prose.txt.gz": gzip.compress(text)} | WRITTEN
+    path = write(tmp_path, name, content[name])
+    encoder = TextEncoder(checkpoint)
+    row_tokens = 700 if "prose" in name else 70
+
+    def packer(position=None):
+        documents = TokenDocuments(scan([path], VOCAB), encoder, VOCAB)
+        return Packer(documents, rows=3, row_tokens=row_tokens, seed=1, epochs=3, position=position)
+
+    whole = list(packer())
+    assert len(whole) >= 3
+    for stop in range(0, len(whole) - 1, max(1, len(whole) // 5)):
+        saved = json.loads(json.dumps(whole[stop][1].to_json()))
+        rest = list(packer(Position.from_json(saved)))
+        assert len(rest) == len(whole) - stop - 1
+        for (batch, _), (expected, _) in zip(rest, whole[stop + 1 :], strict=True):
+            assert all(np.array_equal(a, b) for a, b in zip(batch, expected, strict=True))
+
+
+def test_other_columns_hold_json(tmp_path):
+    rows = [{"input_ids": [1, 2, 3], "loss_mask": [0, 1, 1]}]
+    table = as_csv([{key: json.dumps(each) for key, each in row.items()} for row in rows])
+    wanted = [TokenIds(input_ids=[1, 2, 3], loss_mask=[0, 1, 1])]
+    assert read_all(scan([write(tmp_path, "a.csv", table)], VOCAB)) == wanted
+    assert read_all(scan([write(tmp_path, "a.parquet", as_parquet(rows))], VOCAB)) == wanted
+
+
+def test_columns_without_values_are_as_if_missing(tmp_path):
+    rows = [{"text": "a", "prompt": None, "completion": None, "id": b"1"}]
+    rows += [{"text": None, "prompt": "p", "completion": "c", "id": None}]
+    corpus = scan([write(tmp_path, "a.parquet", as_parquet(rows))], VOCAB)
+    assert read_all(corpus) == [Text(text="a"), Exchange(prompt="p", completion="c")]
+
+
+GOOD = json.dumps({"text": "good"})
+FAULTS = {
+    "text.json": ("once upon a time", "record 1 is not JSON: Expecting value"),
+    "list.json": ("[1, 2]", "record 1 is int, needed an object"),
+    "cut.json": (f"[{GOOD}, {GOOD}", "ends after record 2, where an array goes on"),
+    "comma.json": (f"[{GOOD} {GOOD}]", "has '{' after record 1"),
+    "last.json": (f"[{GOOD},]", "record 2 is not JSON"),
+    "after.json": (f"[{GOOD}] {GOOD}", "goes on after its array"),
+    "half.json": (f'[{GOOD}, {{"text": "a', "record 2 is not JSON: Unterminated string"),
+    "deep.json": ("[" * 100_000, "record 1 "),
+    "object.json": ('{"data": []}', "record 1 has the keys data, needed"),
+    "surrogate.json": (r'[{"text": "a\ud800"}]', "record 1 text has half a character at 1"),
+    "array.jsonl": (f"[\n{GOOD}\n]", "begins with an array: name it .json"),
+    "columns.csv": ("text,a\nb\n", ":2 has 1 columns, the header has 2"),
+    "twice.csv": ("text,text\na,b\n", "has a column twice in its header: text, text"),
+    "quote.csv": ('text\n"a', "line 2 is not CSV: unexpected end of data"),
+    "nothing.csv": ("a,b\n1,2\n", ":2 has the keys a, b, needed"),
+    "cell.csv": ("input_ids\n[1\n", ":2 has a cell that is not JSON"),
+    "short.txt.gz": (gzip.compress(b"abc" * 999)[:-9], "is not a whole gzip file"),
+    "plain.txt.gz": ("abc", "is not a whole gzip file"),
+    "plain.parquet": ("abc", "is not a parquet file that can be read"),
+    "columns.parquet": (as_parquet([{"a": 1, "b": 2}]), "has the columns a, b, needed one of"),
+    "bytes.parquet": (as_parquet([{"text": b"a"}]), "record 1 text is dict, needed a string"),
+    "beside.parquet": (as_parquet([{"input_ids": [1], "lables": [1]}]), "has lables beside"),
+    "latin.csv": ("text\ncaf\xe9\n".encode("latin-1"), "is not UTF-8 text"),
+    "latin.json": ('[{"text": "caf\xe9"}]'.encode("latin-1"), "is not UTF-8 text"),
+    "code.py": ("print()", "is of no kind that is read: .jsonl, .ndjson"),
+    "words": ("words", "is of no kind that is read"),
+    "a.gz": ("words", "is of no kind that is read"),
+    "a.parquet.gz": ("words", "is of no kind that is read"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_what_is_wrong_with_a_named_file_is_said(tmp_path, name):
+    content, wanted = FAULTS[name]
+    path = write(tmp_path, name, content)
+    with pytest.raises(DataError) as caught:
+        scan([path], VOCAB)
+    assert wanted in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_a_folder_says_what_it_reads_and_leaves_out(tmp_path):
+    write(tmp_path, "data.jsonl", GOOD)
+    write(tmp_path, "more.md", "words")
+    about = ("README.md", "LICENSE.txt", "dataset_info.json", "run.sh", "x.gz")
+    for name in about:
+        write(tmp_path, name, '{"features": {}}')
+    corpus = scan([tmp_path], VOCAB)
+    assert corpus.kinds == {".jsonl": 1, ".md": 1}
+    assert sorted(path.name for path in corpus.left_out) == sorted(about)
+    named = scan([tmp_path / "README.md"], VOCAB)
+    assert read_all(named) == [Text(text='{"features": {}}')]
+
+
+def test_a_wrong_record_in_a_folder_is_no_reason_to_leave_its_file_out(tmp_path):
+    write(tmp_path, "data.jsonl", GOOD)
+    write(tmp_path, "one.json", '{"text": 3}')
+    write(tmp_path, "array.json", '[{"words": "a"}]')
+    with pytest.raises(DataError, match="2 problems"):
+        scan([tmp_path], VOCAB)
+
+
+# --- bounds
+
+
+LONG = {
+    "a.jsonl": as_lines([{"text": "a" * 200}]),
+    "a.json": json.dumps([{"text": "a" * 200}]),
+    "a.csv": as_csv([{"text": "a" * 200}]),
+    "b.csv": as_csv([{"text": "a\n" * 100}]),
+    "a.parquet": as_parquet([{"text": "a" * 200}]),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_a_record_has_a_largest_size(tmp_path, monkeypatch, name):
+    path = write(tmp_path, name, LONG[name])
+    assert len(scan([path], VOCAB)) == 1
+    for module in (kinds, stored):
+        monkeypatch.setattr(module, "RECORD_BYTES", 100)
+    with pytest.raises(DataError, match="longer than"):
+        scan([path], VOCAB)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv", "a.txt", "a.json.gz", "a.parquet"])
+def test_a_large_file_is_not_held_in_memory(tmp_path, name):
+    """96 MB of records, and what Python holds at most while it indexes and reads them."""
+    records = [{"text": "a word or two " * 6_000}] * 1_200
+    written = {
+        "a.json": lambda: json.dumps(records),
+        "a.jsonl": lambda: as_lines(records),
+        "a.csv": lambda: as_csv(records),
+        "a.txt": lambda: "a word or two " * 7_200_000,
+        "a.json.gz": lambda: gzip.compress(json.dumps(records).encode(), 1),
+        "a.parquet": lambda: as_parquet(records, row_group_size=50),
+    }
+    path = write(tmp_path, name, written[name]())
+    del records
+    tracemalloc.start()
+    try:
+        corpus = scan([path], VOCAB)
+        assert corpus.content(0, 0, 100)
+        assert corpus.content(len(corpus) - 1, 0, 100)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert corpus.nbytes_N.sum() > 90e6
+    assert most < 24e6
+
+
+def test_what_unpacks_without_end_is_refused_before_it_fills_the_disk(tmp_path, monkeypatch):
+    path = write(tmp_path, "zeros.txt.gz", gzip.compress(bytes(3_000_000)))
+    assert len(scan([path], VOCAB)) == 1
+    monkeypatch.setattr(stored, "_ALWAYS_UNPACKED_BYTES", 1_000_000)
+    with pytest.raises(DataError, match=r"200 times larger unpacked.*unpack it yourself"):
+        scan([path], VOCAB)
+    unpacked = write(tmp_path, "zeros.txt", gzip.decompress(path.read_bytes()))
+    assert len(scan([unpacked], VOCAB)) == 1
+
+
+def test_no_room_to_unpack_is_said(tmp_path):
+    """The limit of a file's size stands for a full disk, whose error is another."""
+    path = write(tmp_path, "a.txt.gz", gzip.compress(np.random.default_rng(0).bytes(100)))
+    run = (
+        "import errno, sys\n"
+        "from pathlib import Path\n"
+        "from finetune.data import stored\n"
+        "def full(packed, out):\n"
+        "    raise OSError(errno.ENOSPC, 'No space left on device')\n"
+        "stored._unpack_gzip = full\n"
+        "from finetune.data.corpus import scan\n"
+        "scan([Path(sys.argv[1])], 384)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", run, path], capture_output=True, text=True, check=False
+    )
+    assert "does not fit unpacked into" in done.stderr
+    assert "set TMPDIR" in done.stderr
+
+
+def test_without_pyarrow_parquet_says_how_to_get_it(tmp_path, monkeypatch):
+    path = write(tmp_path, "a.parquet", as_parquet([{"text": "a"}]))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match=r"needs pyarrow.*pip install 'deepseek-mtp\[data\]'"):
+        scan([path], VOCAB)
