@@ -4,7 +4,7 @@
 first_of = $(shell for python in $(1); do $$python -c "" 2>&- && echo $$python && break; done)
 PYTHON ?= $(call first_of,python3.11 python3.12 python3.13 python3.14 python3)
 NEWEST_PYTHON ?= $(call first_of,$(foreach v,3.14 3.13 3.12,python$(v) $(wildcard $(HOME)/.pyenv/versions/$(v).*/bin/python)))
-NEWEST_EXTRAS ?= test
+NEWEST_EXTRAS ?= test,data
 # Without compiling every module at once: those that are used are compiled at their first import.
 INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 BIN := .venv/bin
@@ -24,7 +24,8 @@ lint: .venv/for-lint
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 # With the newest releases that pyproject.toml allows instead of constraints.txt. Without torch, which
-# brings gigabytes of CUDA: tests that need it are skipped, unless NEWEST_EXTRAS=test,parity is given.
+# brings gigabytes of CUDA: tests that need it are skipped, unless NEWEST_EXTRAS=test,data,parity is
+# given.
 test-newest:
 ifeq ($(NEWEST_PYTHON),)
 	@echo "make test-newest: found no python3.12, python3.13 or python3.14; name one: NEWEST_PYTHON=..." >&2
@@ -36,8 +37,8 @@ else
 endif
 
 .venv/for-demo: EXTRAS := verify
-.venv/for-test: EXTRAS := test,parity
-.venv/for-lint: EXTRAS := test,parity,lint
+.venv/for-test: EXTRAS := test,parity,data
+.venv/for-lint: EXTRAS := test,parity,data,lint
 
 .venv/for-demo .venv/for-test .venv/for-lint: pyproject.toml constraints.txt
 	@echo "Set-up: .venv gets JAX and the extras $(EXTRAS), about a minute ..."

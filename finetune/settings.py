@@ -90,9 +90,11 @@ class RunSettings:
     checkpoint: str
     """Checkpoint directory, as `convert-deepseek import` writes it; local or gs://bucket/folder."""
     data: tuple[Path, ...]
-    """Text files, .jsonl files, or folders of them. A line of .jsonl is {"text"}, or
+    """Files of text or records, or folders of them: .jsonl, .ndjson, .json, .csv, .txt, .md, any of
+    these with .gz, .parquet. A record is {"text"}, or {"messages"} (loss on the assistant's turns),
     {"prompt", "completion"} or {"instruction", optional "input", "output"} (loss on the answer
-    only), or {"input_ids", optional "loss_mask" or "labels" with -100 for what is not learnt}."""
+    only), or {"input_ids", optional "loss_mask" or "labels" with -100 for what is not learnt}.
+    All of it: docs/data.md."""
     out: Path
     """Run directory; an unfinished run in it is continued."""
     train: TrainMode = "mtp"

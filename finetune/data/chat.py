@@ -77,6 +77,7 @@ class ChatTemplate:
                 [sys.executable, "-P", "-W", "ignore", str(_RENDERING)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
+                start_new_session=True,  # an interrupt is for us
             )
             weakref.finalize(self, _end, process)
             self._processes[name] = process
@@ -107,7 +108,8 @@ class ChatTemplate:
         return {"error": f"the chat template {why}"}
 
     def _forget(self, name: str) -> None:
-        _end(self._processes.pop(name))
+        if process := self._processes.pop(name, None):
+            _end(process)
 
 
 def open_chat_template(

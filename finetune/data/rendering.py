@@ -13,6 +13,7 @@ import datetime
 import json
 import re
 import resource
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,7 @@ import jinja2
 from jinja2 import ext, nodes, sandbox
 
 MEMORY_BYTES = 1 << 30
+LONGEST_S = 60  # far above what whoever started it waits: for one that is gone
 TEXT_CHARS = 32 << 20
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -243,7 +245,11 @@ def main() -> None:
     for what, most in ((resource.RLIMIT_AS, MEMORY_BYTES), (resource.RLIMIT_FSIZE, 0)):
         with contextlib.suppress(ValueError, OSError):  # not every system has every limit
             resource.setrlimit(what, (most, most))
+    # A signal to all of a terminal's processes is for the one that trains: it still needs this one.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     lines, out = sys.stdin.buffer, sys.stdout.buffer
+    signal.alarm(LONGEST_S)
     try:
         renderer = Renderer(**json.loads(lines.readline()))
         reply: dict[str, Any] = {"ready": True}
@@ -252,9 +258,11 @@ def main() -> None:
     while True:
         out.write(json.dumps(reply).encode() + b"\n")
         out.flush()
+        signal.alarm(0)
         line = lines.readline()
         if not line or renderer is None:
             return
+        signal.alarm(LONGEST_S)
         reply = _answer(renderer, line)
 
 
