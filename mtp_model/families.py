@@ -91,10 +91,13 @@ QUANTISATION = {  # keys of quantization_config and the values that are read
     "quant_method": ("fp8",),
     "fmt": ("e4m3",),
     "activation_scheme": ("dynamic",),
-    "scale_fmt": ("ue8m0", None),
+    "scale_fmt": ("ue8m0", "float", None),
     "dequantize": (False, None),
+    "modules_to_convert": (None, []),
+    "expert_dtype": ("fp8", None),
 }
-OTHER_QUANTISATION = {"weight_block_size", "modules_to_not_convert"}
+NOT_CONVERTED = ("modules_to_not_convert", "ignored_layers")  # two names of one list
+OTHER_QUANTISATION = {"weight_block_size", *NOT_CONVERTED}
 DTYPES = ("bfloat16", "float32")
 
 
@@ -106,6 +109,13 @@ def read_config(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     reader = _Reader(values)
     fields = reader.fields()
     return fields, reader.faults
+
+
+def not_converted(values: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
+    """Key and content of the list of modules that are not FP8, of a config without faults."""
+    found = values.get("quantization_config") or {}
+    key = next((key for key in NOT_CONVERTED if found.get(key)), NOT_CONVERTED[0])
+    return f"quantization_config.{key}", tuple(found.get(key) or ())
 
 
 class _Reader:
@@ -311,10 +321,22 @@ class _Reader:
             if found.get(key, allowed[0]) not in allowed:
                 needed = " or ".join(str(value) for value in allowed if value is not None)
                 self._fault(f"quantization_config.{key}", found[key], needed)
+        self._check_not_converted(found)
         return {
             "weight_block_size": self._block(found) if found else None,
             "power_of_two_scales": found.get("scale_fmt") == "ue8m0",
         }
+
+    def _check_not_converted(self, quantization: Mapping[str, Any]) -> None:
+        """What its entries mean, and whether tensors contradict them, is format/kinds.py's."""
+        lists = {key: quantization[key] for key in NOT_CONVERTED if quantization.get(key)}
+        for key, found in lists.items():
+            if not (isinstance(found, list) and all(isinstance(name, str) for name in found)):
+                self._fault(f"quantization_config.{key}", found, "a list of module names, or null")
+        if len(lists) == 2 and lists[NOT_CONVERTED[0]] != lists[NOT_CONVERTED[1]]:
+            names = [f"quantization_config.{key}" for key in lists]
+            first, second = lists.values()
+            self._contradiction(names[0], first, names[1], second)
 
     def _block(self, quantization: Mapping[str, Any]) -> tuple[int, int] | None:
         block = quantization.get("weight_block_size")

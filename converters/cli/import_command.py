@@ -6,10 +6,14 @@ from collections.abc import Iterator, Sequence
 
 from converters.cli.arguments import Import
 from converters.cli.common import checkpoint_of, print_result, time_and_rate
+from converters.cli.inspect_command import plain_weights_text
+from converters.format.fit import fit
 from converters.format.listing import SourceCheckpoint
+from converters.importing.finish import foreign_buffers
 from converters.importing.importer import ImportSummary, import_checkpoint
 from mtp_model.checkpoint.directory import open_checkpoint
 from mtp_model.config import HiddenState
+from mtp_model.problems import group_names
 from mtp_model.progress import progress
 from mtp_model.reporting import (
     Facts,
@@ -40,20 +44,35 @@ def run_import(command: Import) -> int:
             mtp_hidden_state=_hidden_state(command),
         )
     seconds = time.monotonic() - began_s
-    may_be_stale = summary.finished and copies == "main"  # else import has refused them
-    stale = open_checkpoint(command.dst).provenance["stale_copies"] if may_be_stale else ()
-    notes = [f"{name} differs; the main model's is taken" for name in stale]
-    taken = [*_of_module(checkpoint)]
-    plain = {**dataclasses.asdict(summary), "notes": [*taken, *notes], "seconds": seconds}
-    print_result(_imported(summary, taken, notes, seconds), plain, as_json=command.json)
+    notes = [*_of_module(checkpoint)]
+    if summary.finished:
+        notes += _notes(command, checkpoint, stale=copies == "main")  # else import has refused them
+    said = [note for _, note in notes]
+    plain = {**dataclasses.asdict(summary), "notes": said, "seconds": seconds}
+    print_result(_imported(summary, notes, seconds), plain, as_json=command.json)
     return 0
 
 
-def _of_module(checkpoint: SourceCheckpoint) -> Iterator[str]:
+def _of_module(checkpoint: SourceCheckpoint) -> Iterator[tuple[str, str]]:
     """Where the MTP module was taken from, and what became of it on the way."""
     if checkpoint.taken:
-        yield f"from {checkpoint.taken.source.name}"
-        yield from checkpoint.taken.notes
+        yield "MTP module", f"from {checkpoint.taken.source.name}"
+        for note in checkpoint.taken.notes:
+            yield "MTP module", note
+
+
+def _notes(command: Import, source: SourceCheckpoint, *, stale: bool) -> Iterator[tuple[str, str]]:
+    """What was taken though it looks like a mistake, of a finished import."""
+    checkpoint = open_checkpoint(command.dst)
+    if stale:
+        for name in checkpoint.provenance["stale_copies"]:
+            yield "stale copy", f"{name} differs; the main model's is taken"
+    for name, _ in group_names(foreign_buffers(checkpoint)):
+        found = "is not what config.json gives; no logit depends on it, and export writes it again"
+        yield "buffer", f"{name} {found}"
+    for plain in fit(source, source.config, scope=command.scope).plain_weights:
+        if not plain.named:
+            yield f"in {plain.dtype}", plain_weights_text(plain)
 
 
 def _hidden_state(command: Import) -> HiddenState | None:
@@ -61,7 +80,7 @@ def _hidden_state(command: Import) -> HiddenState | None:
 
 
 def _imported(
-    summary: ImportSummary, taken: Sequence[str], stale: Sequence[str], seconds: float
+    summary: ImportSummary, notes: Sequence[tuple[str, str]], seconds: float
 ) -> Iterator[Section]:
     """What `import` prints."""
     pairs = [
@@ -76,8 +95,7 @@ def _imported(
     if summary.resumed_units:
         resumed = f"{summary.resumed_units:,} of {summary.num_units:,} pieces were there"
         pairs.append(("continued", f"{resumed} already"))
-    pairs += [("MTP module", note) for note in taken]
-    pairs += [("stale copy", note) for note in stale]
+    pairs += notes
     if not summary.finished:
         others = "this share is done, others are not; the last of them finishes the checkpoint"
         pairs.append(("unfinished", others))

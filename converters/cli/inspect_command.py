@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from converters.cli.arguments import Inspect
 from converters.cli.common import print_result, source_of
 from converters.format.inspection import Inspection, MtpModule, Network, inspect_source
+from converters.format.kinds import PlainWeights
 from mtp_model.reporting import (
     Facts,
     Grid,
@@ -54,10 +55,19 @@ def _network_facts(network: Network) -> Iterator[tuple[str, str]]:
     yield "parameters", f"{human_count(network.parameters)}: {of_main}; MTP {human_count(mtp)}"
     block = config.weight_block_size
     yield "FP8", f"blocks of {block[0]} x {block[1]}" if block else "not quantised"
+    for plain in network.plain_weights:
+        yield f"in {plain.dtype}", plain_weights_text(plain)
     for number, module in enumerate(network.mtp, start=1):
         yield f"MTP module {number}", _mtp_module(module)
     if not network.mtp:
         yield "MTP modules", "none: num_nextn_predict_layers is 0"
+
+
+def plain_weights_text(plain: PlainWeights) -> str:
+    """One line of weights that are not FP8 beside others that are."""
+    by_list = "modules_to_not_convert"
+    named = f"as {by_list} says" if plain.named else f"not named by {by_list}, which engines go by"
+    return f"{plain.where} ({plural(plain.weights, 'weight')}, {named})"
 
 
 def _mtp_module(module: MtpModule) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 
 from converters.format import fp8
 from converters.format.header import DTYPES
-from converters.format.mapping import Slot, slots
+from converters.format.mapping import Slot, buffers, slots
 from mtp_model.checkpoint.chunks import Leaf
 from mtp_model.checkpoint.directory import Checkpoint
 from mtp_model.files.memory import ThreadMemory
@@ -52,7 +52,7 @@ class EncodedRows:
 
 def held_slots(checkpoint: Checkpoint) -> dict[str, Slot]:
     """The tensors of the network whose leaves the checkpoint has: its scope may leave out most."""
-    found = slots(checkpoint.config)
+    found = {**slots(checkpoint.config), **buffers(checkpoint.config)}
     return {name: slot for name, slot in found.items() if slot.path in checkpoint.leaves}
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from converters.exporting.encode import held_slots
 from converters.format.header import Header, TensorInfo, make_header, parse_header
 from converters.format.listing import INDEX_FILE
-from converters.format.mapping import Slot, slots
+from converters.format.mapping import Slot, buffers, slots
 from mtp_model.checkpoint.directory import CONFIG, LAYOUT, Checkpoint
 from mtp_model.files.untrusted_json import shown
 from mtp_model.problems import Problem, ProblemsError
@@ -84,9 +84,12 @@ def as_bf16(kept: ExportPlan, checkpoint: Checkpoint) -> ExportPlan:
     """The same files with what a bfloat16 checkpoint of this network has: no scales."""
     config = checkpoint.config
     plain = slots(dataclasses.replace(config, dtype="bfloat16", weight_block_size=None))
+    dtypes = {name: slot.dtype for name, slot in plain.items()}
+    carried = buffers(config)
     written = []
     for file in kept.files:
-        tensors = [(t.name, plain[t.name].dtype, t.shape) for t in file.tensors if t.name in plain]
+        dtypes |= {tensor.name: tensor.dtype for tensor in file.tensors if tensor.name in carried}
+        tensors = [(t.name, dtypes[t.name], t.shape) for t in file.tensors if t.name in dtypes]
         if tensors:
             raw = make_header(tensors, file.metadata)
             written.append(parse_header(raw, file.file, _where(checkpoint)))

@@ -3,6 +3,7 @@
 A config that contradicts the files is one problem, not one for every tensor that it mistakes.
 """
 
+import dataclasses
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,16 +11,25 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from converters.format.header import TensorInfo
+from converters.format.kinds import (
+    FP8,
+    NotConverted,
+    PlainWeights,
+    as_stored,
+    list_problems,
+    plain_weights,
+    stray_scales,
+)
 from converters.format.listing import Listing, SourceCheckpoint
-from converters.format.mapping import SCALE_SUFFIX, Slot, layer_of, mtp_layers, slots
+from converters.format.mapping import SCALE_SUFFIX, Slot, buffers, layer_of, mtp_layers, slots
 from mtp_model.config import ConfigError, ModelConfig
-from mtp_model.families import MODEL_TYPES
+from mtp_model.families import MODEL_TYPES, not_converted
 from mtp_model.files.untrusted_json import shown
 from mtp_model.model import Scope
 from mtp_model.problems import Problem, braces, raise_if_any
 
 _LARGEST_NUM_TENSORS = 1 << 20  # the released checkpoints have 91,991
-_FP8 = "F8_E4M3"
+_BUFFER_DTYPES = ("F32", "BF16", "F16")
 _TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 Tensors = Mapping[str, TensorInfo]
@@ -35,6 +45,8 @@ class Fit:
     slots: dict[str, Slot]
     """Those that the files hold, in the shape and dtype needed."""
     problems: tuple[Problem, ...]
+    plain_weights: tuple[PlainWeights, ...] = ()
+    """Those that are not FP8 in a checkpoint whose others are."""
 
 
 class _Contradiction(NamedTuple):
@@ -49,7 +61,7 @@ def fit(listing: Listing, config: Mapping[str, Any], *, scope: Scope = "all") ->
     cfg, problems = checked_config(config, scope)
     if cfg is None:
         return Fit(config=None, slots={}, problems=problems)
-    return _compare(listing.tensors, cfg, scope, listing.source.name)
+    return _compare(listing, cfg, scope, config)
 
 
 def checked_config(
@@ -72,23 +84,43 @@ def sound_fit(checkpoint: SourceCheckpoint, scope: Scope) -> tuple[ModelConfig, 
     return found.config, found.slots
 
 
-def _compare(tensors: Tensors, cfg: ModelConfig, scope: Scope, where: str) -> Fit:
+def _compare(listing: Listing, cfg: ModelConfig, scope: Scope, config: Mapping[str, Any]) -> Fit:
+    tensors: Tensors = listing.tensors
+    key, entries = not_converted(config)
     if scope == "main":
         tensors = {name: t for name, t in tensors.items() if not _is_mtp(name, cfg)}
     known = slots(cfg)
-    wanted = known if scope == "all" else slots(cfg, scope)
+    table = known if scope == "all" else slots(cfg, scope)
+    stored = as_stored(table, tensors)
     problems: list[Problem] = []
     explained: set[str] = set()
-    for contradiction in _contradictions(tensors, cfg, wanted, where):
+    for contradiction in _contradictions(tensors, cfg, stored, listing.source.name):
         problems.append(contradiction.problem)
         explained |= contradiction.names
-    problems += _missing(tensors, wanted, explained)
-    problems += _unknown(tensors, known, explained)
+    if cfg.weight_block_size and not any(t.dtype == FP8 for t in listing.tensors.values()):
+        problems += _nothing_quantised(tensors, table, entries)
+    problems += list_problems(key, entries, table, tensors)
+    problems += stray_scales(table, stored, tensors)
+    problems += _missing(tensors, stored, explained)
+    problems += _unknown(tensors, {**known, **buffers(cfg)}, explained)
+    wanted = {**stored, **_found_buffers(tensors, cfg, scope)}
     misfits = [*_misfits(tensors, wanted)]
     problems += [p for p in misfits if not (p.kind == "dtype" and p.subject in explained)]
     unfit = {problem.subject for problem in misfits}
     sound = {name: s for name, s in wanted.items() if name in tensors and name not in unfit}
-    return Fit(config=cfg, slots=sound, problems=tuple(problems))
+    plain = tuple(plain_weights(entries, table, sound)) if cfg.weight_block_size else ()
+    return Fit(config=cfg, slots=sound, problems=tuple(problems), plain_weights=plain)
+
+
+def _found_buffers(tensors: Tensors, cfg: ModelConfig, scope: Scope) -> dict[str, Slot]:
+    """Those that the files hold, in the dtype that they have there if it is a known one."""
+    found = {name: slot for name, slot in buffers(cfg, scope).items() if name in tensors}
+    return {
+        name: dataclasses.replace(slot, dtype=tensors[name].dtype)
+        if tensors[name].dtype in _BUFFER_DTYPES
+        else slot
+        for name, slot in found.items()
+    }
 
 
 def _config_problem(fault: str) -> Problem:
@@ -116,7 +148,8 @@ def _contradictions(
     tensors: Tensors, cfg: ModelConfig, wanted: Slots, where: str
 ) -> Iterator[_Contradiction]:
     yield from _layer_contradictions(tensors, cfg, wanted, where)
-    yield from _quantisation_contradictions(tensors, wanted)
+    if cfg.weight_block_size is None:
+        yield from _quantisation_contradictions(tensors, wanted)
     yield from _dtype_contradictions(tensors, cfg, wanted)
 
 
@@ -198,23 +231,27 @@ def _names_from(first: int, *groups: dict[int, list[str]]) -> set[str]:
 
 
 def _quantisation_contradictions(tensors: Tensors, wanted: Slots) -> Iterator[_Contradiction]:
-    """FP8 tensors under a config without quantization_config, and the reverse."""
-    stored = [name for name in wanted if name in tensors and tensors[name].dtype == _FP8]
-    needed = [slot.name for slot in wanted.values() if slot.dtype == _FP8]
-    if stored and not needed:
+    """FP8 tensors under a config without quantization_config."""
+    stored = [name for name in wanted if name in tensors and tensors[name].dtype == FP8]
+    if stored:
         scales = {name + SCALE_SUFFIX for name in stored}
-        detail = f"is absent, the files hold {len(stored):,} {_FP8} tensors"
+        detail = f"is absent, the files hold {len(stored):,} {FP8} tensors"
         advice = "take over the source's, with its weight_block_size"
         problem = Problem("config", "quantization_config", f"{detail}; {advice}")
         yield _Contradiction(problem, {*stored, *scales})
-    present = [name for name in needed if name in tensors]
-    if present and not stored:
-        scales = {name + SCALE_SUFFIX for name in needed}
-        if not scales & tensors.keys():
-            detail = f"is there, none of the {len(present):,} tensors that it means is {_FP8}"
-            advice = "remove it where the weights were dequantised"
-            problem = Problem("config", "quantization_config", f"{detail}; {advice}")
-            yield _Contradiction(problem, {*present, *scales})
+
+
+def _nothing_quantised(
+    tensors: Tensors, table: Slots, entries: tuple[str, ...]
+) -> Iterator[Problem]:
+    """A quantization_config for weights of which none is FP8, as dequantising tools leave it."""
+    modules = NotConverted(entries)
+    meant = [slot for slot in table.values() if slot.scale and not modules.entry_for(slot.name)]
+    present = [slot.name for slot in meant if slot.name in tensors]
+    if present and not any(slot.scale in tensors for slot in meant):
+        detail = f"is there, none of the {len(present):,} tensors that it means is {FP8}"
+        advice = "remove it where the weights were dequantised"
+        yield Problem("config", "quantization_config", f"{detail}; {advice}")
 
 
 def _dtype_contradictions(
@@ -242,8 +279,8 @@ def _missing(tensors: Tensors, wanted: Slots, explained: set[str]) -> Iterator[P
             yield Problem("scale", slot.scale, "is there and its weight is missing")
         elif weight is None:
             yield Problem("missing", name)
-        elif weight.dtype == _FP8:  # the scale of another dtype is not what is wrong there
-            yield Problem("scale", weight.name, f"is {_FP8} and its {SCALE_SUFFIX} is missing")
+        elif weight.dtype == FP8:  # the scale of another dtype is not what is wrong there
+            yield Problem("scale", weight.name, f"is {FP8} and its {SCALE_SUFFIX} is missing")
 
 
 def _unknown(tensors: Tensors, known: Slots, explained: set[str]) -> Iterator[Problem]:

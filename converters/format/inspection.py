@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from converters.format.fit import Fit, fit
+from converters.format.kinds import PlainWeights
 from converters.format.listing import Listing, list_checkpoint, read_config
 from converters.format.mapping import GROUPS, Slot, group_of
 from converters.sources.source import Source
@@ -16,7 +17,7 @@ from mtp_model.problems import Problem, ProblemsError
 
 @dataclass(frozen=True, kw_only=True)
 class Tally:
-    """Of some tensors. `parameters` counts weights and router biases, not FP8 scales."""
+    """Of some tensors. `parameters` counts weights and router biases, no FP8 scales or buffers."""
 
     tensors: int
     bytes: int
@@ -45,6 +46,8 @@ class Network:
     active_parameters: int
     """Of the main model, that one token passes through: all but the experts it is not sent to."""
     mtp: tuple[MtpModule, ...]
+    plain_weights: tuple[PlainWeights, ...]
+    """Weights that are not FP8 in a checkpoint whose others are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,23 +95,27 @@ def inspect_source(source: Source) -> Inspection:
 
 
 def _dtypes(listing: Listing, comparison: Fit | None) -> dict[str, Tally]:
-    scales = _scales(comparison.slots.values()) if comparison else frozenset()
+    others = _no_parameters(comparison.slots.values()) if comparison else frozenset()
     names: dict[str, list[str]] = {}
     for tensor in listing.tensors.values():
         names.setdefault(tensor.dtype, []).append(tensor.name)
-    return {dtype: _tally(listing, names[dtype], scales) for dtype in sorted(names)}
+    return {dtype: _tally(listing, names[dtype], others) for dtype in sorted(names)}
 
 
-def _scales(slots: Iterable[Slot]) -> frozenset[str]:
-    return frozenset(slot.scale for slot in slots if slot.scale)
+def _no_parameters(slots: Iterable[Slot]) -> frozenset[str]:
+    """Names of the tensors that are scales or buffers."""
+    slots = list(slots)
+    scales = {slot.scale for slot in slots if slot.scale}
+    return frozenset(scales | {slot.name for slot in slots if slot.is_buffer})
 
 
-def _tally(listing: Listing, names: Iterable[str], scales: frozenset[str]) -> Tally:
+def _tally(listing: Listing, names: Iterable[str], others: frozenset[str]) -> Tally:
+    """others: names of tensors whose elements are no parameters."""
     tensors = [listing.tensors[name] for name in names]
     return Tally(
         tensors=len(tensors),
         bytes=sum(tensor.nbytes for tensor in tensors),
-        parameters=sum(math.prod(t.shape) for t in tensors if t.name not in scales),
+        parameters=sum(math.prod(t.shape) for t in tensors if t.name not in others),
     )
 
 
@@ -116,11 +123,11 @@ def _network(listing: Listing, comparison: Fit) -> Network | None:
     config, slots = comparison.config, comparison.slots
     if config is None:
         return None
-    scales = _scales(slots.values())
+    others = _no_parameters(slots.values())
     members: dict[str, list[str]] = {group: [] for group in GROUPS}
     for slot in slots.values():
         members[group_of(slot)].append(slot.name)
-    groups = {group: _tally(listing, names, scales) for group, names in members.items()}
+    groups = {group: _tally(listing, names, others) for group, names in members.items()}
     counts = {group: tally.parameters for group, tally in groups.items()}
     total = sum(counts.values()) - counts["copies"]
     experts = counts["routed experts"]
@@ -130,11 +137,12 @@ def _network(listing: Listing, comparison: Fit) -> Network | None:
         groups={group: tally for group, tally in groups.items() if tally.tensors},
         parameters=total,
         active_parameters=total - counts["MTP modules"] - idle,
-        mtp=tuple(_modules(listing, comparison, scales)),
+        mtp=tuple(_modules(listing, comparison, others)),
+        plain_weights=comparison.plain_weights,
     )
 
 
-def _modules(listing: Listing, comparison: Fit, scales: frozenset[str]) -> Iterator[MtpModule]:
+def _modules(listing: Listing, comparison: Fit, others: frozenset[str]) -> Iterator[MtpModule]:
     config = comparison.config
     assert config is not None
     for module in range(config.num_nextn_predict_layers):
@@ -145,6 +153,6 @@ def _modules(listing: Listing, comparison: Fit, scales: frozenset[str]) -> Itera
         yield MtpModule(
             layer=layer,
             tensors=len(slots),
-            parameters=_tally(listing, own, scales).parameters,
+            parameters=_tally(listing, own, others).parameters,
             copies=tuple(slot.name.removeprefix(prefix) for slot in slots if slot.copy_of),
         )

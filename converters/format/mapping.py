@@ -53,7 +53,8 @@ class Kind(enum.Enum):
 
     PLAIN = enum.auto()  # in the checkpoint's own dtype: BF16 (F32 in a float32 checkpoint)
     QUANTISED = enum.auto()  # F8_E4M3 with block scales where the config has quantization_config
-    FLOAT32 = enum.auto()  # always F32
+    FLOAT32 = enum.auto()  # F32; where a file has BF16, widened
+    BUFFER = enum.auto()  # no weight: what some tools also store, carried along as it is
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,10 @@ DENSE, EVERY, WITH_EXPERTS = (
     (Stack.DENSE, Stack.MOE, Stack.MTP_BLOCK),
     (Stack.MOE, Stack.MTP_BLOCK),
 )
-PLAIN, QUANTISED, FLOAT32 = Kind.PLAIN, Kind.QUANTISED, Kind.FLOAT32
+PLAIN, QUANTISED, FLOAT32, BUFFER = Kind.PLAIN, Kind.QUANTISED, Kind.FLOAT32, Kind.BUFFER
 
 _LAYER = "model.layers.{layer}."
+_BUFFERS = "buffers."  # a leaf a tensor, by its name: not every layer needs to have one
 
 
 def _same(path: str, stacks: tuple[Stack, ...], kind: Kind) -> Row:
@@ -137,6 +139,9 @@ TABLE = (
     _mtp("shared_head.norm.weight"),
     _copy("embed_tokens.weight", "model.embed_tokens.weight", "embed_tokens.weight"),
     _copy("shared_head.head.weight", "lm_head.weight", "lm_head.weight"),
+
+    Row("model.rotary_emb.inv_freq", "rotary_emb.inv_freq", SINGLE, BUFFER),
+    _same("self_attn.rotary_emb.inv_freq", EVERY, BUFFER),
 )
 # fmt: on
 
@@ -147,7 +152,8 @@ class Slot:
 
     path: leaf path; index: leading indices in the stacked leaf, () | (layer,) | (layer, expert);
     shape, dtype: of the tensor, dtype as safetensors names it; scale: name of an FP8 weight's
-    scales; copy_of: name of the tensor that this one repeats (it has no leaf of its own).
+    scales; copy_of: name of the tensor that this one repeats (it has no leaf of its own);
+    is_widened: float32 in the tree, and possibly BF16 in a file.
     """
 
     name: str
@@ -157,6 +163,11 @@ class Slot:
     dtype: str
     scale: str | None = None
     copy_of: str | None = None
+    is_widened: bool = False
+
+    @property
+    def is_buffer(self) -> bool:
+        return self.path.startswith(_BUFFERS)
 
     @property
     def with_scale(self) -> tuple[str, ...]:
@@ -189,7 +200,8 @@ def _row_slots(row: Row, stack: Stack, config: ModelConfig, shapes: Mapping) -> 
         place = () if row.copy_of else index
         shape = shapes[path][len(place) :]
         if not quantised:
-            yield Slot(name, path, place, shape, plain, copy_of=row.copy_of)
+            widened = row.kind is FLOAT32
+            yield Slot(name, path, place, shape, plain, copy_of=row.copy_of, is_widened=widened)
             continue
         scale = name + SCALE_SUFFIX
         yield Slot(name, path, place, shape, "F8_E4M3", scale=scale)
@@ -206,7 +218,10 @@ def leaf_shapes(config: ModelConfig, scope: Scope = "all") -> Mapping[str, tuple
 
 @functools.lru_cache(maxsize=4)  # V3 has 92,000 of them
 def slots(config: ModelConfig, scope: Scope = "all") -> Mapping[str, Slot]:
-    """Every tensor the checkpoint of this network has, by name: scales and copies included."""
+    """Every tensor the checkpoint of this network has, by name: scales and copies included.
+
+    As the released format has it: which weights are FP8 is for a file's own tensors to say.
+    """
     shapes = leaf_shapes(config, scope)
     found: dict[str, Slot] = {}
     for row in TABLE:
@@ -217,6 +232,19 @@ def slots(config: ModelConfig, scope: Scope = "all") -> Mapping[str, Slot]:
     if uncovered:
         raise AssertionError(f"no row of the table for {sorted(uncovered)}")
     return MappingProxyType(found)
+
+
+def buffers(config: ModelConfig, scope: Scope = "all") -> dict[str, Slot]:
+    """Every tensor that a checkpoint may also have and no network needs, by name."""
+    shape = (config.qk_rope_head_dim // 2,)
+    return {
+        name: Slot(name, _BUFFERS + name, (), shape, "F32")
+        for row in TABLE
+        if row.kind is BUFFER
+        for stack in row.stacks
+        if stack.in_scope(scope)
+        for name, _ in _indices(row, stack, config)
+    }
 
 
 def float32_leaves(slots: Iterable[Slot]) -> frozenset[str]:
@@ -253,8 +281,9 @@ GROUPS = (
     "norms",
     "MTP modules",
     "copies",
+    "buffers",
 )
-"""The main model's parts, then the MTP modules whole, then what they repeat of the main model."""
+"""The main model's parts, then the MTP modules whole, what they repeat of it, and no weights."""
 
 _NORMS = {
     "norm",
@@ -277,6 +306,8 @@ def group_of(slot: Slot) -> str:
     parts = slot.path.split(".")
     if slot.copy_of:
         return "copies"
+    if slot.is_buffer:
+        return "buffers"
     if parts[0] == "mtp":
         return "MTP modules"
     if parts[-2] in _NORMS:

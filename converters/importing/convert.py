@@ -29,17 +29,16 @@ _READ_BYTES = 32 << 20  # of a copy, which no chunk grid divides
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Unit:
-    """One piece of an import. `slots` in the order in which the chunk stores them."""
+    """One piece of an import. `slots` in the order in which the chunk stores them.
+
+    path: of the leaf. Of a leaf of scales, `slots` lack those of weights that are not FP8.
+    """
 
     key: str
+    path: str
     slots: tuple[Slot, ...]
     stack_coord: Index = ()
     is_copy: bool = False
-
-    @property
-    def path(self) -> str:
-        """Leaf path."""
-        return self.slots[0].path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +98,7 @@ def make_units(conversion: Conversion, *, with_copies: bool) -> list[Unit]:
     units = list(_leaf_units(conversion))
     if with_copies:
         units += [
-            Unit(key=f"copy {slot.name}", slots=(slot,), is_copy=True)
+            Unit(key=f"copy {slot.name}", path=slot.path, slots=(slot,), is_copy=True)
             for slot in conversion.slots.values()
             if slot.copy_of
         ]
@@ -107,6 +106,8 @@ def make_units(conversion: Conversion, *, with_copies: bool) -> list[Unit]:
     is_far = conversion.listing.source.is_far
 
     def place(unit: Unit) -> tuple[bool, str, int]:
+        if not unit.slots:
+            return False, "", 0
         first = tensors[unit.slots[0].name]
         return not is_far and not is_early(conversion, unit), first.file, first.begin
 
@@ -115,6 +116,8 @@ def make_units(conversion: Conversion, *, with_copies: bool) -> list[Unit]:
 
 def is_early(conversion: Conversion, unit: Unit) -> bool:
     """Whether a unit reads scales, or a copy, or what is copied: a small part of a checkpoint."""
+    if not unit.slots:
+        return True
     name = unit.slots[0].name
     return unit.is_copy or name in conversion.scales or name in conversion.copied
 
@@ -123,9 +126,10 @@ def _leaf_units(conversion: Conversion) -> Iterator[Unit]:
     by_place = {(s.path, s.index): s for s in conversion.slots.values() if not s.copy_of}
     for path, leaf in conversion.leaves.items():
         for coord in leaf.stack_coords():
-            slots = tuple(by_place[path, index] for index in leaf.indices(coord))
+            places = [(path, index) for index in leaf.indices(coord)]
+            found = tuple(by_place[place] for place in places if place in by_place)
             key = f"{path} {chunk_file_name(coord)}".strip()
-            yield Unit(key=key, slots=slots, stack_coord=coord)
+            yield Unit(key=key, path=path, slots=found, stack_coord=coord)
 
 
 def unit_bytes(conversion: Conversion, unit: Unit) -> int:
@@ -166,14 +170,17 @@ def run_unit(conversion: Conversion, unit: Unit, writer: ParamsWriter, buffers: 
         return done
     leaf = conversion.leaves[unit.path]
     readers = [_TensorReader(conversion, slot, buffers) for slot in unit.slots]
+    *others, last = leaf.indices(unit.stack_coord)
+    has_gaps = len(readers) <= len(others)
     for row_chunk in range(leaf.num_row_chunks):
         start, stop = leaf.rows_of_chunk(row_chunk)
         nbytes = (stop - start) * leaf.row_bytes
-        end = 0
+        if has_gaps:  # the scales of weights that are not FP8
+            buffers.chunk.bytes[: leaf.chunk_bytes].view(leaf.dtype)[...] = 1
         for reader in readers:
             begin = leaf.tensor_offset(reader.slot.index)
-            end = begin + nbytes
-            reader.read_rows_into(start, stop, buffers.chunk.bytes[begin:end])
+            reader.read_rows_into(start, stop, buffers.chunk.bytes[begin : begin + nbytes])
+        end = leaf.tensor_offset(last) + nbytes
         buffers.chunk.bytes[end : leaf.chunk_bytes] = 0  # an edge chunk is stored in full
         coord = leaf.coord(unit.stack_coord, row_chunk)
         done.pieces[chunk_file_name(coord)] = writer.write_chunk(unit.path, coord, buffers.chunk)

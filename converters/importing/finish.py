@@ -11,17 +11,22 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+
 from converters.format.header import Header
 from converters.format.listing import Listing, SourceCheckpoint
-from converters.format.mapping import TABLE_VERSION, Slot
+from converters.format.mapping import TABLE_VERSION, Slot, buffers
 from converters.format.values import copy_fault
 from converters.importing.convert import Done
 from converters.importing.plan import ImportPlan
 from converters.sources.source import Fingerprint, Source, read_pieces, replaced_files
+from mtp_model.checkpoint.directory import Checkpoint
 from mtp_model.checkpoint.writer import Digests, ParamsWriter
 from mtp_model.files.place import digest
 from mtp_model.problems import Problem, raise_if_any
+from mtp_model.rope import inverse_frequencies
 
+_FREQUENCY_TOLERANCE = 1e-4  # other tools compute powers in float32
 _TOOLS = ("deepseek-mtp", "numpy", "ml_dtypes", "numba", "xxhash")
 
 
@@ -63,6 +68,22 @@ def raise_if_stale(plan: ImportPlan, tensors: Mapping[str, str]) -> None:
     """
     if plan.options.copies == "check":
         raise_if_any(plan.conversion.listing.source.name, _stale_copies(plan, tensors))
+
+
+def foreign_buffers(checkpoint: Checkpoint) -> list[str]:
+    """Names of stored rotary frequencies that are not what config.json gives.
+
+    No logit depends on them: every reader of a checkpoint computes its own from the config.
+    """
+    wanted = inverse_frequencies(checkpoint.config)
+    found = []
+    for name, slot in buffers(checkpoint.config).items():
+        if slot.path in checkpoint.leaves:
+            values = checkpoint.read_rows(slot.path, (), 0, slot.shape[0])
+            allowed = _FREQUENCY_TOLERANCE if values.dtype == np.float32 else 1e-2
+            if not np.allclose(values.astype(np.float32), wanted, rtol=allowed, atol=0):
+                found.append(name)
+    return found
 
 
 def _stale_copies(plan: ImportPlan, tensors: Mapping[str, str]) -> Iterator[Problem]:

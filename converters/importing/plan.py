@@ -12,11 +12,17 @@ import numpy as np
 from converters.format.fit import sound_fit
 from converters.format.header import DTYPES
 from converters.format.listing import Listing, SourceCheckpoint
-from converters.format.mapping import TABLE_VERSION, Slot, float32_leaves
+from converters.format.mapping import (
+    TABLE_VERSION,
+    Slot,
+    float32_leaves,
+    leaf_shapes,
+    slots,
+)
 from converters.importing.convert import Conversion, Unit, make_units, unit_bytes
 from mtp_model.checkpoint.chunks import ChunkPolicy, Leaf
 from mtp_model.checkpoint.directory import digest_of_json
-from mtp_model.config import HiddenState
+from mtp_model.config import HiddenState, ModelConfig
 from mtp_model.files.journal import Fingerprint
 from mtp_model.files.place import digest
 from mtp_model.model import Scope
@@ -79,7 +85,7 @@ def make_plan(
     policy: ChunkPolicy,
 ) -> ImportPlan:
     """The plan; ProblemsError for a source whose headers do not fit its config."""
-    config, slots = sound_fit(checkpoint, scope)
+    config, found = sound_fit(checkpoint, scope)
     options = Options(
         scope=scope,
         dtype=dtype,
@@ -90,8 +96,8 @@ def make_plan(
         policy = policy.with_block_rows(config.weight_block_size[0])
     conversion = Conversion(
         listing=checkpoint,
-        slots=slots,
-        leaves=_leaves(slots, options, policy),
+        slots=found,
+        leaves=_leaves(config, found, options, policy),
         block=config.weight_block_size,
     )
     # A whole import records the digests of whole files, so it reads copies in any case.
@@ -104,22 +110,32 @@ def make_plan(
     )
 
 
-def _leaves(found: Mapping[str, Slot], options: Options, policy: ChunkPolicy) -> dict[str, Leaf]:
-    always_f32 = float32_leaves(found.values())
-    stacks: dict[str, tuple[int, ...]] = {}
-    tensors: dict[str, Slot] = {}
+def _leaves(
+    config: ModelConfig, found: Mapping[str, Slot], options: Options, policy: ChunkPolicy
+) -> dict[str, Leaf]:
+    """Every leaf of the module tree, then those of buffers.
+
+    A leaf of which some tensors are FP8 and some are not is stored as the others are: its FP8
+    tensors are dequantised, and their scales are kept to write the same bytes again.
+    """
+    table = slots(config, options.scope)
+    always_f32 = float32_leaves(table.values())
+    kinds: dict[str, set[np.dtype]] = {}
     for slot in found.values():
-        if slot.copy_of:
-            continue
-        counts = tuple(i + 1 for i in slot.index)
-        stacks[slot.path] = tuple(map(max, stacks.get(slot.path, counts), counts))
-        tensors[slot.path] = slot
+        if not slot.copy_of:
+            kinds.setdefault(slot.path, set()).add(DTYPES[slot.dtype])
     leaves = {}
-    for path, slot in tensors.items():
-        dtype = DTYPES[slot.dtype]
-        if path not in always_f32:
-            dtype = _STORED.get(options.dtype, dtype)
-        leaves[path] = Leaf.make((*stacks[path], *slot.shape), dtype, len(slot.index), policy)
+    for slot in table.values():
+        if slot.copy_of or slot.path in leaves:
+            continue
+        dtype = np.dtype(np.float32)
+        if slot.path not in always_f32:
+            dtype = _STORED.get(options.dtype, max(kinds[slot.path], key=lambda d: d.itemsize))
+        shape = leaf_shapes(config, options.scope)[slot.path]
+        leaves[slot.path] = Leaf.make(shape, dtype, len(slot.index), policy)
+    for slot in found.values():
+        if slot.is_buffer:
+            leaves[slot.path] = Leaf.make(slot.shape, DTYPES[slot.dtype], 0, policy)
     return leaves
 
 

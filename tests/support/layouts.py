@@ -1,0 +1,69 @@
+"""Checkpoints as other tools write them, made of tiny ones in the released format."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from roundtrip import assert_same_files, read_tensors, run_import
+from verified import storage
+
+from converters.exporting.exporter import export_checkpoint
+from mtp_model.checkpoint.directory import Checkpoint, open_checkpoint
+from tools.make_tiny_checkpoint import make_tiny_checkpoint, write_json, write_weights
+
+Tensors = dict[str, np.ndarray]
+Edit = Callable[[Tensors, Tensors], None]
+"""Told the tensors of a tiny checkpoint, which it changes, and those of the same one in bf16."""
+
+SCALE = "_scale_inv"
+
+
+def make_edited(
+    folder: Path, edit: Edit, *, quantization: Mapping[str, Any] | None = None, **options: Any
+) -> Path:
+    """A tiny checkpoint whose tensors were edited. quantization: keys of quantization_config."""
+    plain = folder.with_name(folder.name + "-bf16")
+    make_tiny_checkpoint(folder, **options)
+    make_tiny_checkpoint(plain, **{**options, "dtype": "bf16"})
+    tensors, in_bf16 = read_tensors(folder), read_tensors(plain)
+    shutil.rmtree(plain)
+    edit(tensors, in_bf16)
+    for file in folder.glob("model*"):
+        file.unlink()
+    write_weights(folder, tensors, options.get("num_files", 7))
+    if quantization:
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"] |= quantization
+        write_json(folder / "config.json", config)
+    return folder
+
+
+def in_bf16(*parts: str, layers: tuple[int, ...] = tuple(range(9))) -> Edit:
+    """Weights of these layers whose names have one of these parts, in bf16 and without scales."""
+    prefixes = tuple(f"model.layers.{layer}." for layer in layers)
+
+    def edit(tensors: Tensors, plain: Tensors) -> None:
+        for name in list(tensors):
+            weight = name.removesuffix(SCALE)
+            if name.startswith(prefixes) and any(part in weight for part in parts):
+                if weight == name:
+                    tensors[name] = plain[name]
+                else:
+                    del tensors[name]
+
+    return edit
+
+
+def round_trip(source: Path, folder: Path, **options: Any) -> Checkpoint:
+    """Import, verify and export, all of which have to give the source's bytes."""
+    run_import(source, folder / "ckpt", **options)
+    checkpoint = open_checkpoint(folder / "ckpt")
+    found = storage(source, folder / "ckpt")
+    assert found.holds, (found.files, found.differences)
+    summary = export_checkpoint(checkpoint, folder / "out")
+    assert_same_files(folder / "out", source)
+    assert summary.changed == ()
+    return checkpoint
