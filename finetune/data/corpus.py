@@ -42,7 +42,9 @@ from finetune.data.records import (
     parse_record,
 )
 from finetune.data.stored import StoredFile
+from mtp_model.progress import Report, progress
 
+REPORTED_EVERY = 256  # records
 LONG_BYTES = 64 * 1024  # prose longer than this is tokenised in stretches
 # Text about data, which lies beside it in many folders. Named on its own it is read.
 ABOUT_DATA = ("readme", "license", "licence", "changelog", "contributing", "notice")
@@ -140,13 +142,14 @@ def scan(paths: Iterable[Path], vocab_size: int, chats: ChatTemplate | None = No
     conversations are checked. Raises DataError with every malformed record.
     """
     paths = tuple(paths)
-    scanner = _Scanner(vocab_size, chats)
-    for path in paths:
-        if path.is_dir():
-            for inner in _files_of(path):
-                scanner.scan(inner, is_named=False)
-        else:
-            scanner.scan(path, is_named=True)
+    with progress("read data", "records") as report:
+        scanner = _Scanner(vocab_size, chats, report)
+        for path in paths:
+            if path.is_dir():
+                for inner in _files_of(path):
+                    scanner.scan(inner, is_named=False)
+            else:
+                scanner.scan(path, is_named=True)
     if not scanner.faults and not scanner.nbytes:
         left = f"; left out: {', '.join(map(str, scanner.left_out))}" if scanner.left_out else ""
         scanner.faults.append(f"no document in {', '.join(map(str, paths))}{left}")
@@ -174,8 +177,8 @@ def _files_of(folder: Path) -> list[Path]:
 class _Scanner:
     """Builds a Corpus file by file, collecting faults."""
 
-    def __init__(self, vocab_size: int, chats: ChatTemplate | None):
-        self.vocab_size, self.chats = vocab_size, chats
+    def __init__(self, vocab_size: int, chats: ChatTemplate | None, report: Report):
+        self.vocab_size, self.chats, self.report = vocab_size, chats, report
         self.faults: list[str] = []
         self.files: list[DataFile] = []
         self.left_out: list[Path] = []
@@ -267,6 +270,8 @@ class _Scanner:
         self.number.append(span.number)
         self.begin.append(span.begin)
         self.nbytes.append(span.nbytes)
+        if len(self.nbytes) % REPORTED_EVERY == 0:
+            self.report(len(self.nbytes), None, self.files[-1].path.name)
 
 
 NO_TEMPLATE = (

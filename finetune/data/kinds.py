@@ -17,7 +17,8 @@ from mtp_model.problems import UserError
 RECORD_BYTES = 16 << 20  # tokenising one takes some fifty times as much memory
 _BLOCK = 1 << 20
 _JSON_SPACE = " \t\n\r"
-_JSON_CELLS = {"input_ids", "loss_mask", "labels", "attention_mask", "messages", "conversations"}
+_TURN_CELLS = {"messages", "conversations"}  # of tables: they hold JSON
+_TOKEN_CELLS = {"input_ids", "loss_mask", "labels", "attention_mask"}
 LINES, ARRAY, TABLE, PROSE, PARQUET = ".jsonl", ".json", ".csv", ".txt", ".parquet"
 _KINDS = {
     ".jsonl": LINES,
@@ -272,10 +273,12 @@ def _rows(
 
 
 def _row(header: tuple[str, ...], cells: list[str]) -> dict[str, Any]:
-    """A row as a record; columns that are no text hold JSON."""
-    named = dict(zip(header, cells, strict=True))
-    parsed = {key: json.loads(named[key]) for key in _JSON_CELLS & named.keys() if named[key]}
-    return {**{key: cell for key, cell in named.items() if key not in _JSON_CELLS}, **parsed}
+    """A row as a record; columns of turns and of tokens hold JSON."""
+    holds_json = _TURN_CELLS | (_TOKEN_CELLS if "input_ids" in header else set())
+    return {
+        name: (json.loads(cell) if cell else None) if name in holds_json else cell
+        for name, cell in zip(header, cells, strict=True)
+    }
 
 
 # --- prose

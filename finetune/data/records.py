@@ -110,6 +110,8 @@ def parse_record(value: Any, vocab_size: int | None = None) -> Record:
         raise ValueError(f"is {type(value).__name__}, needed an object: {FORMS}")
     value = {key: each for key, each in value.items() if each is not None}
     forms = [key for key in _FORMS_BY_KEY if key in value]
+    if len(forms) > 1:  # a prompt alone stands beside messages in many data sets
+        forms = [form for form in forms if _is_answered(value, form)]
     if len(forms) != 1:
         raise ValueError(f"has the keys {', '.join(sorted(value)) or 'of none'}, needed {FORMS}")
     [form] = forms
@@ -123,6 +125,10 @@ def parse_record(value: Any, vocab_size: int | None = None) -> Record:
 
 
 # --- prompts with completions
+
+
+def _is_answered(value: dict[str, Any], form: str) -> bool:
+    return any(name in value for name in _COMPLETIONS.get(form, (form,)))
 
 
 def _exchange(value: dict[str, Any], form: str) -> Record:

@@ -24,6 +24,7 @@ _MOST_UNPACKED = 200
 _ALWAYS_UNPACKED_BYTES = 1 << 30
 _BLOCK = 1 << 20
 _ROWS = 64  # of parquet held at a time
+_PANDAS_INDEX = "__index_level_"  # a column that pandas writes unasked
 
 
 class StoredFile:
@@ -99,7 +100,7 @@ def _unpack_parquet(file: BinaryIO, out: BinaryIO) -> None:
         raise FileError(why) from error
     try:
         table = parquet.ParquetFile(file, buffer_size=_BLOCK, pre_buffer=False)
-        names = table.schema_arrow.names
+        names = [name for name in table.schema_arrow.names if not name.startswith(_PANDAS_INDEX)]
         known = [name for name in names if name in KNOWN_KEYS]
         if not FORM_KEYS & set(known):
             raise FileError(f"has the columns {', '.join(names)}, needed one of {_shown_forms()}")

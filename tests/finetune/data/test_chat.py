@@ -6,12 +6,14 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
 from finetune.data import chat as chat_module
 from finetune.data.chat import ChatTemplate, Rendered
 from finetune.data.corpus import scan
+from finetune.data.packing import Packer, Position
 from finetune.data.records import DataError, parse_record
 from finetune.data.run_text import open_run_text
 from finetune.data.tokens import TextEncoder, TokenDocuments
@@ -248,6 +250,7 @@ def test_turns_may_be_left_out_of_the_loss(with_template):
         {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
         {"conversations": [turn("user", "q"), turn("assistant", "a")]},
         {"prompt": [turn("user", "q")], "completion": [turn("assistant", "a")]},
+        {"prompt": "q", "messages": [turn("user", "q"), turn("assistant", "a")]},
         {"messages": [turn("user", "q"), turn("assistant", "a")], "tools": "[]", "id": 3},
     ],
 )
@@ -283,6 +286,10 @@ def test_system_and_tools_may_stand_beside_the_turns(with_template):
         ),
         ({"conversations": [{"from": "cat", "value": "a"}]}, "is from 'cat', known are assistant"),
         ({"messages": CHATS["short"], "text": "a"}, "has the keys messages, text"),
+        (
+            {"messages": CHATS["short"], "prompt": "a", "completion": "b"},
+            "has the keys completion, messages, prompt",
+        ),
         ({"prompt": CHATS["short"], "completion": "a"}, "completion is str, needed messages"),
         ({"messages": CHATS["short"], "tools": {}}, "tools is dict, needed a list"),
         ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "write it as messages"),
@@ -485,3 +492,20 @@ def test_tokens_are_those_of_the_file(with_template, tmp_path):
         assert documents[number].loss_mask.tolist() == wanted.loss_mask.tolist()
     assert documents[0].ids[0] == 0, "bos, once: the template writes it"
     assert documents[0].ids[1] != 0
+
+
+def test_training_goes_on_in_the_middle_of_conversations(with_template, tmp_path):
+    encoder = TextEncoder(with_template(DEEPSEEK))
+    file = write_chats(tmp_path, *CHATS.values(), *CHATS.values())
+
+    def packer(position=None):
+        documents = TokenDocuments(scan([file], VOCAB, encoder.chats), encoder, VOCAB)
+        return Packer(documents, rows=2, row_tokens=40, seed=1, epochs=2, position=position)
+
+    whole = list(packer())
+    for stop in range(len(whole) - 1):
+        rest = list(packer(Position.from_json(json.loads(json.dumps(whole[stop][1].to_json())))))
+        assert len(rest) == len(whole) - stop - 1
+        for (batch, _), (expected, _) in zip(rest, whole[stop + 1 :], strict=True):
+            assert all(np.array_equal(a, b) for a, b in zip(batch, expected, strict=True))
+    assert len(whole) > 4

@@ -133,6 +133,18 @@ def test_other_columns_hold_json(tmp_path):
     assert read_all(scan([write(tmp_path, "a.parquet", as_parquet(rows))], VOCAB)) == wanted
 
 
+def test_columns_that_are_no_tokens_hold_text(tmp_path):
+    """Labels of a text are a data set's own."""
+    corpus = scan([write(tmp_path, "a.csv", "text,labels\n1,spam\n[,\n")], VOCAB)
+    assert read_all(corpus) == [Text(text="1"), Text(text="[")]
+
+
+def test_the_index_that_pandas_writes_is_no_key(tmp_path):
+    rows = as_parquet([{"input_ids": [1, 2], "__index_level_0__": 3}])
+    corpus = scan([write(tmp_path, "a.parquet", rows)], VOCAB)
+    assert read_all(corpus) == [TokenIds(input_ids=[1, 2])]
+
+
 def test_columns_without_values_are_as_if_missing(tmp_path):
     rows = [{"text": "a", "prompt": None, "completion": None, "id": b"1"}]
     rows += [{"text": None, "prompt": "p", "completion": "c", "id": None}]
