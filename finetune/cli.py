@@ -4,7 +4,9 @@ Exit status: 0 when all that was asked is done, 1 when it failed, 2 for wrong us
 """
 
 import argparse
+import dataclasses
 import json
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +17,9 @@ import tyro
 from rich.console import Console
 
 from finetune.evaluate import EvaluateSettings, evaluate
+from finetune.run.directory import RunDirectory
 from finetune.run.report import comparison_sections, evaluation_sections
+from finetune.run.stopping import Stopped, Stopping
 from finetune.settings import RunSettings, SettingsError, blank, read_yaml
 from finetune.train import Result, train
 from mtp_model.commands import exit_status
@@ -58,9 +62,8 @@ def _run(argv: Sequence[str], errors: Console) -> int:
     try:
         command = parse(argv)
         if isinstance(command, TrainCommand):
-            _train(command, errors)
-        else:
-            _evaluate(command)
+            return _train(command, argv, errors)
+        _evaluate(command)
     except SettingsError as error:
         errors.print(f"error: {error}", markup=False)
         return WRONG_USAGE
@@ -70,7 +73,7 @@ def _run(argv: Sequence[str], errors: Console) -> int:
 def parse(argv: Sequence[str]) -> TrainCommand | EvaluateSettings:
     """The command line over its YAML file over the defaults; exits with 2 for wrong usage."""
     file = _config_file(argv)
-    default = TrainCommand(settings=read_yaml(file) if file else blank())
+    default = TrainCommand(settings=_settings_in(file) if file else blank())
     return tyro.cli(
         Annotated[TrainCommand, tyro.conf.subcommand("train", default=default)]
         | Annotated[EvaluateSettings, tyro.conf.subcommand("evaluate")],
@@ -79,6 +82,12 @@ def parse(argv: Sequence[str]) -> TrainCommand | EvaluateSettings:
         args=list(argv),
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+
+
+def _settings_in(file: Path) -> RunSettings:
+    """The settings of a YAML file. In a run, which may have been moved, `out` is that run."""
+    settings, run = read_yaml(file), RunDirectory(path=file.absolute().parent)
+    return dataclasses.replace(settings, out=run.path) if run.is_of(file) else settings
 
 
 def _config_file(argv: Sequence[str]) -> Path | None:
@@ -93,9 +102,17 @@ def _config_file(argv: Sequence[str]) -> Path | None:
         return None
 
 
-def _train(command: TrainCommand, errors: Console) -> None:
-    result = train(command.settings, errors, overwrite=command.overwrite)
+def _train(command: TrainCommand, argv: Sequence[str], errors: Console) -> int:
+    again = shlex.join(["finetune-deepseek", *(word for word in argv if word != "--overwrite")])
+    stopping = Stopping(f"continue with: {again}")
+    try:
+        with stopping.heard():
+            result = train(command.settings, errors, command.overwrite, stopping)
+    except Stopped as stopped:
+        stopping.say_goodbye()
+        return stopped.status
     show(stdout(), _result_sections(result))
+    return 0
 
 
 def _result_sections(result: Result) -> Iterator[Section]:

@@ -100,7 +100,8 @@ class RunSettings:
     train: TrainMode = "mtp"
     """What is trained: the MTP modules with the main model frozen, or everything."""
     steps: int = 1000
-    """Optimizer steps."""
+    """Optimizer steps. More than before lengthen a run, also a finished one; the learning rate
+    follows the new number from there on."""
     eval_data: tuple[Path, ...] = ()
     """Held-out text, in the same forms as --data."""
     mtp_lambda: float = 0.1
@@ -136,6 +137,18 @@ NOT_NEGATIVE = (
     "evaluation.holdout_every",
 )
 FRACTIONS = ("optimizer.warmup_fraction", "optimizer.final_fraction")
+MAY_CHANGE = (
+    "checkpoint",
+    "data",
+    "out",
+    "steps",
+    "eval_data",
+    "compute_dtype",  # compared by what it stood for when the run began
+    "evaluation.every",
+    "evaluation.rows",
+    "checkpoints.every",
+    "checkpoints.keep",
+)
 BELOW_ONE = ("optimizer.beta1", "optimizer.beta2")
 
 
@@ -214,10 +227,35 @@ def write_yaml(settings: RunSettings, path: Path) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def differences(before: RunSettings, now: RunSettings) -> list[str]:
-    """One line for each setting that differs."""
+def differences(before: RunSettings, now: RunSettings) -> dict[str, str]:
+    """By name, a line for each setting that differs."""
     old, new = flat(before), flat(now)
-    return [f"{option(n)} was {old[n]}, is now {new[n]}" for n in old if old[n] != new[n]]
+    return {
+        name: f"{option(name)} was {_shown(old[name])}, is now {_shown(new[name])}"
+        for name in old
+        if old[name] != new[name]
+    }
+
+
+def forbidden_changes(before: RunSettings, now: RunSettings) -> list[str]:
+    """One line for each change that would make another run of it: one with other mathematics.
+
+    A run may be moved and copied, with its data and its checkpoint (their contents are compared by
+    digest), lengthened, and measured and saved more or less often.
+    """
+    changed = differences(before, now)
+    allowed = set(MAY_CHANGE)
+    if before.eval_data and now.eval_data:
+        allowed |= {"evaluation.holdout_every"}  # holds nothing out
+    elif before.eval_data or now.eval_data:
+        allowed -= {"eval_data"}  # what was held out would be trained on, or the reverse
+    if now.steps < before.steps:
+        allowed -= {"steps"}  # the learning rate would have fallen faster
+    return [line for name, line in changed.items() if name not in allowed]
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) or "nothing" if isinstance(value, tuple) else str(value)
 
 
 def _plain(items: list[tuple[str, Any]]) -> dict[str, Any]:

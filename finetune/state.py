@@ -51,6 +51,7 @@ class StepResult(NamedTuple):
     loss: jax.Array  # float32 scalar
     grad_norm: jax.Array  # float32 scalar, before clipping
     measured: Measured
+    finite_grads: jax.Array  # bool, one entry a trainable leaf
 
 
 def start(split: Split, optimizer: optax.GradientTransformation) -> TrainState:
@@ -75,7 +76,7 @@ def balance(biases: nnx.State, load: ExpertLoad, rate: float) -> nnx.State:
 
 def make_train_step(
     graphdef: Any, optimizer: optax.GradientTransformation, settings: RunSettings
-) -> Callable[[TrainState, nnx.State, Batch], tuple[TrainState, StepResult]]:
+) -> jax.stages.Wrapped:
     """The jitted step: (state, frozen, batch) -> (state, what was measured); donates the state."""
     mode = settings.train
 
@@ -95,8 +96,12 @@ def make_train_step(
         trainable = cast(nnx.State, optax.apply_updates(state.trainable, updates))
         biases = balance(state.biases, load, settings.router_bias_rate)
         moved = TrainState(trainable, biases, opt_state)
-        result = StepResult(loss, optax.tree.norm(grads), measured)
-        return _where(jnp.any(_targets(measured, mode) > 0), moved, state), result
+        norm = optax.tree.norm(grads)
+        finite_grads = jnp.stack([jnp.isfinite(grad).all() for grad in jax.tree.leaves(grads)])
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        learnt = jnp.any(_targets(measured, mode) > 0)
+        result = StepResult(loss, norm, measured, finite_grads)
+        return _where(learnt & finite, moved, state), result
 
     return jax.jit(step, donate_argnums=0)
 
@@ -106,9 +111,12 @@ def _targets(measured: Measured, mode: TrainMode) -> jax.Array:
     return measured.num_targets_K1[1:] if mode == "mtp" else measured.num_targets_K1
 
 
-def _where(learnt: jax.Array, moved: TrainState, state: TrainState) -> TrainState:
-    """What a step leaves: without a target no weight, moment or router bias moves."""
-    return jax.tree.map(lambda new, old: jnp.where(learnt, new, old), moved, state)
+def _where(good: jax.Array, moved: TrainState, state: TrainState) -> TrainState:
+    """What a step leaves: without a target, or a finite loss, nothing moves.
+
+    That is no weight, no moment and no router bias.
+    """
+    return jax.tree.map(lambda new, old: jnp.where(good, new, old), moved, state)
 
 
 def make_measure_step(

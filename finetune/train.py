@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from rich.console import Console
 
 from finetune.data.packing import Batch, Packer, Position
-from finetune.data.run_text import RunText, held_out_batches, open_run_text
+from finetune.data.run_text import RunText, digest_of, held_out_batches, open_run_text
+from finetune.not_finite import cause, raise_unless_finite
 from finetune.optimizer import learning_rates, make_optimizer
 from finetune.run.checkpoints import (
     Checkpoints,
@@ -25,11 +27,13 @@ from finetune.run.checkpoints import (
     raise_unless_room,
     saved_steps,
 )
-from finetune.run.directory import RunDirectory, RunError
-from finetune.run.metrics import RunLog, Summary, add_up, read_rows, summarise
+from finetune.run.directory import RunDirectory
+from finetune.run.metrics import RunLog, Summary, add_up, first_and_last, summarise
 from finetune.run.plots import draw_curves
 from finetune.run.report import evaluation_sentence
-from finetune.settings import RunSettings, SettingsError, as_plain, check
+from finetune.run.resuming import resume, say_what_is_done_again
+from finetune.run.stopping import NOT_STOPPING, Stopping
+from finetune.settings import ComputeDtype, RunSettings, SettingsError, as_plain, check
 from finetune.state import (
     Split,
     StepResult,
@@ -70,44 +74,57 @@ class _Job:
     """What the loop works with; none of it changes from step to step."""
 
     settings: RunSettings
+    computed_in: ComputeDtype  # what `auto` stands for in this run
     run: RunDirectory
     base: Checkpoint
     text: RunText
     split: Split
-    train_step: Callable[[TrainState, nnx.State, Batch], tuple[TrainState, StepResult]]
+    train_step: jax.stages.Wrapped
     measure_step: Callable[..., Any]
     held_out: list[Batch]
+    held_out_digest: str
     first_state: TrainState
     console: Console
+    stopping: Stopping
 
 
-def train(settings: RunSettings, console: Console, overwrite: bool = False) -> Result:
-    """Train, or go on where a killed run stopped. What is done is said on `console`.
+def train(
+    settings: RunSettings,
+    console: Console,
+    overwrite: bool = False,
+    stopping: Stopping = NOT_STOPPING,
+) -> Result:
+    """Train, or go on where a stopped run is. What is done is said on `console`.
 
-    Raises SettingsError, RunError, DataError or CheckpointError before anything is written, and
-    StoppedError when the loss is not finite.
+    stopping: what hears the signals that end the run early, where something does.
+
+    Raises SettingsError, RunError, DataError or CheckpointError before anything is written,
+    StoppedError when the loss is not finite, and Stopped when a signal asked for it.
     """
     settings = resolve(settings)
     run = RunDirectory(path=settings.out)
     run.raise_unless_usable(settings, overwrite)
+    begun_in = None if overwrite else run.computed_in()
+    computed_in = begun_in or compute_dtype(settings.compute_dtype)
     base, config = open_trainable(settings.checkpoint)
     _raise_if_rows_are_short(settings, config)
     text = open_run_text(settings, config)
     console.print(text.description)
-    with run.claim(settings, overwrite):
-        job = _prepare(settings, run, base, text, console)
+    with run.claim(settings, computed_in, overwrite):
+        job = _prepare(settings, computed_in, run, base, text, console, stopping)
         _raise_unless_room(job)
         console.print(_plan(job))
         state = _loop(job)
-        rows = read_rows(run.evaluations)
+        measured = first_and_last(run.evaluations)
         record = {"by": "finetune-deepseek train", "settings": as_plain(settings)}
-        record |= {"held_out": {"before": rows[0], "after": rows[-1]}} if rows else {}
+        record |= {"computed_in": computed_in}
+        record |= {"held_out": {"before": measured[0], "after": measured[1]}} if measured else {}
         write_final(base, run.final, state, record)
     return _result(run)
 
 
 def resolve(settings: RunSettings) -> RunSettings:
-    """Checked settings with absolute paths and no `auto`: what RUN/config.yaml says."""
+    """Checked settings with absolute paths: what RUN/config.yaml says."""
     check(settings)
     return dataclasses.replace(
         settings,
@@ -115,83 +132,103 @@ def resolve(settings: RunSettings) -> RunSettings:
         data=tuple(path.absolute() for path in settings.data),
         eval_data=tuple(path.absolute() for path in settings.eval_data),
         out=settings.out.absolute(),
-        compute_dtype=compute_dtype(settings.compute_dtype),
     )
 
 
 def _prepare(
-    settings: RunSettings, run: RunDirectory, base: Checkpoint, text: RunText, console: Console
+    settings: RunSettings,
+    computed_in: ComputeDtype,
+    run: RunDirectory,
+    base: Checkpoint,
+    text: RunText,
+    console: Console,
+    stopping: Stopping,
 ) -> _Job:
-    split = load_for_training(settings.checkpoint, settings.train, settings.compute_dtype)
+    held_out = held_out_batches(text.held_out, settings) if text.held_out else []
+    split = load_for_training(settings.checkpoint, settings.train, computed_in)
+    raise_unless_finite(split, settings.checkpoint)
     optimizer = make_optimizer(settings.optimizer, settings.steps, matrices(base).__contains__)
     return _Job(
         settings=settings,
+        computed_in=computed_in,
         run=run,
         base=base,
         text=text,
         split=split,
         train_step=make_train_step(split.graphdef, optimizer, settings),
         measure_step=make_measure_step(split.graphdef),
-        held_out=held_out_batches(text.held_out, settings) if text.held_out else [],
+        held_out=held_out,
+        held_out_digest=digest_of(held_out),
         first_state=start(split, optimizer),
         console=console,
+        stopping=stopping,
     )
 
 
 def _loop(job: _Job) -> TrainState:
     """All steps that are still to be done. Long, so that it can be read in one piece."""
-    settings, run = job.settings, job.run
+    settings, run, stopping = job.settings, job.run, job.stopping
     with contextlib.ExitStack() as stack:
         checkpoints = Checkpoints(run.checkpoints, settings.checkpoints.keep)
         stack.callback(checkpoints.close)
-        state, at = _resume(job, checkpoints)
+        state, at = resume(run, checkpoints, job.first_state, _inputs(job), settings, job.console)
         log = RunLog(run.metrics, run.evaluations, run.tensorboard, at.step)
         stack.callback(log.close)
+        say_what_is_done_again(log, at, job.console)
         batches = stack.enter_context(_batches(job, at))
         report = stack.enter_context(progress("train", "steps", at.step, settings.steps))
         rate_of = learning_rates(settings.optimizer, settings.steps)
 
-        if at.step == 0:
-            _evaluate(job, log, state, 0)
+        def stop_if_asked() -> None:
+            if stopping.asked:
+                checkpoints.save(state, at)
+                checkpoints.wait()
+                stopping.stop()
+
+        if _evaluation_is_missing(job, log, at.step):
+            _evaluate(job, log, state, at.step, stop_if_asked)
+        if at.step == settings.steps:  # only the result is still to be written
+            return state
+        train_step, compiled = _compiled(job, state)
+        stack.enter_context(stopping.after_the_step())
         for step in range(at.step + 1, settings.steps + 1):
             began = time.perf_counter()
             batch, position = next(batches)
-            state, result = job.train_step(state, job.split.frozen, batch)
+            state, result = train_step(state, job.split.frozen, batch)
             result = jax.device_get(result)  # waits for the step
-            _raise_unless_finite(step, result, checkpoints, run)
+            _raise_unless_finite(job, state, batch, step, result, checkpoints)
 
             tokens = at.tokens + int(result.measured.num_tokens)
             at = dataclasses.replace(at, step=step, tokens=tokens, position=position.to_json())
             row = _row(at, result, float(rate_of(step)), time.perf_counter() - began)
-            log.step(row)
+            log.step(row | compiled)
+            compiled = {}
             measured = f"loss {row['loss']:.3f}, {row['tokens_per_s']:,.0f} tokens/s"
             report(step, settings.steps, measured)
 
-            last = step == settings.steps
-            if last or step % settings.evaluation.every == 0:
-                _evaluate(job, log, state, step)
-            if last or step % settings.checkpoints.every == 0:
+            if step == settings.steps or step % settings.checkpoints.every == 0:
                 checkpoints.save(state, at)
+            checkpoints.raise_if_failed()
+            stop_if_asked()
+            if _evaluation_is_due(settings, step):
+                _evaluate(job, log, state, step, stop_if_asked)
+        checkpoints.wait()
     return state
 
 
-def _resume(job: _Job, checkpoints: Checkpoints) -> tuple[TrainState, RunPosition]:
-    """The newest checkpoint, or the beginning. RunError when data or weights have changed."""
-    inputs = {
-        "data": job.text.digest,
-        "checkpoint": (job.base.path / COMPLETE).digest(),
-    }
-    at = checkpoints.latest()
-    if at is None:
-        return job.first_state, RunPosition(inputs=inputs)
-    changed = [name for name, digest in inputs.items() if (at.inputs or {})[name] != digest]
-    if changed:
-        raise RunError(
-            f"{job.run.path} cannot be continued: {' and '.join(changed)} changed since it began; "
-            "restore what it was, or start anew with --overwrite"
-        )
-    job.console.print(f"continuing after step {at.step}")
-    return checkpoints.restore(at.step, job.first_state), at
+def _compiled(job: _Job, state: TrainState) -> tuple[Callable[..., Any], dict[str, float]]:
+    """The step, compiled before the first one is timed, and what that took, for the log."""
+    batch = job.settings.batch
+    ids = jax.ShapeDtypeStruct((batch.rows, batch.row_tokens), jnp.int32)
+    began = time.perf_counter()
+    abstract = Batch(*(ids for _ in Batch._fields))
+    step = job.train_step.lower(state, job.split.frozen, abstract).compile()
+    return step, {"compile_s": time.perf_counter() - began}
+
+
+def _inputs(job: _Job) -> dict[str, str]:
+    """Digests of what is trained on and of what is trained: none may change in a run."""
+    return {"data": job.text.digest, "checkpoint": (job.base.path / COMPLETE).digest()}
 
 
 def _raise_unless_room(job: _Job) -> None:
@@ -228,16 +265,38 @@ def _batches(job: _Job, at: RunPosition) -> Iterator[Iterator[tuple[Batch, Posit
         yield ahead()
 
 
-def _evaluate(job: _Job, log: RunLog, state: TrainState, step: int) -> None:
+def _evaluation_is_due(settings: RunSettings, step: int) -> bool:
+    return step == settings.steps or step % settings.evaluation.every == 0
+
+
+def _evaluation_is_missing(job: _Job, log: RunLog, step: int) -> bool:
+    """Whether the step that a run goes on from is still to be measured.
+
+    A signal may have come while it was, or it is held-out text that was not measured yet.
+    """
+    last = log.evaluation_rows.last or {"step": -1}
+    other_text = last.get("held_out", job.held_out_digest) != job.held_out_digest
+    return other_text or (last["step"] < step and _evaluation_is_due(job.settings, step))
+
+
+def _evaluate(
+    job: _Job, log: RunLog, state: TrainState, step: int, stop_if_asked: Callable[[], None]
+) -> None:
     """Measure on held-out text, log it, say it, and draw the curves anew."""
     run = job.run
+
+    def batches() -> Iterator[Batch]:
+        for batch in job.held_out:
+            stop_if_asked()
+            yield batch
+
     if job.held_out:
         parts = (state.trainable, state.biases, job.split.frozen)
-        summary = summarise(add_up(job.measure_step(*parts, batch) for batch in job.held_out))
-        log.evaluation({"step": step, **summary.to_json()})
+        summary = summarise(add_up(job.measure_step(*parts, batch) for batch in batches()))
+        log.evaluation({"step": step, **summary.to_json(), "held_out": job.held_out_digest})
         with above_bars():
             job.console.print(evaluation_sentence(step, summary))
-    steps, evaluations = read_rows(run.metrics), read_rows(run.evaluations)
+    steps, evaluations = log.step_rows.rows(), log.evaluation_rows.rows()
     if steps or evaluations:
         title = f"{run.path.name}: --train {job.settings.train} from {job.base.path.name}"
         draw_curves(run.curves, steps, evaluations, title)
@@ -263,16 +322,17 @@ def _row(at: RunPosition, result: StepResult, lr: float, step_s: float) -> dict[
 
 
 def _raise_unless_finite(
-    step: int, result: StepResult, checkpoints: Checkpoints, run: RunDirectory
+    job: _Job, state: TrainState, batch: Batch, step: int, result: StepResult, kept: Checkpoints
 ) -> None:
+    """StoppedError that says why a loss is not finite; the step left the state as it was."""
     if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
         return
-    kept = checkpoints.latest()
-    left = f"the checkpoint of step {kept.step} is kept" if kept else "there is no checkpoint yet"
+    kept.wait()
+    newest = next(kept.steps(), None)
+    left = "there is no checkpoint yet" if newest is None else f"the checkpoint of step {newest}"
     raise StoppedError(
         f"step {step}: loss {float(result.loss)}, gradient norm {float(result.grad_norm)}; {left} "
-        f"in {run.checkpoints}. Try a lower --optimizer.learning-rate or --optimizer.clip-norm "
-        "with another --out"
+        f"is kept in {job.run.checkpoints}. {cause(job.split, state, batch, result, step)}"
     )
 
 
@@ -293,8 +353,7 @@ def _plan(job: _Job) -> str:
     row_tokens = settings.batch.rows * settings.batch.row_tokens
     return (
         f"training {what[settings.train]}: {trainable:,} parameters of {trainable + frozen:,}; "
-        f"{settings.steps} steps of up to {row_tokens:,} tokens, computed in "
-        f"{settings.compute_dtype}"
+        f"{settings.steps} steps of up to {row_tokens:,} tokens, computed in {job.computed_in}"
     )
 
 
@@ -303,6 +362,6 @@ def _num_parameters(state: nnx.State) -> int:
 
 
 def _result(run: RunDirectory) -> Result:
-    summaries = [Summary.from_json(row) for row in read_rows(run.evaluations)]
-    before, after = (summaries[0], summaries[-1]) if summaries else (None, None)
+    measured = first_and_last(run.evaluations)
+    before, after = map(Summary.from_json, measured) if measured else (None, None)
     return Result(run=run, before=before, after=after)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from finetune.data.corpus import Corpus, scan
 from finetune.data.packing import Batch, Packer, first_rows
@@ -22,7 +23,7 @@ class RunText:
 
     train: TokenDocuments
     held_out: TokenDocuments | None
-    digest: str  # of all of it
+    digest: str  # of the files that are trained on
     description: str  # for the person who started the run
 
 
@@ -39,7 +40,7 @@ def open_run_text(settings: RunSettings, config: ModelConfig) -> RunText:
     return RunText(
         train=train_documents,
         held_out=held_out_documents,
-        digest=train.digest + (held_out.digest if held_out else ""),
+        digest=train.digest,
         description=f"{len(train)} documents to train on, {said}{_files(train)}{_idle(train)}",
     )
 
@@ -60,6 +61,14 @@ def held_out_batches(documents: TokenDocuments, settings: RunSettings) -> list[B
         epochs=1,
     )
     return [batch for batch, _ in first_rows(packer, settings.evaluation.rows)]
+
+
+def digest_of(batches: list[Batch]) -> str:
+    """Which held-out text it is that is measured: xxh3-128 of all its rows."""
+    state = xxhash.xxh3_128()
+    for each in (each for batch in batches for each in batch):
+        state.update(np.ascontiguousarray(each).data)
+    return state.hexdigest()
 
 
 def _split(

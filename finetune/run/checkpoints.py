@@ -1,16 +1,38 @@
-"""What a killed run continues from: the training state and how far the run is, saved by Orbax."""
+"""What a stopped run continues from: the training state and how far the run is, saved by Orbax.
 
+Beside Orbax's files stand digests of our own: of every leaf's bytes, and of the record that holds
+them. So a restored state is the saved one, bit for bit, or the checkpoint is told to be damaged.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+import xxhash
 
 from mtp_model.files.local import raise_if_full
+from mtp_model.files.memory import available_bytes
+from mtp_model.problems import UserError
 
 T = TypeVar("T")
 _METADATA_BYTES = 1 << 20  # of a checkpoint, and of the logs that grow beside it
+_RECORD = "progress/metadata"  # where Orbax puts what it saves as JSON under `progress`
+_UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of what a killed process was writing
+_DELETED = ".deleted"  # what is about to be deleted has no number any more
+_FULL = ("No space left", "Disk quota exceeded")
+_NOT_DAMAGE = ("Permission denied", "PERMISSION_DENIED", "ut of memory")
+
+
+class DamagedError(UserError):
+    """A checkpoint of a run that is not what was saved: what is wrong with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,62 +61,185 @@ def saved_steps(folder: Path) -> list[int]:
 
 
 class Checkpoints:
-    """The numbered checkpoints of a run; a half-written one is never seen."""
+    """The numbered checkpoints of a run; a half-written one has no number yet.
+
+    The next step takes over the state's buffers, so a save may go on beside it only from a copy
+    in this machine's memory, made before `save` returns. Where memory has no room for a copy, the
+    run waits until the checkpoint is on the disk.
+    """
 
     def __init__(self, folder: Path, keep: int):
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=ocp.checkpoint_managers.LatestN(keep),
-            cleanup_tmp_directories=True,
-            # The next step takes over the state's buffers; on CPU an asynchronous save may still
-            # be reading them.
-            enable_async_checkpointing=False,
-        )
-        self._folder = folder.absolute()
-        self.manager = ocp.CheckpointManager(self._folder, options=options)
+        self._folder, self._keep = folder.absolute(), keep
+        # Orbax logs, with tracebacks and more than once, what it also raises.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        self._orbax = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._saving: Future[None] | None = None
+        self._newest = -1
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._delete_leftovers()
 
     def save(self, state: Any, at: RunPosition) -> None:
         """Save under the step the run is at; older checkpoints beyond those to keep are deleted.
 
         UserError where the disk has no room, before anything is written: the others stay whole.
         """
+        if at.step == self._newest:  # saved just now
+            return
+        self.wait()
         raise_unless_room(self._folder, state)
-        args = ocp.args.Composite(
-            state=ocp.args.StandardSave(_by_name(state)),
-            progress=ocp.args.JsonSave(asdict(at)),
-        )
-        self.manager.save(at.step, args=args, force=True)
+        self._newest = at.step
+        leaves = _by_name(state)
+        if _copy_fits(leaves):
+            copies = {name: np.array(_on_host(leaf)) for name, leaf in leaves.items()}
+            self._saving = self._writer.submit(self._write, copies, at)
+        else:
+            self._write({name: _on_host(leaf) for name, leaf in leaves.items()}, at)
 
-    def latest(self) -> RunPosition | None:
-        """Where the newest checkpoint is in its run, None where there is none."""
-        step = self.manager.latest_step()
-        if step is None:
-            return None
-        args = ocp.args.Composite(progress=ocp.args.JsonRestore())
-        return RunPosition(**self.manager.restore(step, args=args)["progress"])
+    def raise_if_failed(self) -> None:
+        """Raise what ended the save that went on beside the last steps, if anything did."""
+        if self._saving and self._saving.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until what was saved is on the disk; raises what kept it from getting there."""
+        saving, self._saving = self._saving, None
+        if saving:
+            saving.result()
+
+    def steps(self) -> Iterator[int]:
+        """Steps of the checkpoints that are there, newest first."""
+        return reversed(saved_steps(self._folder))
+
+    def position(self, step: int) -> RunPosition:
+        """Where a checkpoint is in its run. DamagedError where its record is not as written."""
+        return self._record(step)[0]
 
     def restore(self, step: int, like: T) -> T:
-        """The state of a checkpoint in the place of `like`, whose buffers are freed for it."""
+        """The state of a checkpoint in the place of `like`, whose buffers are freed for it.
+
+        Every leaf is compared with its digest. DamagedError names what differs.
+        """
         wanted = {name: _abstract(leaf) for name, leaf in _by_name(like).items()}
+        _, digests = self._record(step)
+        if digests is not None and digests.keys() != wanted.keys():
+            odd = ", ".join(sorted(digests.keys() ^ wanted.keys())[:3])
+            raise UserError(f"{self._folder / str(step)} holds the state of another model: {odd}")
         for leaf in jax.tree.leaves(like):
             leaf.delete()
         args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
-        restored = self.manager.restore(step, args=args)["state"]
-        leaves = [restored[name] for name in _names(like)]
-        return jax.tree.unflatten(jax.tree.structure(like), leaves)
+        found = _or_damaged(lambda: self._orbax.restore(self._folder / str(step), args=args))
+        leaves = found["state"]
+        for name, digest in (digests or {}).items():
+            if _digest(_on_host(leaves[name])) != digest:
+                raise DamagedError(f"{name} is not what was saved")
+        return jax.tree.unflatten(
+            jax.tree.structure(like), [leaves[name] for name in _by_name(like)]
+        )
+
+    def set_aside(self, step: int) -> Path:
+        """Take a damaged checkpoint's number away; returns where it is now."""
+        aside = self._folder / f"{step}.damaged"
+        shutil.rmtree(aside, ignore_errors=True)
+        return (self._folder / str(step)).rename(aside)
 
     def close(self) -> None:
-        self.manager.close()
+        """Wait for the last save and end the thread that makes them."""
+        try:
+            self.wait()
+        finally:
+            self._writer.shutdown()
+            self._orbax.close()
+
+    def _write(self, leaves: Mapping[str, np.ndarray], at: RunPosition) -> None:
+        record = asdict(at) | {"state": {name: _digest(leaf) for name, leaf in leaves.items()}}
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(dict(leaves)),
+            progress=ocp.args.JsonSave(record | {"digest": _digest_of_record(record)}),
+        )
+        try:
+            self._orbax.save(self._folder / str(at.step), args=args, force=True)
+        except Exception as error:  # tensorstore has a ValueError for a full disk
+            if not any(words in str(error) for words in _FULL):
+                raise
+            self._delete_leftovers()
+            raise UserError(
+                f"the disk of {self._folder} is full: the checkpoint of step {at.step} was not "
+                "written, those before it are whole; make room and run the same command again"
+            ) from error
+        for step in saved_steps(self._folder)[: -self._keep]:
+            (self._folder / str(step)).rename(self._folder / f"{step}{_DELETED}")
+        self._delete_leftovers()
+
+    def _record(self, step: int) -> tuple[RunPosition, dict[str, str] | None]:
+        """Position and digests by leaf; None for those that an earlier version did not write."""
+        file = self._folder / str(step) / _RECORD
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+            digests, digest = record.pop("state", None), record.pop("digest", None)
+            position = RunPosition(**record)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise DamagedError(f"{_RECORD} is missing") from None
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            raise DamagedError(f"{_RECORD} is not what was saved") from None
+        earlier = digests is None and digest is None
+        whole = earlier or digest == _digest_of_record(record | {"state": digests})
+        if not whole or position.step != step:
+            raise DamagedError(f"{_RECORD} is not what was saved")
+        return position, digests
+
+    def _delete_leftovers(self) -> None:
+        """Delete what a killed process was writing or deleting."""
+        for path in self._folder.iterdir():
+            if _UNFINISHED in path.name or path.name.endswith(_DELETED):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _or_damaged(restore: Callable[[], T]) -> T:
+    """What Orbax restores. Of damaged files it complains with many kinds of exceptions."""
+    try:
+        return restore()
+    except (PermissionError, MemoryError):
+        raise
+    except Exception as error:
+        if any(words in str(error) for words in _NOT_DAMAGE):
+            raise
+        said = " ".join(str(error).split())
+        raise DamagedError(f"it cannot be read ({said[:200] or type(error).__name__})") from error
+
+
+def _copy_fits(leaves: Mapping[str, jax.Array]) -> bool:
+    """Whether memory has room for a copy, and three times that for what else comes."""
+    return 4 * sum(leaf.nbytes for leaf in leaves.values()) <= available_bytes()
+
+
+def _on_host(leaf: jax.Array) -> np.ndarray:
+    """The leaf in this machine's memory; on CPU its very buffer, which the next step overwrites.
+
+    Not `np.asarray` there: JAX would keep that view, and copy the leaf instead of overwriting it.
+    """
+    if leaf.is_fully_addressable and len(leaf.devices()) == 1:
+        (device,) = leaf.devices()
+        if device.platform == "cpu":
+            buffer: Any = leaf
+            return np.from_dlpack(buffer)
+    return np.asarray(leaf)
+
+
+def _digest(leaf: np.ndarray) -> str:
+    as_bytes = np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
+    return xxhash.xxh3_128(as_bytes.data).hexdigest()
+
+
+def _digest_of_record(record: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
-def _names(tree: Any) -> list[str]:
-    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
-    return [jax.tree_util.keystr(path, simple=True, separator=".") for path in paths]
-
-
 def _by_name(tree: Any) -> dict[str, Any]:
     """Leaves by dotted path: a checkpoint that says what it holds, and needs no class of ours."""
-    return dict(zip(_names(tree), jax.tree.leaves(tree), strict=True))
+    paths = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}

@@ -6,7 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.settings import RunSettings, differences, read_yaml, write_yaml
+import yaml
+
+from finetune.settings import (
+    ComputeDtype,
+    RunSettings,
+    SettingsError,
+    forbidden_changes,
+    read_yaml,
+    write_yaml,
+)
 from mtp_model.checkpoint.directory import COMPLETE
 from mtp_model.files.open import as_place
 from mtp_model.problems import UserError
@@ -25,6 +34,11 @@ class RunDirectory:
     @property
     def config(self) -> Path:
         return self.path / "config.yaml"
+
+    @property
+    def resolved(self) -> Path:
+        """What `auto` in config.yaml stood for where the run began."""
+        return self.path / "resolved.yaml"
 
     @property
     def metrics(self) -> Path:
@@ -58,6 +72,14 @@ class RunDirectory:
     def finished(self) -> bool:
         return (self.final / COMPLETE).is_file()
 
+    def is_of(self, config: Path) -> bool:
+        """Whether a YAML file is the one that the run in this directory saved."""
+        return config.absolute() == self.config and self.lock.is_file()
+
+    def saved_settings(self) -> RunSettings | None:
+        """Settings of the run that is here, None where there is none."""
+        return read_yaml(self.config) if self.config.is_file() else None
+
     def raise_unless_usable(self, settings: RunSettings, overwrite: bool) -> None:
         """RunError unless a run with these settings may start or go on here. Touches nothing."""
         if not self.config.is_file():
@@ -69,19 +91,40 @@ class RunDirectory:
             return
         if overwrite:
             return
-        if self.finished:
-            raise RunError(
-                f"{self.path} is a finished run (its result is {self.final}); "
-                "give --out another place, or --overwrite to train anew"
-            )
-        changed = differences(read_yaml(self.config), settings)
+        saved = read_yaml(self.config)
+        changed = forbidden_changes(saved, settings)
+        found, wanted = self.computed_in(), settings.compute_dtype
+        if wanted not in ("auto", found):
+            changed.append(f"--compute-dtype was {found}, is now {wanted}")
         if changed:
             advice = "give the same settings to continue it, another --out, or --overwrite"
             lines = "\n  ".join(changed)
             raise RunError(f"{self.path} is a run with other settings; {advice}:\n  {lines}")
+        if self.finished and settings.steps == saved.steps:
+            raise RunError(
+                f"{self.path} is a finished run (its result is {self.final}); give --out another "
+                f"place, more --steps than {saved.steps} to go on, or --overwrite to train anew"
+            )
+
+    def computed_in(self) -> ComputeDtype | None:
+        """The precision of the run that is here, None where there is none."""
+        saved = self.saved_settings()
+        if saved is None or saved.compute_dtype != "auto":
+            return saved and saved.compute_dtype
+        try:
+            found = yaml.safe_load(self.resolved.read_text(encoding="utf-8"))["compute_dtype"]
+        except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+            found = None
+        if found not in ("float32", "bfloat16"):
+            what = "does not say what --compute-dtype auto stood for when the run began"
+            advice = "write `compute_dtype: float32` or `compute_dtype: bfloat16` into it"
+            raise SettingsError(str(self.resolved), [f"{what}; {advice}"])
+        return found
 
     @contextlib.contextmanager
-    def claim(self, settings: RunSettings, overwrite: bool) -> Iterator[None]:
+    def claim(
+        self, settings: RunSettings, computed_in: ComputeDtype, overwrite: bool
+    ) -> Iterator[None]:
         """Hold the directory against other processes, with the settings saved in it."""
         self.path.mkdir(parents=True, exist_ok=True)
         with as_place(self.lock).locked() as got:
@@ -90,18 +133,38 @@ class RunDirectory:
             if overwrite:
                 self._delete()
             if not self.config.is_file():
-                partial = self.config.with_suffix(".partial")
-                write_yaml(settings, partial)
-                partial.replace(self.config)
+                self.resolved.write_text(f"compute_dtype: {computed_in}\n", encoding="utf-8")
+                self._save(settings)
             yield
 
+    def go_on_with(self, settings: RunSettings) -> Path | None:
+        """Save settings that have changed; returns where a lengthened run's result is now.
+
+        It keeps that name: it is a checkpoint directory like any other.
+        """
+        saved = self.saved_settings()
+        if saved in (None, settings):
+            return None
+        aside = None
+        if self.finished:
+            aside = self.final.with_name(f"final-of-{saved.steps}-steps")
+            self.final.rename(aside)
+        self._save(settings)
+        return aside
+
+    def _save(self, settings: RunSettings) -> None:
+        partial = self.config.with_suffix(".partial")
+        write_yaml(settings, partial)
+        partial.replace(self.config)
+
     def _is_empty(self) -> bool:
-        ours = (self.lock, self.config.with_suffix(".partial"))
+        ours = (self.lock, self.resolved, self.config.with_suffix(".partial"))
         return all(entry in ours for entry in self.path.iterdir())
 
     def _delete(self) -> None:
         """Delete what a run writes, and nothing else that may be there; config.yaml last."""
-        for folder in (self.final, self.checkpoints, self.tensorboard):
+        results = self.path.glob("final-of-*-steps")
+        for folder in (self.final, self.checkpoints, self.tensorboard, *results):
             shutil.rmtree(folder, ignore_errors=True)
-        for file in (self.metrics, self.evaluations, self.curves, self.config):
+        for file in (self.metrics, self.evaluations, self.curves, self.resolved, self.config):
             file.unlink(missing_ok=True)

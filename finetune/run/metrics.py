@@ -5,7 +5,7 @@ text; TensorBoard has both.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,11 @@ import jax
 import numpy as np
 
 from finetune.objective.losses import Measured
+
+Row = dict[str, Any]
+"""A line of metrics.jsonl or evaluations.jsonl."""
+MOST_POINTS = 2000  # of a curve: more than a picture has columns
+_LISTS = ("mtp_loss", "acceptance")  # in every row, beside `main_loss`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +101,11 @@ def _products(rates: list[float | None]) -> list[float | None]:
 
 
 class RunLog:
-    """Appends to the files of a run; `last_step` is what the run continues after."""
+    """Appends to the files of a run; `last_step` is what the run continues after.
+
+    step_rows, evaluation_rows: for the curves. faults: what was wrong with the files, a line each.
+    seen: the last step that the files told of.
+    """
 
     def __init__(self, metrics: Path, evaluations: Path, tensorboard: Path, last_step: int):
         # tensorboardX imports torch where that is installed: seconds, wanted here only.
@@ -104,15 +113,20 @@ class RunLog:
 
         self.metrics, self.evaluations = metrics, evaluations
         self.writer = SummaryWriter(str(tensorboard), purge_step=last_step + 1)
-        for file in (metrics, evaluations):
-            trim(file, last_step)
+        self.faults: list[str] = []
+        self.seen = 0
+        self.step_rows, self.evaluation_rows = Thinned(), Thinned()
+        self._trim(metrics, self.step_rows, last_step)
+        self._trim(evaluations, self.evaluation_rows, last_step)
 
-    def step(self, row: dict[str, Any]) -> None:
+    def step(self, row: Row) -> None:
         """One training step; row has `step`."""
+        self.step_rows.add(row)
         self._append(self.metrics, row, "train")
 
-    def evaluation(self, row: dict[str, Any]) -> None:
+    def evaluation(self, row: Row) -> None:
         """One evaluation on held-out text; row has `step`."""
+        self.evaluation_rows.add(row)
         self._append(self.evaluations, row, "held_out")
 
     def close(self) -> None:
@@ -125,7 +139,21 @@ class RunLog:
             events._worker.stop()
             events._closed = True
 
-    def _append(self, file: Path, row: dict[str, Any], group: str) -> None:
+    def _trim(self, file: Path, kept: "Thinned", last_step: int) -> None:
+        """Drop the rows after a step, which will be computed again, and lines that are broken."""
+        whole = file.with_name(file.name + ".partial")
+        with whole.open("w", encoding="utf-8") as out:
+            for number, row in _lines(file):
+                if row is None:
+                    self.faults.append(f"{file} line {number} is broken and left out")
+                    continue
+                self.seen = max(self.seen, row["step"])
+                if row["step"] <= last_step:
+                    kept.add(row)
+                    out.write(json.dumps(row) + "\n")
+        whole.replace(file)
+
+    def _append(self, file: Path, row: Row, group: str) -> None:
         try:
             with file.open("a", encoding="utf-8") as out:
                 out.write(json.dumps(row) + "\n")
@@ -138,22 +166,65 @@ class RunLog:
             elif name != "step":
                 self._scalar(f"{group}/{name}", value, row["step"])
 
-    def _scalar(self, tag: str, value: float | None, step: int) -> None:
-        if value is not None:
+    def _scalar(self, tag: str, value: Any, step: int) -> None:
+        if isinstance(value, int | float):
             self.writer.add_scalar(tag, value, step)
 
 
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file, without a last line that a killed process left unfinished."""
+class Thinned:
+    """At most a few thousand rows out of any number: the first, every n-th, and the last."""
+
+    def __init__(self) -> None:
+        self._kept: list[Row] = []
+        self._every, self._count = 1, 0
+        self.last: Row | None = None
+
+    def add(self, row: Row) -> None:
+        if self._count % self._every == 0:
+            self._kept.append(row)
+        self._count, self.last = self._count + 1, row
+        if len(self._kept) == MOST_POINTS:
+            self._kept, self._every = self._kept[::2], 2 * self._every
+
+    def rows(self) -> list[Row]:
+        if self.last is None or self._kept[-1] is self.last:
+            return [*self._kept]
+        return [*self._kept, self.last]
+
+
+def read_rows(file: Path) -> Iterator[Row]:
+    """The rows of a .jsonl file, one at a time, without lines that are broken."""
+    return (row for _, row in _lines(file) if row is not None)
+
+
+def first_and_last(evaluations: Path) -> tuple[Row, Row] | None:
+    """The last evaluation, and the first one on the same held-out text; None without any."""
+    firsts: dict[str | None, Row] = {}
+    last: Row | None = None
+    for last in read_rows(evaluations):
+        firsts.setdefault(last.get("held_out"), last)
+    if last is None:
+        return None
+    # Earlier versions did not write which text it was.
+    return firsts.get(None) or firsts[last.get("held_out")], last
+
+
+def _lines(file: Path) -> Iterator[tuple[int, Row | None]]:
+    """Number and row of each line; None for one that a killed process left half, or is damaged."""
     if not file.is_file():
-        return []
-    lines = file.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+        return
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            yield number, _row(line) if line.endswith(b"\n") else None
 
 
-def trim(file: Path, last_step: int) -> None:
-    """Drop the rows after a step: what comes after it will be computed again."""
-    rows = [row for row in read_rows(file) if row["step"] <= last_step]
-    whole = file.with_name(file.name + ".partial")
-    whole.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    whole.replace(file)
+def _row(line: bytes) -> Row | None:
+    """The row that a line holds, None where it is none that the curves can be drawn from."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return None
+    drawn = all(isinstance(row.get(name), list) for name in _LISTS) and "main_loss" in row
+    return row if drawn else None

@@ -12,7 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-Row = dict[str, Any]
+from finetune.run.metrics import Row
+
 Value = Callable[[Row], float | None]
 MAIN_COLOUR = "0.35"
 DEPTH_COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
@@ -29,7 +30,7 @@ def draw_curves(path: Path, steps: Sequence[Row], evaluations: Sequence[Row], ti
     figure.suptitle(title, fontsize=13)
     _draw_losses(loss, steps, evaluations)
     _draw_acceptance(acceptance, steps, evaluations)
-    _draw_line(rate, steps, lambda row: row["lr"], color="tab:gray", linewidth=1.5)
+    _draw_line(rate, steps, lambda row: row.get("lr"), color="tab:gray", linewidth=1.5)
     rate.set_ylabel("learning rate")
     rate.set_ylim(bottom=0)
     rate.set_xlabel("step")
@@ -76,7 +77,7 @@ def _draw_line(axes: Axes, rows: Sequence[Row], value: Value, **style: Any) -> N
 
 
 def _entry(name: str, depth: int) -> Value:
-    return lambda row: row[name][depth]
+    return lambda row: row[name][depth] if depth < len(row[name]) else None
 
 
 def _look(depth: int) -> tuple[str, str]:

@@ -139,8 +139,11 @@ def test_every_value_that_cannot_be_used_is_reported():
 
 
 def test_differences_are_named_as_options():
-    before, now = parsed(), parsed("--optimizer.clip-norm", "3")
-    assert differences(before, now) == ["--optimizer.clip-norm was 1.0, is now 3.0"]
+    before, now = parsed(), parsed("--optimizer.clip-norm", "3", "--eval-data", "c", "d")
+    assert differences(before, now) == {
+        "eval_data": "--eval-data was nothing, is now c d",
+        "optimizer.clip_norm": "--optimizer.clip-norm was 1.0, is now 3.0",
+    }
 
 
 # --- exit status

@@ -1,15 +1,10 @@
 """Training: what moves, what it leaves behind, and that a killed run loses nothing."""
 
-import contextlib
 import dataclasses
-import io
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,15 +15,22 @@ import pytest
 from flax import nnx
 from gcs_server import BUCKET
 from imported import import_tiny
-from rich.console import Console
 from roundtrip import tree_bytes
+from trained import (
+    QUIET,
+    SIZES,
+    arguments,
+    read_rows,
+    rows_without_times,
+    run_until,
+    unfinished_copy,
+)
 
 from finetune import cli
 from finetune.data.packing import Batch
 from finetune.data.records import DataError
 from finetune.optimizer import make_optimizer
 from finetune.run.directory import RunError
-from finetune.run.metrics import read_rows
 from finetune.settings import (
     BatchSettings,
     CheckpointSettings,
@@ -46,70 +48,6 @@ from mtp_model.checkpoint.directory import CheckpointError, open_checkpoint
 from mtp_model.files.local import LocalPlace
 from mtp_model.load import load
 from mtp_model.problems import UserError
-
-SIZES = {"num_hidden_layers": 2, "first_k_dense_replace": 1}
-TIMES = ("tokens_per_s", "step_s")  # what differs from run to run
-QUIET = Console(quiet=True)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """FP8 weights, one dense layer, one MoE layer, one MTP module."""
-    return import_tiny(tmp_path_factory.mktemp("base"), dtype="fp8", sizes=SIZES, num_files=2)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    file = tmp_path_factory.mktemp("text") / "code.jsonl"
-    lines = Path(cli.__file__).read_text().split("\n\n")
-    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in lines))
-    return file
-
-
-@pytest.fixture(scope="module")
-def settings(checkpoint, data, tmp_path_factory):
-    return RunSettings(
-        checkpoint=str(checkpoint),
-        data=(data,),
-        out=tmp_path_factory.mktemp("runs") / "whole",
-        steps=7,
-        batch=BatchSettings(rows=2, row_tokens=32),
-        optimizer=OptimizerSettings(learning_rate=3e-3, warmup_fraction=0.3),
-        evaluation=EvaluationSettings(every=2, rows=2),
-        checkpoints=CheckpointSettings(every=3),
-    )
-
-
-@pytest.fixture(scope="module")
-def finished_and_log(settings):
-    """A run of --train mtp that nothing disturbed, and the lines it wrote to a log."""
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as log:
-        patch.setattr(progress, "LINE_EVERY_S", 0.02)
-        result = train(settings, QUIET)
-    return result, log.getvalue().splitlines()
-
-
-@pytest.fixture(scope="module")
-def finished(finished_and_log):
-    return finished_and_log[0]
-
-
-def arguments(settings: RunSettings, out: Path) -> list[str]:
-    """The settings as a command line."""
-    words = {
-        "--checkpoint": settings.checkpoint,
-        "--data": settings.data[0],
-        "--out": out,
-        "--steps": settings.steps,
-        "--batch.rows": settings.batch.rows,
-        "--batch.row-tokens": settings.batch.row_tokens,
-        "--optimizer.learning-rate": settings.optimizer.learning_rate,
-        "--optimizer.warmup-fraction": settings.optimizer.warmup_fraction,
-        "--evaluation.every": settings.evaluation.every,
-        "--evaluation.rows": settings.evaluation.rows,
-        "--checkpoints.every": settings.checkpoints.every,
-    }
-    return ["train", *(str(word) for pair in words.items() for word in pair)]
 
 
 def leaf_bytes(path: Path) -> dict[str, tuple[str, bytes]]:
@@ -211,8 +149,10 @@ def test_metrics_have_the_documented_fields(finished):
     assert [row["step"] for row in rows] == list(range(1, 8))
     assert list(rows[0]) == [
         *("step", "loss", "main_loss", "mtp_loss", "acceptance", "agreement", "reached"),
-        *("grad_norm", "lr", "tokens", "tokens_per_s", "step_s"),
+        *("grad_norm", "lr", "tokens", "tokens_per_s", "step_s", "compile_s"),
     ]
+    assert ["compile_s" in row for row in rows] == [True] + 6 * [False]
+    assert max(row["step_s"] for row in rows) < rows[0]["compile_s"], "steps are not compiled"
     assert all(len(row["mtp_loss"]) == len(row["acceptance"]) == 1 for row in rows)
     assert rows[-1]["tokens"] == sum(round(row["tokens_per_s"] * row["step_s"]) for row in rows), (
         "tokens are counted from the start"
@@ -235,7 +175,9 @@ def test_curves_tensorboard_and_settings_are_written(finished, settings):
     assert b"train/mtp_loss/depth_1" in events.read_bytes()
     assert b"held_out/agreement/depth_1" in events.read_bytes()
     saved = read_yaml(finished.run.config)
-    assert saved == dataclasses.replace(settings, compute_dtype="float32")
+    assert saved == settings
+    assert saved.compute_dtype == "auto"
+    assert finished.run.resolved.read_text() == "compute_dtype: float32\n"
 
 
 def test_final_says_where_it_comes_from(finished, checkpoint):
@@ -256,25 +198,8 @@ def test_newest_checkpoints_are_kept(finished):
 
 
 def killed(point: str, count: int, argv: list[str]) -> None:
-    script = Path(__file__).parents[1] / "support" / "killed_training.py"
-    compiled = Path(argv[argv.index("--out") + 1]).with_name("compiled")  # shared by the killed
-    environment = os.environ | {
-        "PYTHONPATH": str(script.parents[2]),
-        "JAX_COMPILATION_CACHE_DIR": str(compiled),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-    }
-    done = subprocess.run(
-        [sys.executable, str(script), point, str(count), *argv],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_until(point, count, "KILL", argv)
     assert done.returncode == -signal.SIGKILL, done.stderr
-
-
-def rows_without_times(file: Path) -> list[dict]:
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_rows(file)]
 
 
 def test_a_run_killed_three_times_equals_one_that_was_not(finished, settings):
@@ -314,15 +239,6 @@ def test_other_settings_are_refused_by_name(finished, settings, tmp_path):
         train(dataclasses.replace(settings, optimizer=optimizer, seed=4, out=out), QUIET)
     assert "--optimizer.clip-norm was 1.0, is now 3.0" in str(caught.value)
     assert "--seed was 0, is now 4" in str(caught.value)
-
-
-def unfinished_copy(finished, settings, out: Path) -> RunSettings:
-    """The finished run without its result, as if it had been killed before writing it."""
-    shutil.copytree(finished.run.path, out)
-    shutil.rmtree(out / "final")
-    text = (out / "config.yaml").read_text().replace(str(finished.run.path), str(out))
-    (out / "config.yaml").write_text(text)
-    return dataclasses.replace(settings, out=out)
 
 
 def test_changed_data_cannot_continue_a_run(finished, settings, data, tmp_path):

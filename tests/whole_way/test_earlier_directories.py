@@ -41,7 +41,7 @@ def test_an_earlier_run_goes_on(before: Path):
     config.write_text(absolute)
     assert finetune(["train", "--config", str(config)]) == 0
     whole = [json.loads(line) for line in Path("finished-metrics.jsonl").read_text().splitlines()]
-    found = read_rows(run / "metrics.jsonl")
+    found = list(read_rows(run / "metrics.jsonl"))
     assert [row["step"] for row in found] == [1, 2, 3, 4]
     for ours, theirs in zip(found, whole, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)

@@ -1,0 +1,95 @@
+"""Where a run goes on: the newest checkpoint that is whole, and what is said about it.
+
+A file of its own: the loop begins with a state, wherever that comes from.
+"""
+
+from rich.console import Console
+
+from finetune.optimizer import learning_rates
+from finetune.run.checkpoints import Checkpoints, DamagedError, RunPosition
+from finetune.run.directory import RunDirectory, RunError
+from finetune.run.metrics import RunLog
+from finetune.settings import RunSettings, differences
+from finetune.state import TrainState
+
+
+def resume(
+    run: RunDirectory,
+    checkpoints: Checkpoints,
+    first_state: TrainState,
+    inputs: dict[str, str],
+    settings: RunSettings,
+    console: Console,
+) -> tuple[TrainState, RunPosition]:
+    """The newest checkpoint, or the beginning; damaged ones are set aside.
+
+    first_state: what a new run begins with; freed where a checkpoint takes its place.
+    inputs: digests of data and weights. RunError when they have changed, or no checkpoint is whole.
+    """
+    damaged = []
+    for step in checkpoints.steps():
+        try:
+            at = checkpoints.position(step)
+            _raise_if_changed(run, at, inputs)
+            state = checkpoints.restore(step, first_state)
+        except DamagedError as damage:
+            aside = checkpoints.set_aside(step)
+            damaged.append(
+                f"the checkpoint of step {step} is damaged ({damage}); it is {aside} now"
+            )
+            console.print(damaged[-1], markup=False)
+        else:
+            console.print(f"continuing after step {at.step}")
+            _go_on_with(run, settings, at.step, console)
+            return state, at
+    if damaged:
+        raise RunError(
+            f"no checkpoint of {run.path} is whole; the same command begins anew at step 1, if no "
+            "copy of a checkpoint is put there first:\n  " + "\n  ".join(damaged)
+        )
+    _go_on_with(run, settings, 0, console)
+    return first_state, RunPosition(inputs=inputs)
+
+
+def _raise_if_changed(run: RunDirectory, at: RunPosition, inputs: dict[str, str]) -> None:
+    """RunError when data or weights are not those that a checkpoint was trained with."""
+    before = at.inputs or {}
+    # Earlier versions had the digest of the held-out text behind that of the data.
+    changed = [name for name in inputs if not before[name].startswith(inputs[name])]
+    if changed:
+        raise RunError(
+            f"{run.path} cannot be continued: {' and '.join(changed)} changed since it began; "
+            "restore what it was, or start anew with --overwrite"
+        )
+
+
+def _go_on_with(run: RunDirectory, settings: RunSettings, done: int, console: Console) -> None:
+    """Save settings that may change and have, and say what follows from them."""
+    saved = run.saved_settings() or settings
+    aside = run.go_on_with(settings)
+    for line in differences(saved, settings).values():
+        console.print(line)
+    if aside:
+        console.print(f"the result of {saved.steps} steps is {aside} now")
+    old, new = (
+        float(learning_rates(settings.optimizer, steps)(done + 1))
+        for steps in (saved.steps, settings.steps)
+    )
+    if old != new and done < settings.steps:
+        console.print(
+            f"the learning rate follows {settings.steps} steps from step {done + 1} on: {new:.3g} "
+            f"there, {old:.3g} with {saved.steps}"
+        )
+
+
+def say_what_is_done_again(log: RunLog, at: RunPosition, console: Console) -> None:
+    """Lines of the logs that were damaged, and steps that they tell of but no checkpoint holds."""
+    for fault in log.faults:
+        console.print(fault)
+    rows = (log.step_rows.last or {"step": 0})["step"]
+    if rows < at.step:
+        console.print(f"{log.metrics} ends with step {rows}; lines up to step {at.step} are lost")
+    if log.seen > at.step:
+        where = f"the checkpoint of step {at.step}" if at.step else "the beginning"
+        steps = f"{at.step + 1} to {log.seen}"
+        console.print(f"going on from {where}: steps {steps} are computed again")

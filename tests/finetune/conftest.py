@@ -1,0 +1,63 @@
+"""One small checkpoint, one text, and one run that nothing disturbed, for all tests of training."""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import pytest
+from imported import import_tiny
+from trained import QUIET, SIZES
+
+from finetune import cli
+from finetune.settings import (
+    BatchSettings,
+    CheckpointSettings,
+    EvaluationSettings,
+    OptimizerSettings,
+    RunSettings,
+)
+from finetune.train import train
+from mtp_model import progress
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """FP8 weights, one dense layer, one MoE layer, one MTP module."""
+    return import_tiny(tmp_path_factory.mktemp("base"), dtype="fp8", sizes=SIZES, num_files=2)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "code.jsonl"
+    lines = Path(cli.__file__).read_text().split("\n\n")
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in lines))
+    return file
+
+
+@pytest.fixture(scope="session")
+def settings(checkpoint, data, tmp_path_factory):
+    return RunSettings(
+        checkpoint=str(checkpoint),
+        data=(data,),
+        out=tmp_path_factory.mktemp("runs") / "whole",
+        steps=7,
+        batch=BatchSettings(rows=2, row_tokens=32),
+        optimizer=OptimizerSettings(learning_rate=3e-3, warmup_fraction=0.3),
+        evaluation=EvaluationSettings(every=2, rows=2),
+        checkpoints=CheckpointSettings(every=3),
+    )
+
+
+@pytest.fixture(scope="session")
+def finished_and_log(settings):
+    """A run of --train mtp that nothing disturbed, and the lines it wrote to a log."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as log:
+        patch.setattr(progress, "LINE_EVERY_S", 0.02)
+        result = train(settings, QUIET)
+    return result, log.getvalue().splitlines()
+
+
+@pytest.fixture(scope="session")
+def finished(finished_and_log):
+    return finished_and_log[0]
