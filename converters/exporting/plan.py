@@ -10,7 +10,7 @@ from typing import Any, Literal
 from converters.exporting.encode import held_slots
 from converters.format.header import Header, TensorInfo, make_header, parse_header
 from converters.format.listing import INDEX_FILE
-from converters.format.mapping import Slot, buffers, slots
+from converters.format.mapping import Slot, buffers, parts, slots, unfused
 from mtp_model.checkpoint.directory import CONFIG, LAYOUT, Checkpoint
 from mtp_model.files.untrusted_json import shown
 from mtp_model.problems import Problem, ProblemsError
@@ -59,7 +59,7 @@ def make_plan(checkpoint: Checkpoint, dtype: Dtype, *, has_base: bool = False) -
     kept = ExportPlan(
         dtype="keep",
         files=tuple(
-            parse_header(text.encode(), name, _where(checkpoint))
+            unfused(parse_header(text.encode(), name, _where(checkpoint)))
             for name, text in checkpoint.layout().items()
         ),
         slots=held_slots(checkpoint),
@@ -85,14 +85,16 @@ def as_bf16(kept: ExportPlan, checkpoint: Checkpoint) -> ExportPlan:
     config = checkpoint.config
     plain = slots(dataclasses.replace(config, dtype="bfloat16", weight_block_size=None))
     dtypes = {name: slot.dtype for name, slot in plain.items()}
-    carried = buffers(config)
+    as_in_file = {name for name, slot in plain.items() if slot.is_widened} | buffers(config).keys()
     written = []
     for file in kept.files:
-        dtypes |= {tensor.name: tensor.dtype for tensor in file.tensors if tensor.name in carried}
-        tensors = [(t.name, dtypes[t.name], t.shape) for t in file.tensors if t.name in dtypes]
+        dtypes |= {t.name: t.dtype for t in file.tensors if t.name in as_in_file}
+        stored = parse_header(file.raw, file.file, _where(checkpoint)).tensors
+        named = [(tensor, next(parts(tensor)).name) for tensor in stored]
+        tensors = [(t.name, dtypes[name], t.shape) for t, name in named if name in dtypes]
         if tensors:
             raw = make_header(tensors, file.metadata)
-            written.append(parse_header(raw, file.file, _where(checkpoint)))
+            written.append(unfused(parse_header(raw, file.file, _where(checkpoint))))
     replaced = {CONFIG: _json(_bf16_config(checkpoint.config_dict))}
     if INDEX_FILE in checkpoint.side_files():
         replaced[INDEX_FILE] = _json(_index(written))
@@ -116,7 +118,7 @@ def _bf16_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _index(files: list[Header]) -> dict[str, Any]:
-    places = {tensor.name: file.file for file in files for tensor in file.tensors}
+    places = {tensor.name_in_file: file.file for file in files for tensor in file.tensors}
     total = sum(tensor.nbytes for file in files for tensor in file.tensors)
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
 

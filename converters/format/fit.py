@@ -21,7 +21,15 @@ from converters.format.kinds import (
     stray_scales,
 )
 from converters.format.listing import Listing, SourceCheckpoint
-from converters.format.mapping import SCALE_SUFFIX, Slot, buffers, layer_of, mtp_layers, slots
+from converters.format.mapping import (
+    SCALE_SUFFIX,
+    Slot,
+    buffers,
+    fused_weights,
+    layer_of,
+    mtp_layers,
+    slots,
+)
 from mtp_model.config import ConfigError, ModelConfig
 from mtp_model.families import MODEL_TYPES, not_converted
 from mtp_model.files.untrusted_json import shown
@@ -285,12 +293,15 @@ def _missing(tensors: Tensors, wanted: Slots, explained: set[str]) -> Iterator[P
 
 def _unknown(tensors: Tensors, known: Slots, explained: set[str]) -> Iterator[Problem]:
     readable = " and ".join(MODEL_TYPES)
-    for name in tensors:
+    for name, tensor in tensors.items():
         if name in known or name in explained:
             continue
         weight = name.removesuffix(SCALE_SUFFIX)
         if weight != name and weight in known:
             yield Problem("scale", name, "scales a tensor that is not quantised under this config")
+        elif fused := fused_weights(name):
+            detail = f"is {tensor.shape}, needed [experts, {len(fused)} x rows, columns]"
+            yield Problem("shape", name, f"{detail}, of each expert {' and '.join(fused)}")
         else:
             yield Problem("unknown", shown(name), f"has no rule; this toolkit reads {readable}")
 

@@ -53,7 +53,10 @@ _LFS_POINTER = b"version https://git-lfs"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorInfo:
-    """One tensor of a file; `begin` counts from the start of the file."""
+    """One tensor of a file; `begin` counts from the start of the file.
+
+    fused_in: the tensor of the file that it is a part of, where another layout joins several.
+    """
 
     name: str
     dtype: str
@@ -61,6 +64,11 @@ class TensorInfo:
     file: str
     begin: int
     nbytes: int
+    fused_in: str | None = None
+
+    @property
+    def name_in_file(self) -> str:
+        return self.fused_in or self.name
 
 
 @dataclass(frozen=True, kw_only=True)

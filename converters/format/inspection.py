@@ -113,7 +113,7 @@ def _tally(listing: Listing, names: Iterable[str], others: frozenset[str]) -> Ta
     """others: names of tensors whose elements are no parameters."""
     tensors = [listing.tensors[name] for name in names]
     return Tally(
-        tensors=len(tensors),
+        tensors=len({tensor.name_in_file for tensor in tensors}),
         bytes=sum(tensor.nbytes for tensor in tensors),
         parameters=sum(math.prod(t.shape) for t in tensors if t.name not in others),
     )

@@ -14,7 +14,7 @@ from converters.format.header import (
     bounded,
     read_header,
 )
-from converters.format.mapping import layer_of, mtp_layers
+from converters.format.mapping import layer_of, mtp_layers, unfused
 from converters.sources.source import Fingerprint, Source, name_fault
 from mtp_model.files.untrusted_json import JsonError, is_text_map, parse, shown
 from mtp_model.problems import Problem, ProblemsError, braces, raise_if_any
@@ -193,7 +193,7 @@ def _use_of(
 ) -> str:
     """What to do with a file that is no part of the checkpoint."""
     try:
-        names = [tensor.name for tensor in read_header(source, file).tensors]
+        names = [tensor.name for tensor in unfused(read_header(source, file)).tensors]
     except ProblemsError:
         names = []
     if not names or tensors.keys() & names:
@@ -212,11 +212,12 @@ def _use_of(
 def read_headers(
     source: Source, files: Sequence[str], problems: list[Problem]
 ) -> dict[str, Header]:
-    """The headers of these files; what is wrong with one goes to `problems`."""
+    """The headers of these files, fused experts as the tensors that they are; what is wrong with
+    one goes to `problems`."""
 
     def read(file: str) -> Header | ProblemsError:
         try:
-            return read_header(source, file)
+            return unfused(read_header(source, file))
         except ProblemsError as err:
             return err
 
@@ -242,8 +243,9 @@ def _merge(headers: Iterable[Header], problems: list[Problem]) -> dict[str, Tens
 
 
 def _index_problems(
-    weight_map: dict[str, str], tensors: dict[str, TensorInfo], headers: dict[str, Header]
+    weight_map: dict[str, str], listed: dict[str, TensorInfo], headers: dict[str, Header]
 ) -> Iterator[Problem]:
+    tensors = {tensor.name_in_file: tensor for tensor in listed.values()}
     for name, file in weight_map.items():
         if name not in tensors and file in headers:
             yield Problem("missing", shown(name), f"in {shown(file)}, where the index puts it")

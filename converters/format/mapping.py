@@ -7,6 +7,7 @@ that uses the weight. Names are exact strings with placeholders; weights keep th
 Source of the names: the released DeepSeek-V3 checkpoint and its README_WEIGHTS.md.
 """
 
+import dataclasses
 import enum
 import functools
 import itertools
@@ -14,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from converters.format.header import Header, TensorInfo
 from mtp_model.config import ModelConfig
 from mtp_model.model import Scope, abstract_model, leaves_by_name
 
@@ -144,6 +146,62 @@ TABLE = (
     _same("self_attn.rotary_emb.inv_freq", EVERY, BUFFER),
 )
 # fmt: on
+
+
+# How Transformers 5 saves experts: one tensor [experts, rows, columns] a layer and a name, in which
+# each expert's rows are those of these weights, one below the other. Blocks of FP8 scales likewise.
+_FUSED = {
+    name + suffix: tuple(weight + suffix for weight in weights)
+    for name, weights in {
+        "gate_up_proj": ("gate_proj.weight", "up_proj.weight"),
+        "down_proj": ("down_proj.weight",),
+    }.items()
+    for suffix in ("", SCALE_SUFFIX)
+}
+_MOST_EXPERTS = 1 << 16
+
+
+def fused_weights(name: str) -> tuple[str, ...]:
+    """What a tensor of fused experts holds of each; nothing for any other tensor."""
+    match name.split("."):
+        case ["model", "layers", layer, "mlp", "experts", fused] if layer.isdecimal():
+            return _FUSED.get(fused, ())
+    return ()
+
+
+def parts(tensor: TensorInfo) -> Iterator[TensorInfo]:
+    """The tensors of the table that one of a file holds, in the order of its bytes: mostly itself.
+
+    Fused experts that cannot be divided are left as they are, a name that no row knows.
+    """
+    weights = fused_weights(tensor.name)
+    match tensor.shape:
+        case [experts, rows, columns] if weights and tensor.nbytes and experts <= _MOST_EXPERTS:
+            if rows % len(weights) == 0:
+                nbytes = tensor.nbytes // (experts * len(weights))
+                prefix = tensor.name.rpartition(".")[0]
+                for number, (expert, weight) in enumerate(
+                    itertools.product(range(experts), weights)
+                ):
+                    yield dataclasses.replace(
+                        tensor,
+                        name=f"{prefix}.{expert}.{weight}",
+                        shape=(rows // len(weights), columns),
+                        begin=tensor.begin + number * nbytes,
+                        nbytes=nbytes,
+                        fused_in=tensor.name,
+                    )
+                return
+    yield tensor
+
+
+def unfused(header: Header) -> Header:
+    """The same file as the table names what is in it: fused experts expert by expert."""
+    if not any(fused_weights(tensor.name) for tensor in header.tensors):
+        return header
+    return dataclasses.replace(
+        header, tensors=tuple(part for tensor in header.tensors for part in parts(tensor))
+    )
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,15 @@ def weights_of(folder: Path, config: Config) -> Get:
     block = (config.get("quantization_config") or {}).get("weight_block_size", (1, 1))
 
     def read(name: str) -> Tensor:
-        if name not in files:
-            raise ValueError(f"{name} is in no safetensors file of {folder}")
-        return files[name].get_tensor(name)
+        if name in files:
+            return files[name].get_tensor(name)
+        match name.split("."):
+            case [*module, "experts", expert, "gate_proj" | "up_proj" | "down_proj" as kind, leaf]:
+                fused = "down_proj" if kind == "down_proj" else "gate_up_proj"
+                whole = ".".join([*module, "experts", fused + leaf.removeprefix("weight")])
+                if whole in files:
+                    return _of_expert(files[whole].get_slice(whole)[int(expert)], kind)
+        raise ValueError(f"{name} is in no safetensors file of {folder}")
 
     def get(name: str) -> Tensor:
         stored = read(name)
@@ -38,6 +44,12 @@ def weights_of(folder: Path, config: Config) -> Get:
         return stored.float()
 
     return get
+
+
+def _of_expert(rows: Tensor, kind: str) -> Tensor:
+    """Return one projection of what Transformers 5 fuses: gate's rows, and below them up's."""
+    half = rows.shape[0] // 2
+    return {"gate_proj": rows[:half], "up_proj": rows[half:], "down_proj": rows}[kind]
 
 
 def dequantise(quantised: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
