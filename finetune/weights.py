@@ -26,12 +26,13 @@ def open_trainable(path: str) -> tuple[Checkpoint, ModelConfig]:
     if scope != "all":
         raise CheckpointError(
             f"{path} was imported with --scope {scope}; main model and MTP modules are both "
-            "needed: import it with --scope all"
+            "needed; import it again with --scope all --overwrite, or to another place"
         )
     if not config.num_nextn_predict_layers:
         raise CheckpointError(
             f"{path} has no MTP modules (num_nextn_predict_layers is 0): nothing to train or "
-            "measure"
+            "measure; import it again with --overwrite and --mtp-from, naming a checkpoint that "
+            "has one"
         )
     return checkpoint, config
 

@@ -105,5 +105,6 @@ class DirectorySource(Source):
 def _damaged(checkpoint: Checkpoint) -> Iterator[Problem]:
     for piece in checkpoint.pieces():
         if piece.path.startswith("mtp.") and piece.file.digest() != piece.digest:
-            detail = "has other bytes than were written; make the checkpoint directory again"
-            yield Problem("damaged", f"{piece.path}/{piece.coord}", detail)
+            detail = "has other bytes than were written"
+            advice = "copy it again, or import it again with --overwrite"
+            yield Problem("damaged", f"{piece.path}/{piece.coord}", f"{detail}; {advice}")

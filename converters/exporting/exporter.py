@@ -240,8 +240,8 @@ class _Export:
         if slot.copy_of or slot.path in self._trained or not self._encoder.is_as_stored(slot.name):
             return
         detail = f"in leaf {slot.path} is not what was imported: a chunk file is damaged"
-        advice = f"`convert-deepseek verify {self._checkpoint.path}` finds it; import it again"
         where = str(self._checkpoint.path)
+        advice = f"`convert-deepseek verify {where}` finds it; import it again with --overwrite"
         raise ProblemsError(where, [Problem("damaged", tensor.name, f"{detail}; {advice}")])
 
     def _proved(self, file: ExportedFile) -> ExportedFile:

@@ -196,11 +196,14 @@ def _layer_contradictions(
         found = f"is {end}, no file has a tensor of model.layers.{braces(main)}"
         names = {name for layer in main for name in need[layer]}
         yield _Contradiction(Problem("config", "num_hidden_layers", found), names)
+    taken = "take the module in with --mtp-from, naming a checkpoint that has it"
+    advice = f"make it {len(modules)}" if modules else taken
     if len(main) < len(absent):
-        yield _mtp_contradiction("no file has a tensor of", cfg, absent[len(main) :], need, modules)
+        yield _mtp_contradiction("no file has a tensor of", cfg, absent[len(main) :], need, advice)
     extra = sorted(layer for layer in have if layer >= end + cfg.num_nextn_predict_layers)
     if extra:
-        yield _mtp_contradiction("the files also hold", cfg, extra, have, modules)
+        advice = advice if set(extra) <= set(modules) else taken
+        yield _mtp_contradiction("the files also hold", cfg, extra, have, advice)
 
 
 def _renumbering(first: int, end: int, have: Iterable[int], where: str) -> str | None:
@@ -216,19 +219,11 @@ def _renumbering(first: int, end: int, have: Iterable[int], where: str) -> str |
 
 
 def _mtp_contradiction(
-    finding: str,
-    cfg: ModelConfig,
-    layers: list[int],
-    names_of: dict[int, list[str]],
-    modules: list[int],
+    finding: str, cfg: ModelConfig, layers: list[int], names_of: dict[int, list[str]], advice: str
 ) -> _Contradiction:
     names = {name for layer in layers for name in names_of[layer]}
     found = f"{finding} model.layers.{braces(layers)} ({len(names):,} tensors)"
-    advice = f"make it {len(modules)}, or import with --scope main"
-    if not modules or set(layers) - set(modules):
-        taken = "take the module in with --mtp-from, naming a checkpoint that has it"
-        advice = f"{taken}, or import with --scope main"
-    detail = f"is {cfg.num_nextn_predict_layers}, {found}; {advice}"
+    detail = f"is {cfg.num_nextn_predict_layers}, {found}; {advice}, or import with --scope main"
     return _Contradiction(Problem("config", "num_nextn_predict_layers", detail), names)
 
 

@@ -137,7 +137,7 @@ class Checkpoint:
             except FileNotFoundError:
                 raise CheckpointError(
                     f"{self.path}: {PARAMS}/{path}/{name} is missing though the checkpoint "
-                    "is marked complete; write it again"
+                    "is marked complete; copy it again, or import it again with --overwrite"
                 ) from None
             done += nbytes
         assert done == len(out), (path, index, start, stop, len(out))
@@ -187,7 +187,7 @@ def raise_unless_complete(path: Place) -> None:
         advice = "run the same command again, it continues where it stopped"
     elif (path / PARAMS).is_dir():
         found = f"has no {COMPLETE} file: it is unfinished, or only part of it was copied"
-        advice = "copy all of it, or import it again with --overwrite"
+        advice = "copy all of it, or empty the folder and import it again"
     elif any(entry.name.endswith(".safetensors") for entry in path.entries()):
         found = "is a safetensors checkpoint, not a checkpoint directory"
         advice = f"first run `convert-deepseek import {path} DST`"
@@ -206,8 +206,8 @@ def _check_version(path: Place) -> None:
     version = _parsed(path, COMPLETE).get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format version {version!r}, this toolkit reads {FORMAT_VERSION}: import "
-            "the source again, or use the toolkit that wrote it"
+            f"{path} has format version {version!r}, this toolkit reads {FORMAT_VERSION}; import "
+            "it again with --overwrite, or use the toolkit that wrote it"
         )
     _read_json(path, COMPLETE)
 
@@ -233,7 +233,8 @@ def _read_leaf(path: Place, name: str, num_stack_dims: int) -> Leaf:
         return leaf_from_zarray(metadata, num_stack_dims)
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{path}: leaf {name} was not written by this toolkit ({error}); import it again"
+            f"{path}: leaf {name} was not written by this toolkit ({error}); import it again "
+            "with --overwrite"
         ) from error
 
 

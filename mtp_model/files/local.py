@@ -64,7 +64,7 @@ class LocalPlace(PosixPath):
                 if got == 0:
                     raise UserError(
                         f"{self} ends at byte {begin + done}, {begin + len(out)} were needed: "
-                        "it was cut short; write the checkpoint again"
+                        "it was cut short; copy it again, or import it again with --overwrite"
                     )
                 done += got
 
