@@ -23,6 +23,7 @@ from converters.format.joined import (
     TakenTensor,
     nbytes_of,
 )
+from converters.format.kinds import NotConverted
 from converters.format.listing import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -40,7 +41,7 @@ from converters.format.listing import (
 from converters.format.mapping import SCALE_SUFFIX, Slot, layer_of, mtp_layers, slots
 from converters.sources.source import Source
 from mtp_model.config import ModelConfig
-from mtp_model.families import ALIASES
+from mtp_model.families import ALIASES, not_converted
 from mtp_model.families import read_config as read_fields
 from mtp_model.files.untrusted_json import shown
 from mtp_model.problems import Problem, ProblemsError, braces, raise_if_any
@@ -198,6 +199,8 @@ class _Joining:
         self._slots = slots(cfg, "mtp")
         self._scales = frozenset(slot.scale for slot in self._slots.values() if slot.scale)
         self._fp8 = Format(_FP8, cfg.weight_block_size, powers_of_two=cfg.power_of_two_scales)
+        self._plain = Format(self._slots["model.embed_tokens.weight"].dtype)
+        self._not_converted = NotConverted(not_converted(config)[1])
         self._number = {layer: cfg.num_hidden_layers + k for k, layer in enumerate(module.layers)}
         self._gone = {*mtp_layers(main.tensors), *self._number.values()}
         self._notes: list[str] = []
@@ -251,9 +254,9 @@ class _Joining:
             assert layer is not None
             name = tensor.name.replace(f".{layer}.", f".{self._number[layer]}.", 1)
             of_weight = self._module.tensors.get(tensor.name.removesuffix(SCALE_SUFFIX))
-            if self._slot_to_recode(name, tensor):
+            if self._is_recoded(name, tensor):
                 recoded += self._recoded(name, tensor)
-            elif of_weight and self._slot_to_recode(name.removesuffix(SCALE_SUFFIX), of_weight):
+            elif of_weight and self._is_recoded(name.removesuffix(SCALE_SUFFIX), of_weight):
                 continue  # scales of a weight that brings new ones, or needs none
             else:
                 yield self._as_it_is(name, tensor)
@@ -273,16 +276,23 @@ class _Joining:
         self._names[tensor.name] = name
         return TakenTensor(name=name, source=self._module.source, tensor=tensor)
 
-    def _slot_to_recode(self, name: str, tensor: TensorInfo) -> Slot | None:
-        """What a weight of the module has to be, where that is another format than it has."""
+    def _wanted(self, slot: Slot) -> Format:
+        """The format that the main model's config promises of a weight."""
+        if slot.dtype != _FP8:
+            return Format(slot.dtype)
+        return self._plain if self._not_converted.entry_for(slot.name) else self._fp8
+
+    def _is_recoded(self, name: str, tensor: TensorInfo) -> bool:
+        """Whether a weight of the module is in another format than it has to be."""
         slot = self._slots.get(name)
         if slot is None or slot.copy_of or name in self._scales or tensor.shape != slot.shape:
-            return None
-        scale = self._module.tensors.get(tensor.name + SCALE_SUFFIX)
+            return False
+        wanted = self._wanted(slot)
         if tensor.dtype == _FP8:
-            same = slot.dtype == _FP8 and self._module.block in (None, self._fp8.block)
-            return None if same or not self._are_scales(scale, tensor) else slot
-        return slot if tensor.dtype != slot.dtype and tensor.dtype in _PLAIN else None
+            same = wanted.dtype == _FP8 and self._module.block in (None, wanted.block)
+            scale = self._module.tensors.get(tensor.name + SCALE_SUFFIX)
+            return not same and self._are_scales(scale, tensor)
+        return tensor.dtype != wanted.dtype and tensor.dtype in _PLAIN
 
     def _are_scales(self, scale: TensorInfo | None, weight: TensorInfo) -> bool:
         """Whether these are the scales of an FP8 weight in the module's own blocks."""
@@ -295,16 +305,17 @@ class _Joining:
     def _recoded(self, name: str, tensor: TensorInfo) -> Iterator[RecodedTensor]:
         """A weight in the main model's format, and its new scales where that is FP8."""
         slot, is_fp8 = self._slots[name], tensor.dtype == _FP8
+        wanted = self._wanted(slot)
         made = RecodedTensor(
             name=name,
             source=self._module.source,
             tensor=tensor,
             scale=self._module.tensors[tensor.name + SCALE_SUFFIX] if is_fp8 else None,
             stored=Format(tensor.dtype, self._module.block if is_fp8 else None),
-            wanted=self._fp8 if slot.scale else Format(slot.dtype),
+            wanted=wanted,
         )
         yield made
-        if slot.scale:
+        if slot.scale and wanted.dtype == _FP8:
             yield dataclasses.replace(made, name=slot.scale, is_scale=True)
 
     def _note_what_goes(self) -> None:

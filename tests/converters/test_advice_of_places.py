@@ -466,8 +466,8 @@ def with_other_checksums(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
 
     def state(place: ObjectPlace) -> ObjectState | None:
         found = real(place)
-        is_there = found and where in str(place) and str(place).endswith(".safetensors")
-        return dataclasses.replace(found, crc32c=found.crc32c ^ 1) if is_there else found
+        is_ours = where in str(place) and str(place).endswith(".safetensors")
+        return dataclasses.replace(found, crc32c=found.crc32c ^ 1) if found and is_ours else found
 
     monkeypatch.setattr(object_place, "state", state)
 

@@ -218,6 +218,50 @@ def test_a_dtype_that_the_files_contradict(src, capsys):
     imported(src)
 
 
+def set_not_converted(src: Path, *entries: str) -> None:
+    quantisation = config_of(src)["quantization_config"]
+    set_config(src, quantization_config={**quantisation, "modules_to_not_convert": [*entries]})
+
+
+@follows("; take it out of the list")
+def test_a_list_that_names_what_is_fp8(src, capsys):
+    set_not_converted(src, "lm_head", "model.layers.4")
+    message = refused(capsys, src)
+    entry = re.search(r"names (\S+), and .*; take it out of the list", message)
+    assert entry
+    set_not_converted(src, *({"lm_head", "model.layers.4"} - {entry[1]}))
+    imported(src)
+
+
+@pytest.mark.parametrize(
+    ("entries", "written_out"),
+    [
+        (["re:lm_head|router"], ["lm_head", "*.gate"]),
+        ([f"*.{n}.gate" for n in range(99)], ["gate"]),
+    ],
+)
+@follows("; write the names out, with * for any part of them", "; write the names out")
+def test_a_list_that_cannot_be_read(src, capsys, entries, written_out):
+    set_not_converted(src, *entries)
+    assert "; write the names out" in refused(capsys, src)
+    set_not_converted(src, *written_out)
+    imported(src)
+
+
+@follows("; remove the scales")
+def test_scales_that_were_left_behind(made, src, capsys):
+    name = "model.layers.3.self_attn.o_proj.weight"
+    files, places = {}, weight_map(src)
+    for each, tensor in read_tensors(src).items():
+        files.setdefault(places[each], {})[each] = tensor
+    files[places[name]][name] = read_tensors(made / "bf16")[name]
+    write_files(src, files, index=True)
+    assert "; remove the scales" in refused(capsys, src)
+    del files[places[f"{name}_scale_inv"]][f"{name}_scale_inv"]
+    write_files(src, files, index=True)
+    imported(src)
+
+
 @follows(": two values for one thing; remove the one that is wrong")
 def test_two_values_for_one_key(src, capsys):
     set_config(src, num_mtp_layers=2)
@@ -285,14 +329,14 @@ def test_a_pointer_of_git_lfs(src, capsys):
     imported(src)
 
 
-def to_a_file_outside(src: Path) -> tuple[str, Callable[[], None]]:
+def to_a_file_outside(src: Path) -> tuple[str, Callable[[], object]]:
     file, outside = shard_of(src, "lm_head.weight"), src.parent / "outside.safetensors"
     file.rename(outside)
     file.symlink_to(outside)
     return "put the file itself there", lambda: (file.unlink(), outside.rename(file))
 
 
-def to_a_folder_outside(src: Path) -> tuple[str, Callable[[], None]]:
+def to_a_folder_outside(src: Path) -> tuple[str, Callable[[], object]]:
     outside = src.parent / "figures"
     outside.mkdir()
     (outside / "a.svg").write_text("<svg/>")
@@ -304,12 +348,12 @@ def to_a_folder_outside(src: Path) -> tuple[str, Callable[[], None]]:
     )
 
 
-def to_nowhere(src: Path) -> tuple[str, Callable[[], None]]:
+def to_nowhere(src: Path) -> tuple[str, Callable[[], object]]:
     (src / "notes.txt").symlink_to("nowhere")
     return "mend the link or remove it", (src / "notes.txt").unlink
 
 
-def of_another_encoding(src: Path) -> tuple[str, Callable[[], None]]:
+def of_another_encoding(src: Path) -> tuple[str, Callable[[], object]]:
     odd = src / "a\udcff.txt"
     odd.write_text("")
     return "rename it", lambda: odd.rename(src / "a.txt")

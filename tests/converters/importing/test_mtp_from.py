@@ -278,6 +278,22 @@ def test_a_module_in_bf16_under_a_main_model_in_fp8(made, tmp_path, powers_of_tw
         assert found[name].tobytes() == codes.tobytes(), name
 
 
+@pytest.mark.parametrize("module", ["other_fp8", "other_bf16"])
+def test_modules_that_the_config_says_are_not_fp8(made, tmp_path, module):
+    """Engines build these in bfloat16 before they see a tensor."""
+    lost = without_module(made / "fp8", tmp_path / "lost")
+    listed = config_of(lost)["quantization_config"]
+    set_config(lost, quantization_config=listed | {"modules_to_not_convert": ["model.layers.4"]})
+    found = module_of(round_trip(lost, made / module, tmp_path))
+    theirs = module_of(made / module)
+    assert found.keys() == module_of(made / "other_bf16").keys()
+    name = "mlp.experts.3.up_proj.weight"
+    plain = theirs[name]
+    if module == "other_fp8":
+        plain = dequantised(plain, theirs[f"{name}_scale_inv"], BLOCK).astype(ml_dtypes.bfloat16)
+    assert found[name].tobytes() == plain.tobytes()
+
+
 def test_a_module_of_other_blocks(made, tmp_path):
     make_tiny_checkpoint(tmp_path / "blocks", seed=1, sizes={"weight_block_size": [16, 8]})
     lost = without_module(made / "fp8", tmp_path / "lost")
