@@ -40,7 +40,7 @@ def train(capsys: pytest.CaptureFixture[str], ckpt: Path, data: Path, *options: 
     out = ckpt.parent / "run"
     capsys.readouterr()
     args = ["train", "--checkpoint", ckpt, "--data", data, "--out", out, *FEW, *options]
-    status = cli.main([str(arg) for arg in args])
+    status = cli.run([str(arg) for arg in args])
     said = "".join(capsys.readouterr())
     assert "Traceback" not in said
     return " ".join(said.split()) if status else None
