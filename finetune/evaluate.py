@@ -6,7 +6,7 @@ from pathlib import Path
 
 from finetune.data.packing import Batch, Packer, Position, first_rows
 from finetune.data.run_text import open_documents
-from finetune.run.metrics import Summary, add_up, summarise
+from finetune.run.metrics import Summary, measure_text
 from finetune.settings import ComputeDtype, SettingsError
 from finetune.state import Split, make_measure_step
 from finetune.weights import compute_dtype, open_trainable
@@ -18,8 +18,8 @@ from mtp_model.progress import Report, progress
 class EvaluateSettings:
     """Measure losses and the acceptance of drafts on text, without generating.
 
-    The text is read once; a draft counts where the text goes on as the main model's own greedy
-    choice would, which makes the rates exact for greedy decoding on such text.
+    The text is read once. Acceptance is counted in rounds, as a greedy decoder drafts: exact where
+    the main model wrote the text; on other text it is what holds as long as the two agree.
     """
 
     checkpoint: str
@@ -68,7 +68,8 @@ def evaluate(settings: EvaluateSettings) -> Summary:
     batches = first_rows(packer, settings.max_rows) if settings.max_rows else packer
     with progress("evaluate", "batches", total=most) as report:
         reported = _reported(batches, report, most, len(documents))
-        return summarise(add_up(step(*weights, batch) for batch in reported))
+        named = ((batch, packer.documents_of_rows) for batch in reported)
+        return measure_text(lambda batch: step(*weights, batch), named)
 
 
 def _reported(

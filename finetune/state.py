@@ -14,6 +14,7 @@ import optax
 from flax import nnx
 
 from finetune.data.packing import Batch
+from finetune.objective.acceptance import Rounds
 from finetune.objective.losses import ExpertLoad, Measured, context_of, measure, objective
 from finetune.optimizer import initial
 from finetune.settings import RunSettings, TrainMode
@@ -86,7 +87,7 @@ def make_train_step(
             main = model.main(batch.tokens_BT, context_of(batch))
             if mode == "mtp":  # no gradient enters the main model
                 main = jax.lax.stop_gradient(main)
-            measured, load = measure(model, batch, main)
+            measured, load, _ = measure(model, batch, main)
             return objective(measured, mode, settings.mtp_lambda), (measured, load)
 
         grad_of = jax.value_and_grad(loss_of, has_aux=True)
@@ -121,12 +122,13 @@ def _where(good: jax.Array, moved: TrainState, state: TrainState) -> TrainState:
 
 def make_measure_step(
     graphdef: Any, num_draft_tokens: int | None = None
-) -> Callable[[nnx.State, nnx.State, nnx.State, Batch], Measured]:
-    """The jitted measurement without gradients: (trainable, biases, frozen, batch) -> Measured."""
+) -> Callable[[nnx.State, nnx.State, nnx.State, Batch], tuple[Measured, Rounds]]:
+    """The jitted measurement without gradients: (trainable, biases, frozen, batch) -> sums, rounds."""
 
-    def step(trainable: nnx.State, biases: nnx.State, frozen: nnx.State, batch: Batch) -> Measured:
+    def step(trainable: nnx.State, biases: nnx.State, frozen: nnx.State, batch: Batch):
         model = nnx.merge(graphdef, trainable, biases, frozen)
         main = model.main(batch.tokens_BT, context_of(batch))
-        return measure(model, batch, main, num_draft_tokens)[0]
+        measured, _, rounds = measure(model, batch, main, num_draft_tokens)
+        return measured, rounds
 
     return jax.jit(step)

@@ -28,7 +28,7 @@ from finetune.run.checkpoints import (
     saved_steps,
 )
 from finetune.run.directory import RunDirectory
-from finetune.run.metrics import RunLog, Summary, add_up, first_and_last, summarise
+from finetune.run.metrics import RunLog, Summary, first_and_last, measure_text, summarise
 from finetune.run.plots import draw_curves
 from finetune.run.report import evaluation_sentence
 from finetune.run.resuming import resume, say_what_is_done_again
@@ -81,7 +81,7 @@ class _Job:
     split: Split
     train_step: jax.stages.Wrapped
     measure_step: Callable[..., Any]
-    held_out: list[Batch]
+    held_out: list[tuple[Batch, list[list[int]]]]
     held_out_digest: str
     first_state: TrainState
     console: Console
@@ -285,14 +285,14 @@ def _evaluate(
     """Measure on held-out text, log it, say it, and draw the curves anew."""
     run = job.run
 
-    def batches() -> Iterator[Batch]:
-        for batch in job.held_out:
+    def batches() -> Iterator[tuple[Batch, list[list[int]]]]:
+        for batch_and_documents in job.held_out:
             stop_if_asked()
-            yield batch
+            yield batch_and_documents
 
     if job.held_out:
         parts = (state.trainable, state.biases, job.split.frozen)
-        summary = summarise(add_up(job.measure_step(*parts, batch) for batch in batches()))
+        summary = measure_text(lambda batch: job.measure_step(*parts, batch), batches())
         log.evaluation({"step": step, **summary.to_json(), "held_out": job.held_out_digest})
         with above_bars():
             job.console.print(evaluation_sentence(step, summary))
@@ -313,6 +313,7 @@ def _row(at: RunPosition, result: StepResult, lr: float, step_s: float) -> dict[
         "acceptance": summary.acceptance,
         "agreement": summary.agreement,
         "reached": summary.reached,
+        "greedy_share": summary.greedy_share,
         "grad_norm": float(result.grad_norm),
         "lr": lr,
         "tokens": at.tokens,

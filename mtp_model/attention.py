@@ -10,32 +10,46 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from mtp_model.config import ModelConfig
-from mtp_model.context import Context
+from mtp_model.context import Context, KeysValues
 from mtp_model.layers import Linear, RMSNorm
 from mtp_model.rope import rotate, softmax_scale
 
 QUERY_CHUNK = 512  # scores exist for this many queries at a time: [B, N, 512, S] float32
 
 
-def _attend_chunk(q_BNTH, k_BNSH, v_BNSG, query_segments_BT, key_segments_BS, rows_T, scale):
-    """Attention of one chunk of queries (rows `rows_T` of the sequence) over all keys."""
-    scores = jnp.einsum("bnth,bnsh->bnts", q_BNTH, k_BNSH, preferred_element_type=jnp.float32)
-    scores = scores * scale
-    same = query_segments_BT[:, :, None] == key_segments_BS[:, None, :]
-    causal = rows_T[:, None] >= jnp.arange(k_BNSH.shape[2])[None, :]
-    allowed = (same & causal[None])[:, None]
-    weights = jax.nn.softmax(jnp.where(allowed, scores, -jnp.inf), axis=-1).astype(v_BNSG.dtype)
-    return jnp.einsum("bnts,bnsg->btng", weights, v_BNSG)
+def _attend_chunk(q_BNTH, keys: KeysValues, own: KeysValues | None, places, scale):
+    """Attention of one chunk of queries over all keys [B, N, S, H], and over each query's own.
+
+    own: [B, T, J, N, H], keys that one query sees and no other; places: which document each query
+    and each key belongs to, and the rows of the sequence that the queries are.
+    """
+    segments_BT, key_segments_BS, rows_T = places
+    scores = jnp.einsum("bnth,bnsh->bnts", q_BNTH, keys[0], preferred_element_type=jnp.float32)
+    same = segments_BT[:, :, None] == key_segments_BS[:, None, :]
+    causal = rows_T[:, None] >= jnp.arange(key_segments_BS.shape[1])[None, :]
+    scores = jnp.where((same & causal[None])[:, None], scores * scale, -jnp.inf)
+    if own is None:
+        weights = jax.nn.softmax(scores, axis=-1).astype(q_BNTH.dtype)
+        return jnp.einsum("bnts,bnsg->btng", weights, keys[1])
+    own_scores = jnp.einsum("bnth,btjnh->bntj", q_BNTH, own[0], preferred_element_type=jnp.float32)
+    both = jnp.concatenate([scores, own_scores * scale], axis=-1)
+    weights = jax.nn.softmax(both, axis=-1).astype(q_BNTH.dtype)
+    of_keys, of_own = jnp.split(weights, [scores.shape[-1]], axis=-1)
+    return jnp.einsum("bnts,bnsg->btng", of_keys, keys[1]) + jnp.einsum(
+        "bntj,btjng->btng", of_own, own[1]
+    )
 
 
 def attend(
     q_BTNH: Float[Array, "B T N H"],
-    k_BTNH: Float[Array, "B T N H"],
-    v_BTNG: Float[Array, "B T N G"],
+    new: KeysValues,
     context: Context,
     scale: float,
 ) -> Float[Array, "B T N G"]:
     """Causal attention within segments; scores are multiplied by `scale`.
+
+    new: keys and values of the same rows as the queries. With `context.earlier` a row sees those
+    of its own row only, and what earlier uses of the module left for it.
 
     Every layer attends through this function: another way to compute attention is chosen here.
     Queries go chunk by chunk and each chunk's scores are recomputed in the backward pass, so
@@ -45,6 +59,10 @@ def attend(
     length = q_BTNH.shape[1]
     chunk = min(QUERY_CHUNK, length)
     count = -(-length // chunk)
+    shared, own = new, None
+    if context.earlier is not None:
+        shared = context.earlier.first
+        own = jax.tree.map(lambda *each: jnp.stack(each, axis=2), *context.earlier.chain, new)
 
     def in_chunks(x):
         padding = [(0, 0), (0, count * chunk - length)] + [(0, 0)] * (x.ndim - 2)
@@ -52,15 +70,15 @@ def attend(
         return jnp.moveaxis(split, 1, 0)
 
     # Heads first, once for all chunks: on CPU the products are up to twice as fast.
-    k_BNTH, v_BNTG = k_BTNH.swapaxes(1, 2), v_BTNG.swapaxes(1, 2)
+    keys = KeysValues(*(x.swapaxes(1, 2) for x in shared))
     rows = jnp.minimum(jnp.arange(count * chunk), length - 1).reshape(count, chunk)
-    chunks = (in_chunks(q_BTNH), in_chunks(segment_ids_BT), rows)
+    chunks = (*jax.tree.map(in_chunks, (q_BTNH, own, segment_ids_BT)), rows)
 
     @jax.checkpoint
     def attend_chunk(chunk_of):
-        q, segments, rows_T = chunk_of
-        q = q.swapaxes(1, 2)
-        return _attend_chunk(q, k_BNTH, v_BNTG, segments, segment_ids_BT, rows_T, scale)
+        q, own_of, segments, rows_T = chunk_of
+        places = (segments, segment_ids_BT, rows_T)
+        return _attend_chunk(q.swapaxes(1, 2), keys, own_of, places, scale)
 
     if count == 1:
         return attend_chunk(jax.tree.map(lambda x: x[0], chunks))
@@ -98,7 +116,7 @@ class MultiHeadLatentAttention(nnx.Module):
         nope, rope = jnp.split(q_BTNH, [c.qk_nope_head_dim], axis=-1)
         return jnp.concatenate([nope, rotate(rope, positions_BT, c)], axis=-1)
 
-    def _keys_values(self, x_BTD, positions_BT):
+    def _keys_values(self, x_BTD, positions_BT) -> KeysValues:
         c = self.config
         latent, k_rope_BTR = jnp.split(self.kv_a_proj_with_mqa(x_BTD), [c.kv_lora_rank], axis=-1)
         kv = self.kv_b_proj(self.kv_a_layernorm(latent))
@@ -106,14 +124,15 @@ class MultiHeadLatentAttention(nnx.Module):
         k_nope, v_BTNG = jnp.split(kv_BTNH, [c.qk_nope_head_dim], axis=-1)
         k_rope = rotate(k_rope_BTR[:, :, None], positions_BT, c)  # one head, shared by all
         k_rope = jnp.broadcast_to(k_rope, (*k_nope.shape[:3], c.qk_rope_head_dim))
-        return jnp.concatenate([k_nope, k_rope], axis=-1), v_BTNG
+        return KeysValues(jnp.concatenate([k_nope, k_rope], axis=-1), v_BTNG)
 
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
         context: Context,
-    ) -> Float[Array, "B T D"]:
+    ) -> tuple[Float[Array, "B T D"], KeysValues]:
+        """The output, and the keys and values of these rows."""
         q_BTNH = self._queries(x_BTD, context.positions_BT)
-        k_BTNH, v_BTNG = self._keys_values(x_BTD, context.positions_BT)
-        out_BTNG = attend(q_BTNH, k_BTNH, v_BTNG, context, softmax_scale(self.config))
-        return self.o_proj(out_BTNG.reshape(*out_BTNG.shape[:2], -1))
+        new = self._keys_values(x_BTD, context.positions_BT)
+        out_BTNG = attend(q_BTNH, new, context, softmax_scale(self.config))
+        return self.o_proj(out_BTNG.reshape(*out_BTNG.shape[:2], -1)), new

@@ -1,7 +1,7 @@
 """The decoder layer, and stacks of them run by one scan."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +10,20 @@ from jaxtyping import Array, Float
 
 from mtp_model.attention import MultiHeadLatentAttention
 from mtp_model.config import ModelConfig
-from mtp_model.context import Context
+from mtp_model.context import Context, KeysValues
 from mtp_model.layers import RMSNorm
 from mtp_model.moe import FeedForward, MixtureOfExperts
 from mtp_model.sharding import spread_batch
 
 M = TypeVar("M", bound=nnx.Module)
+
+
+class LayerOutput(NamedTuple):
+    """What a decoder layer gives; of a dense layer the expert load is zeros."""
+
+    x_BTD: Float[Array, "B T D"]  # the residual stream
+    expert_load_E: Float[Array, "E"]
+    new: KeysValues  # of these rows, for a later use of the same layer
 
 
 class DecoderLayer(nnx.Module):
@@ -35,16 +43,16 @@ class DecoderLayer(nnx.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         context: Context,
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "E"]]:
-        """The residual stream after the layer, and the expert load (zeros for a dense layer)."""
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), context)
+    ) -> LayerOutput:
+        attended_BTD, new = self.self_attn(self.input_layernorm(x_BTD), context)
+        x_BTD = x_BTD + attended_BTD
         normed_BTD = self.post_attention_layernorm(x_BTD)
         if isinstance(self.mlp, MixtureOfExperts):
             out_BTD, load_E = self.mlp(normed_BTD, context.counted_BT)
         else:
             out_BTD = self.mlp(normed_BTD)
             load_E = jnp.zeros((self.num_experts,), jnp.float32)
-        return spread_batch(x_BTD + out_BTD), load_E
+        return LayerOutput(spread_batch(x_BTD + out_BTD), load_E, new)
 
 
 def stack(count: int, make: Callable[[nnx.Rngs], M], rngs: nnx.Rngs) -> M:
@@ -64,7 +72,8 @@ def run_stack(layers: DecoderLayer, x_BTD, context: Context):
 
     @jax.checkpoint
     def step(x_BTD, layer: DecoderLayer):
-        return layer(x_BTD, context)
+        out = layer(x_BTD, context)
+        return out.x_BTD, out.expert_load_E
 
     return jax.lax.scan(step, x_BTD, layers)
 

@@ -1,6 +1,6 @@
 """What a layer is told about the tokens of a batch besides their states, as one value.
 
-B batch, T position.
+B batch, T position, N heads, H head size of keys, G of values.
 """
 
 from typing import NamedTuple
@@ -8,9 +8,27 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 Ids = Int[Array | np.ndarray, "B T"]  # tokens, segments or positions, of JAX or numpy
+
+
+class KeysValues(NamedTuple):
+    """What one run of attention lets later tokens see."""
+
+    k_BTNH: Float[Array, "B T N H"]
+    v_BTNG: Float[Array, "B T N G"]
+
+
+class EarlierUses(NamedTuple):
+    """What an MTP module that drafts more than once in a round sees of its earlier uses.
+
+    first: of its first use, in every row; a row sees those up to itself, as a decoder's cache of
+    the text holds them. chain: of its later uses; a row sees its own, of its own round, only.
+    """
+
+    first: KeysValues
+    chain: tuple[KeysValues, ...]
 
 
 class Context(NamedTuple):
@@ -19,6 +37,7 @@ class Context(NamedTuple):
     segment_ids_BT: Int[Array, "B T"]  # tokens attend within their segment; 0 is padding
     positions_BT: Int[Array, "B T"]  # for the rotary embedding
     counted_BT: Int[Array, "B T"]  # 1 where the token counts as load of the experts it chose
+    earlier: EarlierUses | None = None  # attended instead of the other rows of this run
 
 
 def make_context(segment_ids_BT: Ids, positions_BT: Ids | None = None) -> Context:

@@ -16,9 +16,14 @@ from jaxtyping import Array, Float
 
 from mtp_model.block import DecoderLayer, run_stack, stack, take_layer
 from mtp_model.config import ModelConfig
-from mtp_model.context import Context, Ids, make_context
+from mtp_model.context import Context, EarlierUses, Ids, make_context
 from mtp_model.layers import Embedding, RMSNorm
-from mtp_model.mtp import MultiTokenPredictor, run_module, shift_within_segments
+from mtp_model.mtp import (
+    DraftStep,
+    MultiTokenPredictor,
+    run_module,
+    shift_within_segments,
+)
 from mtp_model.sharding import spread_batch, stored_spec
 
 Scope = Literal["all", "main", "mtp"]
@@ -96,19 +101,31 @@ class DeepSeekV3(nnx.Module):
         context: Context,
         num_draft_tokens: int | None = None,
     ) -> DraftStates:
-        """Hidden states of the MTP depths, each fed the true next token.
+        """Hidden states of the MTP depths, each fed the true next token, as a decoder drafts.
 
         state: `state_BTD` of the main model; tokens: those that the main model was fed.
-        num_draft_tokens: depths to run; beyond the modules that exist they are reused in turn.
+        num_draft_tokens: depths to run. Beyond the modules that exist they are reused in turn, as
+        serving engines do: a reused module sees the keys of its first use up to the row that the
+        round starts from, and those of its later uses in this round, at positions that go on.
         """
         tokens_BT = jnp.asarray(tokens_BT)
+        count = self.config.num_nextn_predict_layers
+        earlier: dict[int, EarlierUses] = {}
         hidden, loads = [], []
         for k in range(1, self._num_depths(num_draft_tokens) + 1):
             shifted = shift_within_segments(tokens_BT, context.segment_ids_BT, k)
-            inside = context._replace(counted_BT=shifted.inside_BT.astype(jnp.int32))
-            state_BTD, load_E = self.draft_step(state_BTD, shifted.tokens_BT, inside, k)
+            module = (k - 1) % count
+            here = context._replace(
+                counted_BT=shifted.inside_BT.astype(jnp.int32),
+                positions_BT=context.positions_BT + (k - 1 - module),
+                earlier=earlier.get(module),
+            )
+            step = self.draft_step(state_BTD, shifted.tokens_BT, here, k)
+            state_BTD, used = step.state_BTD, earlier.get(module)
+            again = used and used._replace(chain=(*used.chain, step.new))
+            earlier[module] = again or EarlierUses(step.new, ())
             hidden.append(state_BTD)
-            loads.append(load_E)
+            loads.append(step.expert_load_E)
         load_LE = jnp.stack(loads) if loads else jnp.zeros((0, self.config.n_routed_experts))
         return DraftStates(tuple(hidden), load_LE)
 
@@ -118,10 +135,11 @@ class DeepSeekV3(nnx.Module):
         tokens_BT: Ids,
         context: Context,
         depth: int,
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "E"]]:
-        """State and expert load of one depth (1, 2, ...), from the state of the depth before it.
+    ) -> DraftStep:
+        """One depth (1, 2, ...) from the state of the depth before it.
 
         tokens: those it is fed; in row i the token that is `depth` places after token i.
+        context: what the module sees besides; `earlier` where it was used in this round before.
         """
         module = take_layer(self.mtp, (depth - 1) % self.config.num_nextn_predict_layers)
         return run_module(module, state_BTD, self._embed(tokens_BT), context)

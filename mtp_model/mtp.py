@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from mtp_model.block import DecoderLayer
 from mtp_model.config import ModelConfig
-from mtp_model.context import Context
+from mtp_model.context import Context, KeysValues
 from mtp_model.layers import Linear, RMSNorm
 
 
@@ -46,6 +46,14 @@ def shift_within_segments(
     return Shifted(tokens, inside_BT & (segment_ids_BT != 0))
 
 
+class DraftStep(NamedTuple):
+    """What one run of an MTP module gives."""
+
+    state_BTD: Float[Array, "B T D"]  # h_k, which the head reads and the next depth is fed
+    expert_load_E: Float[Array, "E"]
+    new: KeysValues  # for a later use of the module in the same round
+
+
 class MultiTokenPredictor(nnx.Module):
     """One MTP module (or a stack of them): h_k[i] from h_{k-1}[i] and the embedding of t[i+k]."""
 
@@ -62,15 +70,14 @@ class MultiTokenPredictor(nnx.Module):
         state_BTD: Float[Array, "B T D"],
         e_BTD: Float[Array, "B T D"],
         context: Context,
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "E"]]:
-        """h_k, which the head reads and the next depth is fed, and the expert load."""
+    ) -> DraftStep:
         pair = [self.enorm(e_BTD), self.hnorm(state_BTD)]
         x_BTD = self.eh_proj(jnp.concatenate(pair, axis=-1))  # embedding first
-        y_BTD, load_E = self.block(x_BTD, context)
-        return self.shared_head.norm(y_BTD), load_E
+        y_BTD, load_E, new = self.block(x_BTD, context)
+        return DraftStep(self.shared_head.norm(y_BTD), load_E, new)
 
 
 @jax.checkpoint
-def run_module(module: MultiTokenPredictor, *args):
+def run_module(module: MultiTokenPredictor, *args) -> DraftStep:
     """One depth, its activations recomputed in the backward pass."""
     return module(*args)

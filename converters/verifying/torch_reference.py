@@ -87,20 +87,44 @@ class TorchReference:
         """Return h_1..h_depths [B, T, D]; row i of h_k gives the logits of token i+k+1.
 
         Depth k is fed token i+k, or token 0 where that is another document's or past the end.
-        More depths than modules reuse the modules in turn. Default: one depth a module.
+        Default: one depth a module. More depths than modules reuse the modules in turn: then a
+        module has seen the document as far as row i in its first use, and goes on from there.
         """
         num_modules = self._read["num_nextn_predict_layers"]
         if depths and not num_modules:
             raise ValueError(f"the config has no MTP module, but {depths} depths are asked for")
         segment_ids = torch.ones_like(tokens) if segment_ids is None else segment_ids
-        places = self.places(segment_ids)
+        uses: list[list[Tensor]] = [[] for _ in range(num_modules)]  # what each was fed
         states = [h0]
         for k in range(1, 1 + (num_modules if depths is None else depths)):
-            layer = self._read["num_hidden_layers"] + (k - 1) % num_modules
+            module = (k - 1) % num_modules
             e = self.get("model.embed_tokens.weight")[tokens_ahead(tokens, segment_ids, k)]
-            get = under(self.get, f"model.layers.{layer}")
-            states.append(mtp_module(states[-1], e, get, self._read, places))
+            get = under(self.get, f"model.layers.{self._read['num_hidden_layers'] + module}")
+            uses[module].append(mtp_input(states[-1], e, get, self._read))
+            run = self._first_use if k <= num_modules else self._later_use
+            states.append(run(uses[module], get, segment_ids, k - 1 - module))
         return states[1:]
+
+    def _first_use(self, uses: list[Tensor], get: Get, segment_ids: Tensor, _: int) -> Tensor:
+        return mtp_output(uses[0], get, self._read, self.places(segment_ids))
+
+    def _later_use(self, uses: list[Tensor], get: Get, segment_ids: Tensor, ahead: int) -> Tensor:
+        """Row by row: the module runs over its document as far as row i, then its own chain.
+
+        The chain's inputs stand at the positions that follow, `ahead` of row i the last of them.
+        """
+        out = torch.zeros_like(uses[0])
+        count = self._read["num_nextn_predict_layers"]
+        steps = torch.arange(len(uses) - 1) * count + count
+        assert int(steps[-1]) == ahead
+        for row, i in torch.cartesian_prod(*map(torch.arange, segment_ids.shape)).tolist():
+            start = int((segment_ids[row] == segment_ids[row, i]).nonzero()[0])
+            text, chain = uses[0][row, start : i + 1], [use[row, i : i + 1] for use in uses[1:]]
+            x = torch.cat([text, *chain])[None]
+            positions = torch.cat([torch.arange(start, i + 1), i + steps])
+            places = self.places(torch.ones(1, x.shape[1]), positions)
+            out[row, i] = mtp_output(x, get, self._read, places)[0, -1]
+        return out
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -116,10 +140,12 @@ class TorchReference:
             hidden += self.mtp(h0, tokens, segment_ids)
         return h0, [self.logits(h) for h in hidden]
 
-    def places(self, segment_ids: Tensor) -> Places:
+    def places(self, segment_ids: Tensor, positions: Tensor | None = None) -> Places:
+        """Positions [T] count from 0 in a row unless given."""
+        positions = torch.arange(segment_ids.shape[1]) if positions is None else positions
         same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
         rope, dim = self._read["rope"], self._read["qk_rope_head_dim"]
-        cos, sin = rope_table(rope, dim, segment_ids.shape[1], self.dtype)
+        cos, sin = rope_table(rope, dim, positions, self.dtype)
         return Places(cos, sin, rope["interleave"], visible=same.tril())
 
 
@@ -136,14 +162,18 @@ def tokens_ahead(tokens: Tensor, segment_ids: Tensor, k: int) -> Tensor:
     return ahead
 
 
-def mtp_module(h: Tensor, e: Tensor, get: Get, config: Config, places: Places) -> Tensor:
-    """Return h_k from h_{k-1} and the embedding of token i+k, both [B, T, D]."""
+def mtp_input(h: Tensor, e: Tensor, get: Get, config: Config) -> Tensor:
+    """Return what the layer of depth k reads, from h_{k-1} and the embedding of token i+k."""
     eps = config["rms_norm_eps"]
     # Embedding first: equation 21 of the report prints the reverse, the weights need this order.
     pair = [rms_norm(e, get("enorm.weight"), eps), rms_norm(h, get("hnorm.weight"), eps)]
-    x = functional.linear(torch.cat(pair, dim=-1), get("eh_proj.weight"))
+    return functional.linear(torch.cat(pair, dim=-1), get("eh_proj.weight"))
+
+
+def mtp_output(x: Tensor, get: Get, config: Config, places: Places) -> Tensor:
+    """Return h_k [B, T, D] from `mtp_input`."""
     y = decoder_layer(x, get, config, places, is_moe=True)
-    return rms_norm(y, get("shared_head.norm.weight"), eps)
+    return rms_norm(y, get("shared_head.norm.weight"), config["rms_norm_eps"])
 
 
 def decoder_layer(x: Tensor, get: Get, config: Config, places: Places, *, is_moe: bool) -> Tensor:
@@ -184,9 +214,11 @@ def rope_frequencies(rope: Config, dim: int) -> Tensor:
     return frequency * (1 - slowed) + frequency / yarn["factor"] * slowed
 
 
-def rope_table(rope: Config, dim: int, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return cos and sin [T, R/2] of positions 0..T-1, times YaRN's multiplier."""
-    angles = torch.arange(length, dtype=torch.float64)[:, None] * rope_frequencies(rope, dim)
+def rope_table(
+    rope: Config, dim: int, positions: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return cos and sin [T, R/2] of positions [T], times YaRN's multiplier."""
+    angles = positions.double()[:, None] * rope_frequencies(rope, dim)
     multiplier = rope["yarn"]["multiplier"] if rope["yarn"] else 1.0
     return (angles.cos() * multiplier).to(dtype), (angles.sin() * multiplier).to(dtype)
 

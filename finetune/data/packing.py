@@ -108,6 +108,8 @@ class Packer:
     else waits for a later batch. A longer document is cut into full rows and a rest; each part
     is a segment of its own. Documents are shuffled anew in each epoch.
     epochs: stop after this many; None goes on for ever.
+    documents_of_rows: for each row of the batch that was given last, the numbers of the documents
+    of its segments 1, 2, ...
     """
 
     def __init__(
@@ -125,6 +127,7 @@ class Packer:
         self.rows, self.row_tokens = rows, row_tokens
         self._order = functools.lru_cache(maxsize=2)(self._shuffled)
         self.next = position.next
+        self.documents_of_rows: list[list[int]] = []
         self.reading = [(place, self._tokens(place)) for place in position.reading]
         self.waiting = [self._cut(place, self._tokens(place))[0] for place in position.waiting]
 
@@ -143,6 +146,10 @@ class Packer:
                 self.waiting.append(piece)
         if rows.are_empty():
             raise StopIteration
+        self.documents_of_rows = [
+            [int(self._order(place.epoch)[place.document]) for place in places]
+            for places in rows.places
+        ]
         return rows.batch(), self.position
 
     @property
@@ -217,7 +224,7 @@ class _Rows:
     def __init__(self, rows: int, row_tokens: int):
         self.arrays = Batch(*(np.zeros((rows, row_tokens), np.int32) for _ in Batch._fields))
         self.used = [0] * rows
-        self.segments = [0] * rows
+        self.places: list[list[TokenPlace]] = [[] for _ in range(rows)]
 
     def have_room(self) -> bool:
         return min(self.used) < self.arrays.tokens_BT.shape[1]
@@ -231,10 +238,10 @@ class _Rows:
         row = next((r for r, used in enumerate(self.used) if used + size <= width), None)
         if row is None:
             return False
-        self.segments[row] += 1
+        self.places[row].append(piece.place)
         part = (row, slice(self.used[row], self.used[row] + size))
         self.arrays.tokens_BT[part] = piece.tokens.ids
-        self.arrays.segment_ids_BT[part] = self.segments[row]
+        self.arrays.segment_ids_BT[part] = len(self.places[row])
         self.arrays.positions_BT[part] = np.arange(size)
         self.arrays.loss_mask_BT[part] = piece.tokens.loss_mask
         self.used[row] += size

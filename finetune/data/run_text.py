@@ -51,8 +51,13 @@ def open_documents(checkpoint: str, data: tuple[Path, ...], config: ModelConfig)
     return TokenDocuments(scan(data, config.vocab_size, encoder.chats), encoder, config.vocab_size)
 
 
-def held_out_batches(documents: TokenDocuments, settings: RunSettings) -> list[Batch]:
-    """The rows of every evaluation: a fixed sample, whatever the order of training is."""
+def held_out_batches(
+    documents: TokenDocuments, settings: RunSettings
+) -> list[tuple[Batch, list[list[int]]]]:
+    """The rows of every evaluation: a fixed sample, whatever the order of training is.
+
+    Each batch with the numbers of the documents in its rows, as `Packer.documents_of_rows`.
+    """
     packer = Packer(
         documents,
         rows=settings.batch.rows,
@@ -60,7 +65,8 @@ def held_out_batches(documents: TokenDocuments, settings: RunSettings) -> list[B
         seed=0,
         epochs=1,
     )
-    return [batch for batch, _ in first_rows(packer, settings.evaluation.rows)]
+    batches = first_rows(packer, settings.evaluation.rows)
+    return [(batch, packer.documents_of_rows) for batch, _ in batches]
 
 
 def digest_of(batches: list[Batch]) -> str:

@@ -1,60 +1,135 @@
-"""How many drafted tokens greedy decoding would accept: a definition, apart from the losses.
+"""How many drafted tokens a greedy decoder would accept on a text: a definition, apart from losses.
 
 B batch, T position, K depths.
 
 With g[i] the main model's greedy choice at position i (its prediction of t[i+1]) and d_k[i] the
-choice of depth k (its prediction of t[i+k+1]), both fed the text:
+choice of depth k (its prediction of t[i+k+1]), both fed the text. A decoder goes over a document in
+*rounds*. The first is at the position before the first learnt token (a prompt's tokens don't
+count). In the round at i the decoder has t[i+1], and drafts t[i+2], t[i+3], ...:
 
-* position i is *eligible* at depth k iff t[i+1..i+k] are in the document of i and equal
-  g[i..i+k-1]: the text goes on as greedy decoding would, so decoding would be in this state;
-* draft k is *reached* there iff drafts 1..k-1 are accepted;
-* it is *accepted* there iff it is reached and d_k[i] == g[i+k].
+* draft k is *reached* iff drafts 1..k-1 are accepted, the text goes on with them, and its place,
+  t[i+k+1], is a learnt token of the document;
+* it is *accepted* iff it is reached and d_k[i] == g[i+k].
 
-accepted_k / reached_k is the rate of draft k given that those before it are accepted. Their product
-up to k is the probability that the first k drafts are all accepted: *acceptance* of position k, as
-serving engines report it, and its sum plus 1 is the mean accepted length. Each single count is
-exact for greedy decoding; text that goes on greedily is easier than text at large, and the product
-keeps that bias small where accepted_k / eligible_k does not (a small model, 3 drafts, against
-really continuing 1,529 contexts greedily: length 2.18, product 2.29, the other 2.68).
-*Agreement* is the looser share of d_k[i] == g[i+k] over all positions with t[i+k] in the document,
-whether or not the text is what greedy decoding would write: defined where nothing is eligible.
+The round ends at the first draft that is not accepted, or after K. The main model gives one token
+more, so the next round is at i + a + 1, where a is the number of accepted drafts that are in the
+text. Averages over all positions would count the easy places inside an accepted run again and
+again, which a decoder jumps over.
+
+On text that the main model wrote greedily this is what a greedy decoder does, token for token.
+Other text ends a round early where it leaves what the main model would write; drafts after that
+place are not reached. So accepted_k / reached_k is the rate of draft k given that those before it
+are accepted; the product of these rates up to k is the probability that the first k drafts are all
+accepted, *acceptance* of position k as serving engines report it, and 1 + the sum of the products
+is the mean accepted length.
+
+*Agreement* is the looser share of d_k[i] == g[i+k] over all positions whose t[i+k+1] is learnt.
 """
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from finetune.data.packing import Batch
 from mtp_model.mtp import shift_left
 
 
 class AcceptanceCounts(NamedTuple):
-    """Positions, int32 [K], entry k-1 for depth k; counts of several batches add up."""
+    """int32; entry k-1 of [K] is depth k's. Counts of several batches add up."""
 
     reached_K: Int[Array, "K"]
     accepted_K: Int[Array, "K"]
     compared_K: Int[Array, "K"]
     agreed_K: Int[Array, "K"]
+    learnt: jax.Array  # scalar: learnt tokens that the main model predicts
+    greedy: jax.Array  # scalar: those of them that are its greedy choice
+
+
+class Rounds(NamedTuple):
+    """Drafts reached and accepted in the round at each position; 0 where no round is."""
+
+    reached_BT: Int[Array, "B T"]
+    accepted_BT: Int[Array, "B T"]
 
 
 def count_acceptance(
     batch: Batch, greedy_BT: Int[Array, "B T"], drafted: tuple[Int[Array, "B T"], ...]
-) -> AcceptanceCounts:
-    """Count over a batch. greedy: the main model's choices (argmax); drafted: each depth's."""
-    segments_BT = batch.segment_ids_BT
-    accepted_BT = segments_BT != 0
-    masks = []
-    for k, draft_BT in enumerate(drafted, start=1):
-        inside_BT = (shift_left(segments_BT, k, 0) == segments_BT) & (segments_BT != 0)
-        text_is_greedy_BT = shift_left(batch.tokens_BT, k, -1) == shift_left(greedy_BT, k - 1, -2)
-        agrees_BT = inside_BT & (draft_BT == shift_left(greedy_BT, k, -1))
-        # accepted at k - 1 implies eligible at k - 1: one more token has to be greedy
-        reached_BT = accepted_BT & inside_BT & text_is_greedy_BT
-        accepted_BT = reached_BT & agrees_BT
-        masks.append((reached_BT, accepted_BT, inside_BT, agrees_BT))
-    columns = zip(*masks, strict=True) if masks else ((),) * len(AcceptanceCounts._fields)
-    return AcceptanceCounts(*map(_counts, columns))
+) -> tuple[AcceptanceCounts, Rounds]:
+    """Counts over a batch, and its rounds. greedy: the main model's choices; drafted: each depth's.
+
+    A segment is taken as a document.
+    """
+    is_greedy_BT = _ahead(batch.tokens_BT, 1) == greedy_BT
+    compared = [_is_learnt(batch, k + 1) for k in range(1, len(drafted) + 1)]
+    agreed = [
+        inside_BT & (draft_BT == _ahead(greedy_BT, k))
+        for k, (draft_BT, inside_BT) in enumerate(zip(drafted, compared, strict=True), start=1)
+    ]
+    rounds = _rounds(_is_learnt(batch, 1), is_greedy_BT, compared, agreed)
+    depths = range(1, len(drafted) + 1)
+    counts = AcceptanceCounts(
+        reached_K=_counts([rounds.reached_BT >= k for k in depths]),
+        accepted_K=_counts([rounds.accepted_BT >= k for k in depths]),
+        compared_K=_counts(compared),
+        agreed_K=_counts(agreed),
+        learnt=jnp.sum(_is_learnt(batch, 1), dtype=jnp.int32),
+        greedy=jnp.sum(_is_learnt(batch, 1) & is_greedy_BT, dtype=jnp.int32),
+    )
+    return counts, rounds
+
+
+def _ahead(x_BT, k: int) -> Int[Array, "B T"]:
+    """x[i + k]; past the end a number that is no token."""
+    return shift_left(jnp.asarray(x_BT), k, -1)
+
+
+def _is_learnt(batch: Batch, k: int) -> Bool[Array, "B T"]:
+    """Whether t[i + k] is a learnt token of the document of i."""
+    segments_BT = jnp.asarray(batch.segment_ids_BT)
+    inside_BT = (_ahead(segments_BT, k) == segments_BT) & (segments_BT != 0)
+    return inside_BT & (_ahead(batch.loss_mask_BT, k) == 1)
+
+
+def _rounds(
+    follows_BT: Bool[Array, "B T"],
+    is_greedy_BT: Bool[Array, "B T"],
+    compared: list[Bool[Array, "B T"]],
+    agreed: list[Bool[Array, "B T"]],
+) -> Rounds:
+    """Walk each row from its first position: where rounds are, and what becomes of their drafts.
+
+    follows: t[i+1] is learnt, which a round needs; is_greedy: t[i+1] == g[i].
+    """
+    on_text_BT = follows_BT  # drafts before this one are accepted, and the text goes on with them
+    zero_BT = jnp.zeros(follows_BT.shape, jnp.int32)
+    reached_BT = accepted_BT = kept_BT = zero_BT
+    for k, (inside_BT, agrees_BT) in enumerate(zip(compared, agreed, strict=True), start=1):
+        reached = on_text_BT & inside_BT
+        accepted = reached & agrees_BT
+        on_text_BT = accepted & (_ahead(is_greedy_BT.astype(jnp.int32), k) == 1)
+        reached_BT += reached
+        accepted_BT += accepted
+        kept_BT += on_text_BT
+    visited_BT = _visited(jnp.arange(follows_BT.shape[1])[None] + 1 + kept_BT)
+    return Rounds(*(jnp.where(visited_BT, x_BT, zero_BT) for x_BT in (reached_BT, accepted_BT)))
+
+
+def _visited(next_BT: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+    """The positions of a walk that begins at 0 and goes from i to next[i] > i.
+
+    In log2(T) parallel steps: from all places of the first 2^s steps to those 2^s further on.
+    """
+    rows, length = next_BT.shape
+    row_B1 = jnp.arange(rows)[:, None]
+    visited_BT = jnp.zeros((rows, length), jnp.bool_).at[:, 0].set(True)
+    for _ in range(length.bit_length()):
+        visited_BT = visited_BT.at[row_B1, next_BT].max(visited_BT, mode="drop")
+        ended_BT = next_BT >= length
+        further_BT = jnp.take_along_axis(next_BT, jnp.minimum(next_BT, length - 1), axis=1)
+        next_BT = jnp.where(ended_BT, length, further_BT)
+    return visited_BT
 
 
 def _counts(masks) -> Int[Array, "K"]:

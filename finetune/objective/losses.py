@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from finetune.data.packing import Batch
-from finetune.objective.acceptance import AcceptanceCounts, count_acceptance
+from finetune.objective.acceptance import AcceptanceCounts, Rounds, count_acceptance
 from finetune.settings import TrainMode
 from mtp_model import Context, DeepSeekV3, MainStates, make_context
 from mtp_model.layers import Embedding
@@ -53,6 +53,14 @@ class ExpertLoad(NamedTuple):
 
     moe_layers_LE: Float[Array, "L E"]
     mtp_KE: Float[Array, "K E"]
+
+
+class Measurement(NamedTuple):
+    """A batch run through the depths."""
+
+    measured: Measured
+    load: ExpertLoad
+    rounds: Rounds
 
 
 def targets(batch: Batch, k: int) -> Targets:
@@ -116,7 +124,7 @@ def context_of(batch: Batch) -> Context:
 
 def measure(
     model: DeepSeekV3, batch: Batch, main: MainStates, num_draft_tokens: int | None = None
-) -> tuple[Measured, ExpertLoad]:
+) -> Measurement:
     """Run the depths on a batch, each fed the true next token, and add up all losses.
 
     main: what the main model made of the batch, `model.main(batch.tokens_BT, context_of(batch))`;
@@ -129,13 +137,15 @@ def measure(
         for k, hidden_BTD in enumerate((main.hidden_BTD, *drafts.hidden))
     ]
     greedy, *drafted = (loss.greedy_BT for loss in losses)
+    acceptance, rounds = count_acceptance(batch, greedy, tuple(drafted))
     measured = Measured(
         nll_sum_K1=jnp.stack([loss.nll_sum for loss in losses]),
         num_targets_K1=jnp.stack([loss.num_targets for loss in losses]),
-        acceptance=count_acceptance(batch, greedy, tuple(drafted)),
+        acceptance=acceptance,
         num_tokens=jnp.sum(batch.segment_ids_BT != 0, dtype=jnp.int32),
     )
-    return measured, ExpertLoad(main.expert_load_LE, drafts.expert_load_LE)
+    load = ExpertLoad(main.expert_load_LE, drafts.expert_load_LE)
+    return Measurement(measured, load, rounds)
 
 
 def mean_losses(measured: Measured) -> Float[Array, "K1"]:

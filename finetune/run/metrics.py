@@ -5,14 +5,17 @@ text; TensorBoard has both.
 """
 
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from finetune.data.packing import Batch
+from finetune.objective.acceptance import Rounds
+from finetune.objective.intervals import DocumentCounts, Interval
 from finetune.objective.losses import Measured
 
 Row = dict[str, Any]
@@ -25,8 +28,10 @@ _LISTS = ("mtp_loss", "acceptance")  # in every row, beside `main_loss`
 class Summary:
     """What was measured on some text; lists have one entry a depth. None: nothing to measure.
 
-    Losses are nats a target. `acceptance[k-1]` is the probability that the first k drafts are all
-    accepted: the product of `conditional`, which is accepted / reached (see acceptance.py).
+    Losses are nats a target. `acceptance[k-1]` is the probability that the first k drafts of a
+    round are all accepted: the product of `conditional`, which is accepted / reached (see
+    objective/acceptance.py). greedy_share: learnt tokens that are the main model's greedy choice.
+    Intervals are of 95 % confidence, by a bootstrap over documents.
     """
 
     tokens: int
@@ -37,6 +42,9 @@ class Summary:
     agreement: list[float | None]
     reached: list[int]
     accepted: list[int]
+    greedy_share: float | None = None
+    acceptance_interval: list[Interval | None] = field(default_factory=list)
+    mean_accepted_length_interval: Interval | None = None
 
     @property
     def mean_accepted_length(self) -> float | None:
@@ -46,11 +54,35 @@ class Summary:
         return 1.0 + sum(rate for rate in self.acceptance if rate is not None)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"mean_accepted_length": self.mean_accepted_length}
+        """The values, and the counts under the names that vLLM reports them by.
+
+        num_draft_tokens: drafts that the text decides about; vLLM counts K a round.
+        """
+        return asdict(self) | {
+            "mean_accepted_length": self.mean_accepted_length,
+            "num_drafts": self.reached[0] if self.reached else 0,
+            "num_draft_tokens": self._decided(),
+            "num_accepted_tokens": sum(self.accepted),
+            "num_accepted_tokens_per_pos": self.accepted,
+        }
+
+    def _decided(self) -> int:
+        """Drafts that are accepted, refused, or behind a refused one."""
+        refused = [
+            reached - kept for reached, kept in zip(self.reached, self.accepted, strict=True)
+        ]
+        behind = sum(count * (len(refused) - k) for k, count in enumerate(refused, start=1))
+        return sum(self.reached) + behind
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> "Summary":
-        return cls(**{entry.name: row[entry.name] for entry in fields(cls)})
+        """The values of `to_json`; earlier versions wrote fewer."""
+        values = {entry.name: row[entry.name] for entry in fields(cls) if entry.name in row}
+        if length := values.get("mean_accepted_length_interval"):
+            values["mean_accepted_length_interval"] = Interval(*length)
+        if rates := values.get("acceptance_interval"):
+            values["acceptance_interval"] = [each and Interval(*each) for each in rates]
+        return cls(**values)
 
 
 def add_up(measured: Iterable[Measured]) -> Measured:
@@ -68,6 +100,32 @@ def _wide(x: np.ndarray) -> np.ndarray:
     return np.asarray(x).astype(np.float64 if np.issubdtype(x.dtype, np.floating) else np.int64)
 
 
+def measure_text(
+    step: Callable[[Batch], tuple[Measured, Rounds]],
+    batches: Iterable[tuple[Batch, Sequence[Sequence[int]]]],
+) -> Summary:
+    """Run `step` on each batch and sum up what it finds, with intervals.
+
+    batches: each with the numbers of its documents (`Packer.documents_of_rows`).
+    """
+    documents: DocumentCounts | None = None
+
+    def measured() -> Iterator[Measured]:
+        nonlocal documents
+        for batch, documents_of_rows in batches:
+            found, rounds = jax.device_get(step(batch))
+            documents = documents or DocumentCounts(len(found.acceptance.reached_K))
+            documents.add(rounds, batch.segment_ids_BT, documents_of_rows)
+            yield found
+
+    total = add_up(measured())
+    assert documents is not None  # add_up had a batch
+    length, acceptance = documents.intervals()
+    return replace(
+        summarise(total), acceptance_interval=acceptance, mean_accepted_length_interval=length
+    )
+
+
 def summarise(measured: Measured) -> Summary:
     """Sums of one batch or several, on the host, as rates and means."""
     main_loss, *mtp_loss = _rates(measured.nll_sum_K1, measured.num_targets_K1)
@@ -82,6 +140,7 @@ def summarise(measured: Measured) -> Summary:
         agreement=_rates(counts.agreed_K, counts.compared_K),
         reached=[int(n) for n in np.asarray(counts.reached_K)],
         accepted=[int(n) for n in np.asarray(counts.accepted_K)],
+        greedy_share=_rates([counts.greedy], [counts.learnt])[0],
     )
 
 
@@ -167,7 +226,7 @@ class RunLog:
                 self._scalar(f"{group}/{name}", value, row["step"])
 
     def _scalar(self, tag: str, value: Any, step: int) -> None:
-        if isinstance(value, int | float):
+        if isinstance(value, int | float):  # neither unknown nor an interval
             self.writer.add_scalar(tag, value, step)
 
 

@@ -52,10 +52,11 @@ def _draw_losses(axes: Axes, steps: Sequence[Row], evaluations: Sequence[Row]) -
 def _draw_acceptance(axes: Axes, steps: Sequence[Row], evaluations: Sequence[Row]) -> None:
     for depth in range(_num_depths(steps, evaluations)):
         _draw_both(axes, steps, evaluations, _entry("acceptance", depth), *_look(depth))
+        _draw_intervals(axes, evaluations, depth)
     axes.set_ylabel("drafts accepted")
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.legend(title="lines: training, dots: held-out", frameon=False)
+    axes.legend(title="lines: training, dots: held-out (bars: 95 %)", frameon=False)
 
 
 def _draw_both(
@@ -74,6 +75,14 @@ def _draw_line(axes: Axes, rows: Sequence[Row], value: Value, **style: Any) -> N
     points = [(row["step"], value(row)) for row in rows]
     known = [(step, y) for step, y in points if y is not None]
     axes.plot([step for step, _ in known], [y for _, y in known], **style)
+
+
+def _draw_intervals(axes: Axes, evaluations: Sequence[Row], depth: int) -> None:
+    """Bars from the low to the high end of the 95 % interval of each evaluation that has one."""
+    for row in evaluations:
+        intervals = row.get("acceptance_interval")
+        if intervals and intervals[depth]:
+            axes.vlines(row["step"], *intervals[depth], colors=_look(depth)[0], linewidth=1)
 
 
 def _entry(name: str, depth: int) -> Value:

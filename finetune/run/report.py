@@ -1,25 +1,45 @@
 """What was measured, as tables and sentences for people."""
 
+from collections.abc import Callable
+
+from finetune.objective.intervals import Interval
 from finetune.run.metrics import Summary
 from mtp_model.reporting import Grid, Section
+
+GREEDY_TEXT = 0.99  # with this share of greedy tokens a text is the main model's own
 
 
 def evaluation_sections(summary: Summary, title: str) -> list[Section]:
     """Losses and acceptance, one row a depth."""
-    rows = [("main model", number(summary.main_loss), "", "", "", "")]
+    rows = [("main model", number(summary.main_loss), "", "", "", "", "")]
     for k, loss in enumerate(summary.mtp_loss):
-        rates = (percent(summary.acceptance[k]), percent(summary.conditional[k]))
-        counted = f"{summary.accepted[k]} / {summary.reached[k]}"
-        agreement = percent(summary.agreement[k])
-        rows.append((f"draft {k + 1}", number(loss), *rates, counted, agreement))
-    columns = ("", "loss", "accepted", "if reached", "positions", "agreement")
+        interval = summary.acceptance_interval[k] if summary.acceptance_interval else None
+        rates = (percent(summary.acceptance[k]), between(interval, percent))
+        counted = f"{summary.accepted[k]:,} / {summary.reached[k]:,}"
+        more = (percent(summary.conditional[k]), counted, percent(summary.agreement[k]))
+        rows.append((f"draft {k + 1}", number(loss), *rates, *more))
+    columns = ("", "loss", "accepted", "95 %", "if reached", "drafts", "agreement")
+    return [title, Grid(columns, rows), _caption(summary)]
+
+
+def _caption(summary: Summary) -> str:
+    rounds = summary.reached[0] if summary.reached else 0
     length = number(summary.mean_accepted_length)
-    caption = (
-        f"mean accepted length {length}, on {summary.tokens} tokens\n"
-        "accepted: with all drafts before it; agreement: with the main\n"
+    sure = between(summary.mean_accepted_length_interval, number)
+    said = (
+        f"mean accepted length {length}{f' ({sure})' if sure else ''}, "
+        f"{rounds:,} rounds on {summary.tokens:,} tokens\n"
+        "accepted: with all drafts of the round before it; agreement: with the main\n"
         "model's greedy choice, on all of the text"
     )
-    return [title, Grid(columns, rows), caption]
+    share = summary.greedy_share
+    if share is None or share > GREEDY_TEXT:
+        return said
+    return said + (
+        f"\nonly {percent(share)} of the text is what the main model would write greedily: these\n"
+        "rates hold as long as it does; measure on the model's own answers to know what\n"
+        "a server accepts"
+    )
 
 
 def comparison_sections(before: Summary, after: Summary) -> list[Section]:
@@ -38,7 +58,12 @@ def _by_name(summary: Summary) -> dict[str, str]:
     found = {"main loss": number(summary.main_loss)}
     for name, shown, values in depths:
         found |= {f"{name} {k}": shown(value) for k, value in enumerate(values, start=1)}
-    return found | {"mean accepted length": number(summary.mean_accepted_length)}
+    sure = between(summary.mean_accepted_length_interval, number)
+    length = number(summary.mean_accepted_length) + (f" ({sure})" if sure else "")
+    return found | {
+        "mean accepted length (95 %)": length,
+        "greedy share of the text": percent(summary.greedy_share),
+    }
 
 
 def evaluation_sentence(step: int, summary: Summary) -> str:
@@ -58,3 +83,8 @@ def number(value: float | None) -> str:
 
 def percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
+
+
+def between(interval: Interval | None, shown: Callable[[float | None], str]) -> str:
+    """An interval as "low to high", empty where there is none."""
+    return f"{shown(interval.low)} to {shown(interval.high)}" if interval else ""

@@ -90,11 +90,34 @@ def test_logits(pair, segments):
     assert_all_close(got, reference_logits(ref, tokens, segments))
 
 
-def test_modules_are_reused_beyond_their_number(two_modules):
-    model, ref, _ = two_modules
+@pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["one document a row", "packed"])
+@pytest.mark.parametrize("num_modules", [1, 2])
+def test_modules_are_reused_as_a_decoder_does(num_modules, segments, request):
+    """The reference runs a reused module anew over each row's document and chain."""
+    model, ref = request.getfixturevalue("two_modules")[:2]
+    if num_modules == 1:
+        model, ref = request.getfixturevalue("one_module")
     tokens = random_tokens(model.config.vocab_size)
-    out = jax.jit(lambda m, t: m(t, num_draft_tokens=4))(model, tokens)
-    assert_all_close(out.mtp_logits, reference_logits(ref, tokens, depths=4)[1:])
+    drafts = jax.jit(lambda m, t: m(t, segments, num_draft_tokens=4))(model, tokens).mtp_logits
+    want = reference_logits(ref, tokens, segments, depths=4)[1:]
+    assert_all_close(drafts, want)
+
+    def attends_to_its_own_rows(model, tokens):
+        """The mistake: each use of a module sees what the same use left in other rows."""
+        context = make_context(jnp.ones_like(tokens) if segments is None else segments)
+        state = model.main(tokens, context).state_BTD
+        for k in range(1, 5):
+            ahead = shift_within_segments(jnp.asarray(tokens), context.segment_ids_BT, k).tokens_BT
+            state = model.draft_step(state, ahead, context, k).state_BTD
+        return model.lm_head.logits(state)
+
+    assert_far(jax.jit(attends_to_its_own_rows)(model, tokens), want[3], "depth 4")
+
+
+@pytest.fixture(scope="module")
+def one_module(tmp_path_factory) -> tuple[DeepSeekV3, TorchReference]:
+    folder = tmp_path_factory.mktemp("one")
+    return load_float32(import_tiny(folder, "f32")), open_reference(folder / "source")
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +147,7 @@ def test_each_module(two_modules):
     norm = reference.rms_norm(x_torch, get("input_layernorm.weight"), config["rms_norm_eps"])
     check_module(layer.input_layernorm(x), norm, "norm")
     attended = reference.attention(x_torch, under(get, "self_attn"), config, places)
-    check_module(layer.self_attn(x, context), attended, "attention")
+    check_module(layer.self_attn(x, context)[0], attended, "attention")
     shared = reference.mlp(x_torch, under(get, "mlp.shared_experts"))
     check_module(layer.mlp.shared_experts(x), shared, "shared experts")
     mixed = reference.moe(x_torch, under(get, "mlp"), config)

@@ -76,7 +76,7 @@ def test_yarn_of_the_released_model():
 def test_rotation_of_one_pair():
     """Neighbours (x[0], x[1]) turn by the position: (1, 0) at 1 becomes (cos 1, sin 1)."""
     rope = {"theta": 10000.0, "yarn": None}
-    cos, sin = torch_reference.rope_table(rope, 4, 2, torch.float64)
+    cos, sin = torch_reference.rope_table(rope, 4, torch.arange(2), torch.float64)
     x = torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64).expand(1, 1, 2, 4)
     places = torch_reference.Places(cos, sin, True, visible=torch.ones(1, dtype=torch.bool))
     want = torch.tensor([[1.0, 0, 0, 0], [math.cos(1), math.sin(1), 0, 0]], dtype=torch.float64)
