@@ -123,7 +123,7 @@ def _where(good: jax.Array, moved: TrainState, state: TrainState) -> TrainState:
 def make_measure_step(
     graphdef: Any, num_draft_tokens: int | None = None
 ) -> Callable[[nnx.State, nnx.State, nnx.State, Batch], tuple[Measured, Rounds]]:
-    """The jitted measurement without gradients: (trainable, biases, frozen, batch) -> sums, rounds."""
+    """The jitted measurement without gradients, of (trainable, biases, frozen, batch)."""
 
     def step(trainable: nnx.State, biases: nnx.State, frozen: nnx.State, batch: Batch):
         model = nnx.merge(graphdef, trainable, biases, frozen)

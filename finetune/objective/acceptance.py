@@ -109,9 +109,9 @@ def _rounds(
         reached = on_text_BT & inside_BT
         accepted = reached & agrees_BT
         on_text_BT = accepted & (_ahead(is_greedy_BT.astype(jnp.int32), k) == 1)
-        reached_BT += reached
-        accepted_BT += accepted
-        kept_BT += on_text_BT
+        reached_BT += reached.astype(jnp.int32)
+        accepted_BT += accepted.astype(jnp.int32)
+        kept_BT += on_text_BT.astype(jnp.int32)
     visited_BT = _visited(jnp.arange(follows_BT.shape[1])[None] + 1 + kept_BT)
     return Rounds(*(jnp.where(visited_BT, x_BT, zero_BT) for x_BT in (reached_BT, accepted_BT)))
 

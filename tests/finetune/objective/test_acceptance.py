@@ -13,39 +13,92 @@ from finetune.run.metrics import add_up, summarise
 
 
 def acceptance_by_loop(batch: Batch, greedy, drafted):
-    """The definition of finetune/objective/acceptance.py, one position at a time."""
-    tokens, segments = np.asarray(batch.tokens_BT), np.asarray(batch.segment_ids_BT)
+    """The definition of finetune/objective/acceptance.py, round by round.
+
+    Counts by name, and [reached, accepted] of the documents of each row.
+    """
+    tokens, segments, mask = map(np.asarray, (batch.tokens_BT, batch.segment_ids_BT, batch[3]))
     names = ("reached", "accepted", "compared", "agreed")
-    counts = {name: [0] * len(drafted) for name in names}
-    for row, i in np.argwhere(segments != 0):
-        document_end = i + int((segments[row, i:] == segments[row, i]).sum())
-        before_accepted = True
-        for k, draft in enumerate(drafted, start=1):
-            if i + k >= document_end:
-                break
-            agrees = draft[row, i] == greedy[row, i + k]
-            eligible = all(tokens[row, i + j] == greedy[row, i + j - 1] for j in range(1, k + 1))
-            counts["compared"][k - 1] += 1
-            counts["agreed"][k - 1] += int(agrees)
-            counts["reached"][k - 1] += int(eligible and before_accepted)
-            counts["accepted"][k - 1] += int(eligible and before_accepted and agrees)
-            before_accepted = before_accepted and agrees
+    counts = {name: [0] * len(drafted) for name in names} | {"learnt": 0, "greedy": 0}
+
+    for row in range(len(tokens)):
+        for segment in range(1, segments[row].max() + 1):
+            places = np.flatnonzero(segments[row] == segment)
+            end = places[-1] + 1
+
+            def is_learnt(place, row=row, end=end):
+                return place < end and mask[row, place] == 1
+
+            i = places[0]
+            while i < end:
+                kept = 0
+                for k, draft in enumerate(drafted, start=1):
+                    if not (is_learnt(i + 1) and is_learnt(i + k + 1)):
+                        break
+                    counts["reached"][k - 1] += 1
+                    if draft[row, i] != greedy[row, i + k]:
+                        break
+                    counts["accepted"][k - 1] += 1
+                    if tokens[row, i + k + 1] != greedy[row, i + k]:
+                        break
+                    kept += 1
+                i += kept + 1
+            for i in places:
+                counts["learnt"] += int(is_learnt(i + 1))
+                counts["greedy"] += int(is_learnt(i + 1) and tokens[row, i + 1] == greedy[row, i])
+                for k, draft in enumerate(drafted, start=1):
+                    if is_learnt(i + k + 1):
+                        counts["compared"][k - 1] += 1
+                        counts["agreed"][k - 1] += int(draft[row, i] == greedy[row, i + k])
     return list(counts.values())
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_acceptance_follows_its_definition(seed):
-    """Two tokens only, so that text, greedy choices and drafts often agree."""
-    rng = np.random.default_rng(seed)
+def random_documents(rng) -> list[Tokens]:
+    """Two tokens only, so that text, greedy choices and drafts often agree; prompts, two turns."""
     lengths = rng.integers(1, 16, 8)
-    documents = [
-        Tokens(rng.integers(0, 2, n).astype(np.int32), np.ones(n, np.int32)) for n in lengths
+    masks = [(rng.random(n) < 0.9) & (np.arange(n) >= rng.integers(0, 5)) for n in lengths]
+    return [
+        Tokens(rng.integers(0, 2, mask.size).astype(np.int32), mask.astype(np.int32))
+        for mask in masks
     ]
-    batch = packed(documents, rows=8, row_tokens=32)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_acceptance_follows_its_definition(seed):
+    rng = np.random.default_rng(seed)
+    batch = packed(random_documents(rng), rows=8, row_tokens=32)
     greedy, *drafted = rng.integers(0, 2, (4, *batch.tokens_BT.shape))
-    counts = count_acceptance(batch, jnp.asarray(greedy), tuple(map(jnp.asarray, drafted)))
+    counts, rounds = count_acceptance(batch, jnp.asarray(greedy), tuple(map(jnp.asarray, drafted)))
     assert [column.tolist() for column in counts] == acceptance_by_loop(batch, greedy, drafted)
     assert counts.accepted_K[1] > 0
+    assert int((rounds.reached_BT > 0).sum()) == counts.reached_K[0]
+    assert int(rounds.accepted_BT.sum()) == counts.accepted_K.sum()
+
+
+def test_a_round_begins_behind_what_the_last_one_accepted():
+    """The text is greedy throughout; only at place 2 and 3 do drafts agree."""
+    tokens = np.arange(10, dtype=np.int32)
+    batch = packed([Tokens(tokens, np.ones(10, np.int32))], rows=1, row_tokens=10)
+    greedy = batch.tokens_BT + 1
+    good = jnp.isin(jnp.arange(10), jnp.array([2, 3]))[None]
+    drafted = tuple(jnp.where(good, batch.tokens_BT + 1 + k, 0) for k in (1, 2))
+    counts, rounds = count_acceptance(batch, greedy, drafted)
+    begin = np.flatnonzero(rounds.reached_BT[0])
+    assert begin.tolist() == [0, 1, 2, 5, 6, 7]  # 3 and 4 were accepted: averages would count 3
+    assert counts.reached_K.tolist() == [6, 1]
+    assert counts.accepted_K.tolist() == [1, 1]
+    assert counts.agreed_K.tolist() == [2, 2]
+
+
+def test_a_prompt_does_not_count():
+    tokens = np.arange(10, dtype=np.int32)
+    mask = (np.arange(10) >= 6).astype(np.int32)
+    batch = packed([Tokens(tokens, mask)], rows=1, row_tokens=10)
+    nothing = jnp.zeros_like(batch.tokens_BT)
+    counts, rounds = count_acceptance(batch, nothing, (nothing - 1,))
+    # token 6 is the main model's own; the first draft is of 7
+    assert np.flatnonzero(rounds.reached_BT[0]).tolist() == [5, 6, 7]
+    assert counts.learnt == 4
 
 
 def test_a_perfect_drafter_is_always_accepted():
@@ -55,15 +108,22 @@ def test_a_perfect_drafter_is_always_accepted():
     greedy = batch.tokens_BT + 1
     drafted = tuple(batch.tokens_BT + 1 + k for k in (1, 2, 3))
     measured = measured_of([1.0] * 4, [1] * 4)._replace(
-        acceptance=count_acceptance(batch, greedy, drafted)
+        acceptance=count_acceptance(batch, greedy, drafted)[0]
     )
     summary = summarise(jax.device_get(measured))
-    assert summary.reached == [11, 10, 9]
+    assert summary.reached == [3, 3, 2]  # rounds from 0, 4 and 8; the last ends with the text
     assert summary.acceptance == [1.0, 1.0, 1.0]
     assert summary.mean_accepted_length == 4.0
-    nothing = tuple(batch.tokens_BT for _ in range(3))  # negative control
-    counts = count_acceptance(batch, greedy, nothing)
-    assert (counts.accepted_K.tolist(), counts.reached_K.tolist()) == ([0, 0, 0], [11, 0, 0])
+    assert summary.greedy_share == 1.0
+    assert summary.to_json()["num_drafts"] == 3
+    assert summary.to_json()["num_draft_tokens"] == 8
+    assert summary.to_json()["num_accepted_tokens_per_pos"] == [3, 3, 2]
+    nothing = tuple(jnp.full_like(draft, -5) for draft in drafted)
+    counts, _ = count_acceptance(batch, greedy, nothing)
+    assert counts.reached_K.tolist() == [10, 0, 0]
+    assert counts.accepted_K.tolist() == [0, 0, 0]
+    refused = summarise(jax.device_get(measured._replace(acceptance=counts)))
+    assert refused.to_json()["num_draft_tokens"] == 30  # all that were drafted
 
 
 def test_acceptance_is_the_product_of_conditional_rates():
@@ -79,7 +139,8 @@ def test_acceptance_is_the_product_of_conditional_rates():
     assert summary.acceptance == [0.6, 0.3, None]
     assert summary.agreement == [0.5, 0.4, 0.3]
     assert summary.mean_accepted_length is None
-    two = counts._replace(**{name: getattr(counts, name)[:2] for name in counts._fields})
+    by_depth = [name for name in counts._fields if name.endswith("_K")]
+    two = counts._replace(**{name: getattr(counts, name)[:2] for name in by_depth})
     shorter = summarise(jax.device_get(measured._replace(acceptance=two)))
     assert shorter.mean_accepted_length == pytest.approx(1.9)
 
