@@ -158,7 +158,7 @@ def _prepare(
         train_step=make_train_step(split.graphdef, optimizer, settings),
         measure_step=make_measure_step(split.graphdef),
         held_out=held_out,
-        held_out_digest=digest_of(held_out),
+        held_out_digest=digest_of(batch for batch, _ in held_out),
         first_state=start(split, optimizer),
         console=console,
         stopping=stopping,

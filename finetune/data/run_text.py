@@ -1,5 +1,6 @@
 """The text of a run: what is trained on, what is held out, and both as documents of tokens."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def held_out_batches(
     return [(batch, packer.documents_of_rows) for batch, _ in batches]
 
 
-def digest_of(batches: list[Batch]) -> str:
+def digest_of(batches: Iterable[Batch]) -> str:
     """Which held-out text it is that is measured: xxh3-128 of all its rows."""
     state = xxhash.xxh3_128()
     for each in (each for batch in batches for each in batch):

@@ -149,7 +149,7 @@ def test_metrics_have_the_documented_fields(finished):
     assert [row["step"] for row in rows] == list(range(1, 8))
     assert list(rows[0]) == [
         *("step", "loss", "main_loss", "mtp_loss", "acceptance", "agreement", "reached"),
-        *("grad_norm", "lr", "tokens", "tokens_per_s", "step_s", "compile_s"),
+        *("greedy_share", "grad_norm", "lr", "tokens", "tokens_per_s", "step_s", "compile_s"),
     ]
     assert ["compile_s" in row for row in rows] == [True] + 6 * [False]
     assert max(row["step_s"] for row in rows) < rows[0]["compile_s"], "steps are not compiled"

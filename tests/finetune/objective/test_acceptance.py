@@ -19,7 +19,8 @@ def acceptance_by_loop(batch: Batch, greedy, drafted):
     """
     tokens, segments, mask = map(np.asarray, (batch.tokens_BT, batch.segment_ids_BT, batch[3]))
     names = ("reached", "accepted", "compared", "agreed")
-    counts = {name: [0] * len(drafted) for name in names} | {"learnt": 0, "greedy": 0}
+    counts = {name: [0] * len(drafted) for name in names}
+    learnt = is_greedy = 0
 
     for row in range(len(tokens)):
         for segment in range(1, segments[row].max() + 1):
@@ -44,13 +45,13 @@ def acceptance_by_loop(batch: Batch, greedy, drafted):
                     kept += 1
                 i += kept + 1
             for i in places:
-                counts["learnt"] += int(is_learnt(i + 1))
-                counts["greedy"] += int(is_learnt(i + 1) and tokens[row, i + 1] == greedy[row, i])
+                learnt += int(is_learnt(i + 1))
+                is_greedy += int(is_learnt(i + 1) and tokens[row, i + 1] == greedy[row, i])
                 for k, draft in enumerate(drafted, start=1):
                     if is_learnt(i + k + 1):
                         counts["compared"][k - 1] += 1
                         counts["agreed"][k - 1] += int(draft[row, i] == greedy[row, i + k])
-    return list(counts.values())
+    return [*counts.values(), learnt, is_greedy]
 
 
 def random_documents(rng) -> list[Tokens]:
