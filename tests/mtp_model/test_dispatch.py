@@ -123,6 +123,30 @@ def test_ragged_and_blocked_products_agree():
     assert_same(run(grouped._ragged_ffn), run(grouped._blocked_ffn))
 
 
+def residual_bytes(ffn) -> int:
+    """What a backward pass through `ffn` keeps of the forward pass."""
+    expert = jnp.zeros((64,), jnp.int32)
+    args = (jnp.zeros((64, D), jnp.float32), *weights())
+
+    def pull_back(rows, *w):
+        return jax.vjp(lambda rows, *w: ffn(rows, expert, *w), rows, *w)[1]
+
+    return sum(
+        leaf.size * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(jax.eval_shape(pull_back, *args))
+    )
+
+
+def test_the_choice_by_platform_keeps_nothing_but_the_arguments():
+    arguments = (64 * D + 3 * E * F * D) * 4 + 64 * 4
+    assert residual_bytes(expert_ffn) <= arguments
+    # Negative control: a choice that JAX differentiates keeps the weights of each block of rows.
+    chosen = functools.partial(
+        jax.lax.platform_dependent, tpu=grouped._ragged_ffn, default=grouped._blocked_ffn
+    )
+    assert residual_bytes(chosen) > 2 * arguments
+
+
 @pytest.mark.parametrize(("rows", "experts", "block"), [(8192, 8, 128), (72, 8, 8), (512, 8, 32)])
 def test_block_size_follows_the_load(rows, experts, block):
     assert block_rows(rows, experts) == block
