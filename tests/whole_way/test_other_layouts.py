@@ -1,5 +1,6 @@
 """Layouts of other tools: fused experts, stored buffers, router biases in BF16; and back."""
 
+import copy
 import itertools
 import json
 from collections.abc import Iterable
@@ -56,7 +57,9 @@ def fused(tensors: Tensors, layers: tuple[int, ...] = (2, 3, 4)) -> None:
 
 def with_frequencies(tensors: Tensors, layers: Iterable[int], dtype: np.dtype) -> None:
     """What DeepSeek's rotary embedding registers, as Transformers computes it."""
-    frequencies = DeepseekV3RotaryEmbedding(DeepseekV3Config(**TINY_CONFIG)).inv_freq.numpy()
+    frequencies = DeepseekV3RotaryEmbedding(
+        DeepseekV3Config(**copy.deepcopy(TINY_CONFIG))
+    ).inv_freq.numpy()
     for layer in layers:
         tensors[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = frequencies.astype(dtype)
 

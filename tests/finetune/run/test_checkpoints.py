@@ -17,6 +17,9 @@ from finetune.run import checkpoints as module
 from finetune.run.checkpoints import Checkpoints, DamagedError, RunPosition, saved_steps
 from mtp_model.problems import UserError
 
+# Tensorstore's futures may end after the event loop that Orbax gave up on at the damage.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 RECORD = "progress/metadata"
 
 
