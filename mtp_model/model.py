@@ -115,15 +115,18 @@ class DeepSeekV3(nnx.Module):
         for k in range(1, self._num_depths(num_draft_tokens) + 1):
             shifted = shift_within_segments(tokens_BT, context.segment_ids_BT, k)
             module = (k - 1) % count
+            used = earlier.get(module)
             here = context._replace(
                 counted_BT=shifted.inside_BT.astype(jnp.int32),
                 positions_BT=context.positions_BT + (k - 1 - module),
-                earlier=earlier.get(module),
+                earlier=used,
             )
             step = self.draft_step(state_BTD, shifted.tokens_BT, here, k)
-            state_BTD, used = step.state_BTD, earlier.get(module)
-            again = used and used._replace(chain=(*used.chain, step.new))
-            earlier[module] = again or EarlierUses(step.new, ())
+            state_BTD = step.state_BTD
+            if used is None:
+                earlier[module] = EarlierUses(step.new, ())
+            else:
+                earlier[module] = used._replace(chain=(*used.chain, step.new))
             hidden.append(state_BTD)
             loads.append(step.expert_load_E)
         load_LE = jnp.stack(loads) if loads else jnp.zeros((0, self.config.n_routed_experts))

@@ -11,15 +11,13 @@ import numpy as np
 
 from converters.exporting.encode import Encoder
 from converters.exporting.plan import make_plan
-from converters.format.header import TensorInfo
+from converters.format.header import TensorInfo, start_of_file
 from converters.format.listing import CONFIG_FILE
-from converters.sources.source import Buffer, Fingerprint, Source, byte_view
+from converters.sources.source import Buffer, Fingerprint, Source, byte_view, range_fault
 from mtp_model.checkpoint.directory import COMPLETE, Checkpoint
 from mtp_model.files.place import Place
 from mtp_model.files.untrusted_json import shown
 from mtp_model.problems import Problem, ProblemsError, raise_if_any
-
-_LENGTH_BYTES = 8
 
 
 class DirectorySource(Source):
@@ -42,14 +40,15 @@ class DirectorySource(Source):
         state = checkpoint.provenance["mtp_hidden_state"]
         self._config = json.dumps({**config, "mtp_hidden_state": state}).encode()
         self._complete = (checkpoint.path / COMPLETE).digest()
+        sizes = {file: header.size for file, header in self._headers.items()}
+        self._sizes = dict(sorted({**sizes, CONFIG_FILE: len(self._config)}.items()))
 
     @property
     def folder(self) -> Place:
         return self._checkpoint.path
 
     def files(self) -> dict[str, int]:
-        sizes = {file: header.size for file, header in self._headers.items()}
-        return dict(sorted({**sizes, CONFIG_FILE: len(self._config)}.items()))
+        return dict(self._sizes)
 
     def read(self, file: str, begin: int, nbytes: int) -> bytes:
         self._check_range(file, begin, nbytes)  # before memory is taken for it
@@ -70,14 +69,13 @@ class DirectorySource(Source):
 
     def fingerprint(self, file: str) -> Fingerprint:
         self._check_range(file, 0, 0)
-        return {"size": self.files()[file], "complete": self._complete}
+        return {"size": self._sizes[file], "complete": self._complete}
 
     def _start(self, file: str) -> bytes:
         """The bytes of a file that are no tensor's."""
         if file == CONFIG_FILE:
             return self._config
-        raw = self._headers[file].raw
-        return len(raw).to_bytes(_LENGTH_BYTES, "little") + raw
+        return start_of_file(self._headers[file].raw)
 
     def _read_tensor(self, tensor: TensorInfo, begin: int, out: np.ndarray) -> None:
         """Fill `out` with bytes of a tensor; whole rows of blocks around them are encoded."""
@@ -93,10 +91,10 @@ class DirectorySource(Source):
                 out[low - begin : high - begin] = encoded[low - first : high - first]
 
     def _check_range(self, file: str, begin: int, nbytes: int) -> None:
-        size = self.files().get(file)
-        if size is None or begin < 0 or nbytes < 0 or begin + nbytes > size:
-            found = "is not there" if size is None else f"is {size} bytes"
-            raise self._error(file, f"{found}, needed bytes {begin} to {begin + nbytes}")
+        absent = f"is not there, needed bytes {begin} to {begin + nbytes}"
+        size = self._sizes.get(file)
+        if fault := absent if size is None else range_fault(size, begin, nbytes):
+            raise self._error(file, fault)
 
     def _error(self, subject: str, fault: str) -> ProblemsError:
         return ProblemsError(self.name, [Problem("file", shown(subject), fault)])

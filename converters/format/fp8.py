@@ -122,13 +122,13 @@ def _check(codes: tuple[int, ...], out: tuple[int, ...], scale: np.ndarray, bloc
     """The kernels index without bounds: everything has to fit before they run."""
     if codes != out:
         raise Fp8Error(f"has FP8 shape {codes}, needed the shape of its weights {out}")
-    if scale.dtype != np.float32 or scale.shape != _grid(out, block):
+    if scale.dtype != np.float32 or scale.shape != grid(out, block):
         found = f"has scales {scale.dtype} {scale.shape}"
-        raise Fp8Error(f"{found}, needed float32 {_grid(out, block)} for {out} in blocks {block}")
+        raise Fp8Error(f"{found}, needed float32 {grid(out, block)} for {out} in blocks {block}")
     _require_finite("scales", scale, "the scale")
 
 
-def _grid(shape: tuple[int, ...], block: Block) -> tuple[int, int]:
+def grid(shape: tuple[int, ...], block: Block) -> tuple[int, int]:
     height, width = block
     if height < 1 or width < 1:
         raise Fp8Error(f"has blocks of {block}, needed at least one row and one column")

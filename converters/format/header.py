@@ -107,6 +107,11 @@ def read_header(source: Source, file: str) -> Header:
     return header
 
 
+def start_of_file(raw: bytes) -> bytes:
+    """What stands in a file before its first tensor: the header text behind its length."""
+    return len(raw).to_bytes(_LENGTH_BYTES, "little") + raw
+
+
 def parse_header(raw: bytes, file: str, where: str) -> Header:
     """What header text says; `size` is then the size of the file that it needs."""
     entries = _entries(raw, file, where)

@@ -16,7 +16,8 @@ from typing import Protocol
 import numpy as np
 
 from converters.format import fp8
-from converters.format.header import DTYPES, TensorInfo, make_header
+from converters.format.header import DTYPES, TensorInfo, make_header, start_of_file
+from converters.format.kinds import FP8
 from converters.format.values import scale_fault
 from converters.sources.source import (
     Buffer,
@@ -25,6 +26,7 @@ from converters.sources.source import (
     Read,
     Source,
     byte_view,
+    range_fault,
 )
 from mtp_model.checkpoint.directory import digest_of_json
 from mtp_model.files.place import Place, digest
@@ -114,8 +116,7 @@ class RecodedTensor:
         if not self.is_scale:
             return self.tensor.shape
         assert self.wanted.block
-        edges = zip(self.tensor.shape, self.wanted.block, strict=True)
-        return tuple(-(-size // edge) for size, edge in edges)
+        return fp8.grid(self.tensor.shape, self.wanted.block)
 
     def read_into(self, begin: int, out: np.ndarray) -> None:
         if self.is_scale:  # they follow from all of the weight, and are small
@@ -158,16 +159,15 @@ class RecodedTensor:
     def _made(self, rows: range) -> tuple[np.ndarray, np.ndarray]:
         """These rows as they are wanted, and of FP8 their scales."""
         try:
-            if self.wanted.dtype != "F8_E4M3":
+            if self.wanted.dtype != FP8:
                 return self._values(rows, DTYPES[self.wanted.dtype]), np.empty(0, np.float32)
             weight, block = self._values(rows, np.dtype(np.float32)), self.wanted.block
             assert block
             codes = np.empty(weight.shape, np.uint8)
-            grid = [-(-size // edge) for size, edge in zip(weight.shape, block, strict=True)]
             made = fp8.requantise_into(
                 codes,
                 weight,
-                np.ones(grid, np.float32),
+                np.ones(fp8.grid(weight.shape, block), np.float32),
                 block,
                 powers_of_two=self.wanted.powers_of_two,
             )
@@ -218,7 +218,7 @@ class MadeFile:
             tensors = sorted(tensors, key=lambda tensor: -DTYPES[tensor.dtype].itemsize)
             begins, nbytes = _begins(tensors)
         raw = make_header([(t.name, t.dtype, t.shape) for t in tensors], metadata)
-        start = len(raw).to_bytes(8, "little") + raw
+        start = start_of_file(raw)
         places = [len(start) + begin for begin in begins]
         return cls(start=start, tensors=tensors, begins=places, size=len(start) + nbytes)
 
@@ -370,10 +370,6 @@ class JoinedSource(Source):
 
     def _check_range(self, file: str, begin: int, nbytes: int) -> None:
         size = self._sizes.get(file)
-        if size is None:
-            fault = "is not in the checkpoint"
-        elif begin < 0 or nbytes < 0 or begin + nbytes > size:
-            fault = f"is {size} bytes, needed bytes {begin} to {begin + nbytes}"
-        else:
-            return
-        raise ProblemsError(self.name, [Problem("file", shown(file), fault)])
+        fault = range_fault(size, begin, nbytes) if size is not None else "is not in the checkpoint"
+        if fault:
+            raise ProblemsError(self.name, [Problem("file", shown(file), fault)])

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from converters.format import fp8
 from converters.format.fit import checked_config
 from converters.format.header import Header, TensorInfo
 from converters.format.joined import (
@@ -23,7 +24,7 @@ from converters.format.joined import (
     TakenTensor,
     nbytes_of,
 )
-from converters.format.kinds import NotConverted
+from converters.format.kinds import FP8, NotConverted
 from converters.format.listing import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -48,7 +49,6 @@ from mtp_model.problems import Problem, ProblemsError, braces, raise_if_any
 from mtp_model.reporting import plural
 
 MTP_FILE = "mtp.safetensors"
-_FP8 = "F8_E4M3"
 _PLAIN = ("BF16", "F32")
 _ANNOUNCES = "num_nextn_predict_layers"
 # What may differ: the module has no part in it, or is brought into the main model's.
@@ -174,7 +174,7 @@ def _announcing(config: Mapping[str, Any], module: FoundModule) -> dict[str, Any
 def _contradictions(config: Mapping[str, Any], module: FoundModule) -> Iterator[Problem]:
     """What is wrong with the module's config, and sizes of another network than the main model."""
     if not module.config:
-        if any(tensor.dtype == "F8_E4M3" for tensor in module.tensors.values()):
+        if any(tensor.dtype == FP8 for tensor in module.tensors.values()):
             detail = "is missing; the blocks of its FP8 scales come from it: put it there"
             yield Problem("config", CONFIG_FILE, detail)
         return
@@ -198,7 +198,7 @@ class _Joining:
         self._main, self._config, self._module = main, config, module
         self._slots = slots(cfg, "mtp")
         self._scales = frozenset(slot.scale for slot in self._slots.values() if slot.scale)
-        self._fp8 = Format(_FP8, cfg.weight_block_size, powers_of_two=cfg.power_of_two_scales)
+        self._fp8 = Format(FP8, cfg.weight_block_size, powers_of_two=cfg.power_of_two_scales)
         self._plain = Format(self._slots["model.embed_tokens.weight"].dtype)
         self._not_converted = NotConverted(not_converted(config)[1])
         self._number = {layer: cfg.num_hidden_layers + k for k, layer in enumerate(module.layers)}
@@ -261,7 +261,7 @@ class _Joining:
             else:
                 yield self._as_it_is(name, tensor)
         if recoded:
-            written = "FP8" if any(t.dtype == _FP8 for t in recoded) else recoded[0].dtype
+            written = "FP8" if any(t.dtype == FP8 for t in recoded) else recoded[0].dtype
             count = plural(len(recoded), "tensor")
             self._notes.append(f"{count} of the module: written as {written}, as the main model's")
         yield from recoded
@@ -278,7 +278,7 @@ class _Joining:
 
     def _wanted(self, slot: Slot) -> Format:
         """The format that the main model's config promises of a weight."""
-        if slot.dtype != _FP8:
+        if slot.dtype != FP8:
             return Format(slot.dtype)
         return self._plain if self._not_converted.entry_for(slot.name) else self._fp8
 
@@ -288,8 +288,8 @@ class _Joining:
         if slot is None or slot.copy_of or name in self._scales or tensor.shape != slot.shape:
             return False
         wanted = self._wanted(slot)
-        if tensor.dtype == _FP8:
-            same = wanted.dtype == _FP8 and self._module.block in (None, wanted.block)
+        if tensor.dtype == FP8:
+            same = wanted.dtype == FP8 and self._module.block in (None, wanted.block)
             scale = self._module.tensors.get(tensor.name + SCALE_SUFFIX)
             return not same and self._are_scales(scale, tensor)
         return tensor.dtype != wanted.dtype and tensor.dtype in _PLAIN
@@ -299,12 +299,11 @@ class _Joining:
         block = self._module.block
         if scale is None or block is None or scale.dtype != "F32":
             return False
-        edges = zip(weight.shape, block, strict=False)
-        return len(weight.shape) == 2 and scale.shape == tuple(-(-n // edge) for n, edge in edges)
+        return len(weight.shape) == 2 and scale.shape == fp8.grid(weight.shape, block)
 
     def _recoded(self, name: str, tensor: TensorInfo) -> Iterator[RecodedTensor]:
         """A weight in the main model's format, and its new scales where that is FP8."""
-        slot, is_fp8 = self._slots[name], tensor.dtype == _FP8
+        slot, is_fp8 = self._slots[name], tensor.dtype == FP8
         wanted = self._wanted(slot)
         made = RecodedTensor(
             name=name,
@@ -315,7 +314,7 @@ class _Joining:
             wanted=wanted,
         )
         yield made
-        if slot.scale and wanted.dtype == _FP8:
+        if slot.scale and wanted.dtype == FP8:
             yield dataclasses.replace(made, name=slot.scale, is_scale=True)
 
     def _note_what_goes(self) -> None:

@@ -5,7 +5,7 @@ from typing import Self
 
 import xxhash
 
-from converters.format.header import Header
+from converters.format.header import Header, start_of_file
 from converters.sources.source import Buffer, byte_view
 from mtp_model.files.place import Appended
 from mtp_model.problems import Problem, ProblemsError
@@ -25,8 +25,7 @@ class StreamWriter:
         self._position = 0
         self.size = self._header.size
         """Of the finished file, in bytes."""
-        self.write(len(header.raw).to_bytes(8, "little"))
-        self.write(header.raw)
+        self.write(start_of_file(header.raw))
 
     def write(self, buffer: Buffer) -> None:
         """Append a C-contiguous buffer: tensors in offset order, in pieces of any size."""

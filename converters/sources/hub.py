@@ -20,6 +20,7 @@ from converters.sources.source import (
     Read,
     Source,
     byte_view,
+    range_fault,
 )
 from mtp_model.files.untrusted_json import shown
 
@@ -108,10 +109,8 @@ class HubSource(Source):
         return entry
 
     def _check_range(self, file: str, begin: int, nbytes: int) -> None:
-        size = self._entry(file).size
-        if begin < 0 or nbytes < 0 or begin + nbytes > size:
-            needed = f"needed bytes {begin} to {begin + nbytes}"
-            raise hub_error(self.name, file, f"is {size} bytes, {needed}")
+        if fault := range_fault(self._entry(file).size, begin, nbytes):
+            raise hub_error(self.name, file, fault)
 
     def _fill(self, file: str, begin: int, view: memoryview) -> None:
         if not view:

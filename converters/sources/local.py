@@ -15,6 +15,7 @@ from converters.sources.source import (
     Source,
     byte_view,
     name_fault,
+    range_fault,
 )
 from mtp_model.files.local import LocalPlace
 from mtp_model.files.shared_file import SharedFile
@@ -152,9 +153,8 @@ class LocalSource(Source):
             return self._open[file]
 
     def _check_range(self, file: str, size: int, begin: int, nbytes: int) -> None:
-        if begin < 0 or nbytes < 0 or begin + nbytes > size:
-            needed = f"needed bytes {begin} to {begin + nbytes}"
-            raise self._error(file, f"is {size} bytes, {needed}; it is truncated or was replaced")
+        if fault := range_fault(size, begin, nbytes):
+            raise self._error(file, f"{fault}; it is truncated or was replaced")
 
     def _fill(self, file: str, opened: SharedFile, begin: int, view: memoryview) -> None:
         done = 0

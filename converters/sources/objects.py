@@ -12,6 +12,7 @@ from converters.sources.source import (
     byte_view,
     kind_fault,
     name_fault,
+    range_fault,
 )
 from mtp_model.files.object_place import ObjectPlace
 from mtp_model.files.objects import CloudError, ObjectState, state, states
@@ -86,9 +87,8 @@ class CloudSource(Source):
     def _check_range(self, file: str, begin: int, nbytes: int) -> None:
         if file not in self._found:
             raise self._error(file, "is not in the folder")
-        size = self._found[file].size
-        if begin < 0 or nbytes < 0 or begin + nbytes > size:
-            raise self._error(file, f"is {size} bytes, needed bytes {begin} to {begin + nbytes}")
+        if fault := range_fault(self._found[file].size, begin, nbytes):
+            raise self._error(file, fault)
 
     def _error(self, file: str, detail: str) -> ProblemsError:
         return ProblemsError(self.name, [Problem("file", shown(file), detail)])

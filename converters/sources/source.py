@@ -118,6 +118,13 @@ def replaced_files(
             yield Problem("changed", file, f"was replaced while it was read; {advice}")
 
 
+def range_fault(size: int, begin: int, nbytes: int) -> str | None:
+    """What is wrong with asking a file of `size` bytes for these; None where it has them."""
+    if begin < 0 or nbytes < 0 or begin + nbytes > size:
+        return f"is {size} bytes, needed bytes {begin} to {begin + nbytes}"
+    return None
+
+
 def byte_view(buffer: Buffer) -> NDArray[np.uint8]:
     """The memory of a C-contiguous buffer of any dtype, bfloat16 and float8 too, as bytes [n]."""
     if not isinstance(buffer, np.ndarray):

@@ -102,21 +102,21 @@ class TorchReference:
             get = under(self.get, f"model.layers.{self._read['num_hidden_layers'] + module}")
             uses[module].append(mtp_input(states[-1], e, get, self._read))
             run = self._first_use if k <= num_modules else self._later_use
-            states.append(run(uses[module], get, segment_ids, k - 1 - module))
+            states.append(run(uses[module], get, segment_ids))
         return states[1:]
 
-    def _first_use(self, uses: list[Tensor], get: Get, segment_ids: Tensor, _: int) -> Tensor:
+    def _first_use(self, uses: list[Tensor], get: Get, segment_ids: Tensor) -> Tensor:
         return mtp_output(uses[0], get, self._read, self.places(segment_ids))
 
-    def _later_use(self, uses: list[Tensor], get: Get, segment_ids: Tensor, ahead: int) -> Tensor:
+    def _later_use(self, uses: list[Tensor], get: Get, segment_ids: Tensor) -> Tensor:
         """Row by row: the module runs over its document as far as row i, then its own chain.
 
-        The chain's inputs stand at the positions that follow, `ahead` of row i the last of them.
+        The chain's inputs stand where the depths that they are of draft: each module is used once
+        in as many depths as there are modules.
         """
         out = torch.zeros_like(uses[0])
         count = self._read["num_nextn_predict_layers"]
         steps = torch.arange(len(uses) - 1) * count + count
-        assert int(steps[-1]) == ahead
         for row, i in torch.cartesian_prod(*map(torch.arange, segment_ids.shape)).tolist():
             start = int((segment_ids[row] == segment_ids[row, i]).nonzero()[0])
             text, chain = uses[0][row, start : i + 1], [use[row, i : i + 1] for use in uses[1:]]

@@ -138,13 +138,19 @@ def open_chat_template(
     return ChatTemplate(templates, settings, special) if templates else None
 
 
+def token_text(settings: dict[str, Any], key: str) -> str | None:
+    """A special token's text in tokenizer_config.json, which may be the token or describe it."""
+    token = settings.get(key)
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
 def _special_tokens(settings: dict[str, Any]) -> dict[str, str]:
     """Special tokens by the names that templates know them by."""
     found = {}
     for name in _SPECIAL:
-        token = settings.get(f"{name}_token")
-        text = token.get("content") if isinstance(token, dict) else token
-        if isinstance(text, str):
+        text = token_text(settings, f"{name}_token")
+        if text is not None:
             found[f"{name}_token"] = text
     return found
 

@@ -163,7 +163,7 @@ def scan(paths: Iterable[Path], vocab_size: int, chats: ChatTemplate | None = No
 def _where(file: DataFile, number: int) -> str:
     if file.kind.form == PROSE:
         return str(file.path)
-    lined = file.kind.form not in (ARRAY,) and file.stored.form == file.kind.form
+    lined = file.kind.form != ARRAY and file.stored.form == file.kind.form
     return f"{file.path}:{number}" if lined else f"{file.path}, record {number}"
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from finetune.data.chat import Rendered, open_chat_template
+from finetune.data.chat import Rendered, open_chat_template, token_text
 from finetune.data.corpus import Corpus
 from finetune.data.records import Chat, DataError, Exchange, Record, TokenIds
 from finetune.data.stretches import UncuttableError, read_stretch
@@ -93,9 +93,8 @@ class TextEncoder:
 
     def _special(self, key: str, settings: dict, config: dict) -> tuple[int, ...]:
         """The id of bos or eos as a tuple, empty where the checkpoint has none."""
-        token = settings.get(key)
-        text = token.get("content") if isinstance(token, dict) else token
-        if isinstance(text, str) and self.tokenizer is not None:
+        text = token_text(settings, key)
+        if text is not None and self.tokenizer is not None:
             found = self.tokenizer.token_to_id(text)
             if found is not None:
                 return (found,)

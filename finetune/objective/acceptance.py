@@ -61,21 +61,21 @@ def count_acceptance(
 
     A segment is taken as a document.
     """
-    is_greedy_BT = _ahead(batch.tokens_BT, 1) == greedy_BT
-    compared = [_is_learnt(batch, k + 1) for k in range(1, len(drafted) + 1)]
+    is_greedy_BT, follows_BT = _ahead(batch.tokens_BT, 1) == greedy_BT, is_learnt(batch, 1)
+    compared = [is_learnt(batch, k + 1) for k in range(1, len(drafted) + 1)]
     agreed = [
         inside_BT & (draft_BT == _ahead(greedy_BT, k))
         for k, (draft_BT, inside_BT) in enumerate(zip(drafted, compared, strict=True), start=1)
     ]
-    rounds = _rounds(_is_learnt(batch, 1), is_greedy_BT, compared, agreed)
+    rounds = _rounds(follows_BT, is_greedy_BT, compared, agreed)
     depths = range(1, len(drafted) + 1)
     counts = AcceptanceCounts(
         reached_K=_counts([rounds.reached_BT >= k for k in depths]),
         accepted_K=_counts([rounds.accepted_BT >= k for k in depths]),
         compared_K=_counts(compared),
         agreed_K=_counts(agreed),
-        learnt=jnp.sum(_is_learnt(batch, 1), dtype=jnp.int32),
-        greedy=jnp.sum(_is_learnt(batch, 1) & is_greedy_BT, dtype=jnp.int32),
+        learnt=jnp.sum(follows_BT, dtype=jnp.int32),
+        greedy=jnp.sum(follows_BT & is_greedy_BT, dtype=jnp.int32),
     )
     return counts, rounds
 
@@ -85,8 +85,11 @@ def _ahead(x_BT, k: int) -> Int[Array, "B T"]:
     return shift_left(jnp.asarray(x_BT), k, -1)
 
 
-def _is_learnt(batch: Batch, k: int) -> Bool[Array, "B T"]:
-    """Whether t[i + k] is a learnt token of the document of i."""
+def is_learnt(batch: Batch, k: int) -> Bool[Array, "B T"]:
+    """Whether t[i + k] is in the row, in the document of i, and its own loss mask is 1.
+
+    Padding (segment 0) is no document.
+    """
     segments_BT = jnp.asarray(batch.segment_ids_BT)
     inside_BT = (_ahead(segments_BT, k) == segments_BT) & (segments_BT != 0)
     return inside_BT & (_ahead(batch.loss_mask_BT, k) == 1)

@@ -13,7 +13,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from finetune.data.packing import Batch
-from finetune.objective.acceptance import AcceptanceCounts, Rounds, count_acceptance
+from finetune.objective.acceptance import (
+    AcceptanceCounts,
+    Rounds,
+    count_acceptance,
+    is_learnt,
+)
 from finetune.settings import TrainMode
 from mtp_model import Context, DeepSeekV3, MainStates, make_context
 from mtp_model.layers import Embedding
@@ -69,11 +74,7 @@ def targets(batch: Batch, k: int) -> Targets:
     Valid iff i+k+1 is in the row, in the same document as i, and the loss mask of the *target*
     token is 1; padding (segment 0) never is.
     """
-    shift = k + 1
-    same_BT = shift_left(batch.segment_ids_BT, shift, 0) == batch.segment_ids_BT
-    real_BT = batch.segment_ids_BT != 0
-    learnt_BT = shift_left(batch.loss_mask_BT, shift, 0) == 1
-    return Targets(shift_left(batch.tokens_BT, shift, 0), same_BT & real_BT & learnt_BT)
+    return Targets(shift_left(batch.tokens_BT, k + 1, 0), is_learnt(batch, k + 1))
 
 
 def chunk_length(rows: int, length: int, vocab_size: int) -> int:

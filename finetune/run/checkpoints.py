@@ -16,10 +16,11 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import xxhash
 
+from mtp_model.checkpoint.directory import digest_of_json
 from mtp_model.files.local import raise_if_full
 from mtp_model.files.memory import available_bytes
+from mtp_model.files.place import digest
 from mtp_model.problems import UserError
 
 T = TypeVar("T")
@@ -130,8 +131,8 @@ class Checkpoints:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
         found = _or_damaged(lambda: self._orbax.restore(self._folder / str(step), args=args))
         leaves = found["state"]
-        for name, digest in (digests or {}).items():
-            if _digest(_on_host(leaves[name])) != digest:
+        for name, saved in (digests or {}).items():
+            if _digest(_on_host(leaves[name])) != saved:
                 raise DamagedError(f"{name} is not what was saved")
         return jax.tree.unflatten(
             jax.tree.structure(like), [leaves[name] for name in _by_name(like)]
@@ -155,7 +156,7 @@ class Checkpoints:
         record = asdict(at) | {"state": {name: _digest(leaf) for name, leaf in leaves.items()}}
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(dict(leaves)),
-            progress=ocp.args.JsonSave(record | {"digest": _digest_of_record(record)}),
+            progress=ocp.args.JsonSave(record | {"digest": digest_of_json(record)}),
         )
         try:
             self._orbax.save(self._folder / str(at.step), args=args, force=True)
@@ -183,7 +184,7 @@ class Checkpoints:
         except (ValueError, TypeError, AttributeError, RecursionError):
             raise DamagedError(f"{_RECORD} is not what was saved") from None
         earlier = digests is None and digest is None
-        whole = earlier or digest == _digest_of_record(record | {"state": digests})
+        whole = earlier or digest == digest_of_json(record | {"state": digests})
         if not whole or position.step != step:
             raise DamagedError(f"{_RECORD} is not what was saved")
         return position, digests
@@ -228,11 +229,7 @@ def _on_host(leaf: jax.Array) -> np.ndarray:
 
 def _digest(leaf: np.ndarray) -> str:
     as_bytes = np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
-    return xxhash.xxh3_128(as_bytes.data).hexdigest()
-
-
-def _digest_of_record(record: Mapping[str, Any]) -> str:
-    return xxhash.xxh3_128(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    return digest(as_bytes.data)
 
 
 def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:

@@ -7,10 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from roundtrip import assert_same_files, read_tensors, run_import
+import pytest
+from hub_client import REPO, lone_hub
+from roundtrip import SMALL_CHUNKS, assert_same_files, read_tensors, run_import, tree_bytes
+from side_by_side import run_all
 from verified import storage
 
 from converters.exporting.exporter import export_checkpoint
+from converters.format.listing import open_safetensors
+from converters.importing.importer import import_checkpoint
+from converters.sources.hub import HubSource
 from mtp_model.checkpoint.directory import Checkpoint, open_checkpoint
 from tools.make_tiny_checkpoint import make_tiny_checkpoint, write_json, write_weights
 
@@ -67,3 +73,27 @@ def round_trip(source: Path, folder: Path, **options: Any) -> Checkpoint:
     assert_same_files(folder / "out", source)
     assert summary.changed == ()
     return checkpoint
+
+
+def assert_killed_imports_go_on(source: Path, folder: Path, *points: tuple[str, int]) -> None:
+    """Imports in bf16 that were killed at these points end as one that was not: folder/whole."""
+    run_import(source, folder / "whole", dtype="bf16")
+    killed = {point: folder / "-".join(map(str, point)) for point in points}
+    run_all([("import", source, dst, *point, (0, 1)) for point, dst in killed.items()])
+    for dst in killed.values():
+        assert run_import(source, dst, dtype="bf16").resumed_units > 0
+        assert_same_files(dst, folder / "whole")
+
+
+def assert_the_hub_gives_the_same(
+    source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An import from the Hub and one from the folder differ in what they say of the source only."""
+    run_import(source, folder / "local")
+    with lone_hub(folder, monkeypatch) as hub:
+        hub.add(REPO, tree_bytes(source))
+        checkpoint = open_safetensors(HubSource(REPO))
+        import_checkpoint(checkpoint, folder / "ckpt", policy=SMALL_CHUNKS)
+    found, wanted = tree_bytes(folder / "ckpt"), tree_bytes(folder / "local")
+    assert found.keys() == wanted.keys()
+    assert {n for n in wanted if found[n] != wanted[n]} <= {"provenance.json", "COMPLETE"}

@@ -5,24 +5,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hub_client import REPO, lone_hub
-from layouts import Edit, in_bf16, make_edited, round_trip
+from layouts import (
+    Edit,
+    assert_killed_imports_go_on,
+    assert_the_hub_gives_the_same,
+    in_bf16,
+    make_edited,
+    round_trip,
+)
 from roundtrip import (
-    SMALL_CHUNKS,
     assert_same_files,
     dequantised,
     read_tensors,
     run_import,
-    tree_bytes,
 )
-from side_by_side import run_all
 from verified import opened
 
 from converters.cli.main import main as convert
 from converters.exporting.exporter import export_checkpoint
-from converters.format.listing import open_safetensors
-from converters.importing.importer import import_checkpoint
-from converters.sources.hub import HubSource
 from converters.verifying.logits import check_logits
 from finetune.cli import run as finetune
 from mtp_model.checkpoint.directory import open_checkpoint
@@ -99,13 +99,7 @@ def test_a_leaf_is_fp8_where_all_of_it_is_and_scales_that_are_none_are_1(tmp_pat
 @pytest.mark.parametrize("case", ["experts of one layer", "main model in bf16"])
 def test_an_import_that_was_killed_goes_on_and_shares_come_together(tmp_path: Path, case: str):
     source = make_case(tmp_path / "source", case)
-    run_import(source, tmp_path / "whole", dtype="bf16")
-    killed = [("chunk", 60), ("journal", 3), ("journal", 40)]
-    folders = {point: tmp_path / "-".join(map(str, point)) for point in killed}
-    run_all([("import", source, dst, *point, (0, 1)) for point, dst in folders.items()])
-    for dst in folders.values():
-        assert run_import(source, dst, dtype="bf16").resumed_units > 0
-        assert_same_files(dst, tmp_path / "whole")
+    assert_killed_imports_go_on(source, tmp_path, ("chunk", 60), ("journal", 3), ("journal", 40))
     shares = [(number, 3) for number in range(3)]
     done = [run_import(source, tmp_path / "shared", dtype="bf16", worker=share) for share in shares]
     assert [share.finished for share in done] == [False, False, True]
@@ -114,14 +108,7 @@ def test_an_import_that_was_killed_goes_on_and_shares_come_together(tmp_path: Pa
 
 def test_from_the_hub_the_same_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     source = make_case(tmp_path / "source", "main model in bf16")
-    run_import(source, tmp_path / "local")
-    with lone_hub(tmp_path, monkeypatch) as hub:
-        hub.add(REPO, tree_bytes(source))
-        checkpoint = open_safetensors(HubSource(REPO))
-        import_checkpoint(checkpoint, tmp_path / "ckpt", policy=SMALL_CHUNKS)
-    found, wanted = tree_bytes(tmp_path / "ckpt"), tree_bytes(tmp_path / "local")
-    assert found.keys() == wanted.keys()
-    assert {n for n in wanted if found[n] != wanted[n]} <= {"provenance.json", "COMPLETE"}
+    assert_the_hub_gives_the_same(source, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("case", ["MTP in bf16", "main model in bf16", "one MTP module of two"])

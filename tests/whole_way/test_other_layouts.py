@@ -10,11 +10,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from hub_client import REPO, lone_hub
 from imported import CONTROL, TOLERANCE, import_folder, load_float32, relative_error
-from layouts import Edit, Tensors, in_bf16, make_edited, round_trip
-from roundtrip import SMALL_CHUNKS, assert_same_files, read_tensors, run_import, tree_bytes
-from side_by_side import run_all
+from layouts import (
+    Edit,
+    Tensors,
+    assert_killed_imports_go_on,
+    assert_the_hub_gives_the_same,
+    in_bf16,
+    make_edited,
+    round_trip,
+)
+from roundtrip import assert_same_files, read_tensors, run_import
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
 from transformers_pair import load_transformers, random_tokens
@@ -23,9 +29,6 @@ from verified import opened
 from converters.cli.main import main as convert
 from converters.exporting.exporter import export_checkpoint
 from converters.format.fit import fit
-from converters.format.listing import open_safetensors
-from converters.importing.importer import import_checkpoint
-from converters.sources.hub import HubSource
 from converters.verifying.logits import check_logits
 from mtp_model.checkpoint.derived import ChangedLeaf, write_derived
 from mtp_model.checkpoint.directory import open_checkpoint
@@ -141,25 +144,12 @@ def test_every_layout_comes_back_byte_for_byte_with_the_logits_of_the_reference(
 
 def test_an_import_that_was_killed_goes_on(tmp_path: Path):
     source = make_case(tmp_path / "source", "all at once")
-    run_import(source, tmp_path / "whole", dtype="bf16")
-    points = [("chunk", 60), ("journal", 3), ("side file", 1)]
-    folders = {point: tmp_path / "-".join(map(str, point)) for point in points}
-    run_all([("import", source, dst, *point, (0, 1)) for point, dst in folders.items()])
-    for dst in folders.values():
-        assert run_import(source, dst, dtype="bf16").resumed_units > 0
-        assert_same_files(dst, tmp_path / "whole")
+    assert_killed_imports_go_on(source, tmp_path, ("chunk", 60), ("journal", 3), ("side file", 1))
 
 
 def test_from_the_hub_the_same_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     source = make_case(tmp_path / "source", "all at once")
-    run_import(source, tmp_path / "local")
-    with lone_hub(tmp_path, monkeypatch) as hub:
-        hub.add(REPO, tree_bytes(source))
-        checkpoint = open_safetensors(HubSource(REPO))
-        import_checkpoint(checkpoint, tmp_path / "ckpt", policy=SMALL_CHUNKS)
-    found, wanted = tree_bytes(tmp_path / "ckpt"), tree_bytes(tmp_path / "local")
-    assert found.keys() == wanted.keys()
-    assert {n for n in wanted if found[n] != wanted[n]} <= {"provenance.json", "COMPLETE"}
+    assert_the_hub_gives_the_same(source, tmp_path, monkeypatch)
 
 
 def our_logits(folder: Path, into: Path, tokens: torch.Tensor) -> tuple[np.ndarray, ...]:
