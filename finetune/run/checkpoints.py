@@ -7,6 +7,7 @@ them. So a restored state is the saved one, bit for bit, or the checkpoint is to
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -198,6 +199,9 @@ class Checkpoints:
 
 def _or_damaged(restore: Callable[[], T]) -> T:
     """What Orbax restores. Of damaged files it complains with many kinds of exceptions."""
+    if sys.unraisablehook is not _LATE_READS:
+        _LATE_READS.others = sys.unraisablehook
+        sys.unraisablehook = _LATE_READS
     try:
         return restore()
     except (PermissionError, MemoryError):
@@ -207,6 +211,25 @@ def _or_damaged(restore: Callable[[], T]) -> T:
             raise
         said = " ".join(str(error).split())
         raise DamagedError(f"it cannot be read ({said[:200] or type(error).__name__})") from error
+
+
+class _LateReads:
+    """Drops the complaints of reads that end after Orbax has given up a damaged checkpoint.
+
+    They would tell an event loop that is closed by then, from threads of their own, and Python
+    would print a traceback of each. All else goes to the hook that was there before.
+    """
+
+    def __init__(self) -> None:
+        self.others = sys.unraisablehook
+
+    def __call__(self, unraisable: "sys.UnraisableHookArgs") -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            self.others(unraisable)
+
+
+_LATE_READS = _LateReads()
 
 
 def _copy_fits(leaves: Mapping[str, jax.Array]) -> bool:

@@ -29,9 +29,6 @@ from finetune.settings import (
 from finetune.train import Result, train
 from mtp_model.checkpoint.directory import open_checkpoint
 
-# Tensorstore's futures may end after the event loop that Orbax gave up on at the damage.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
 
 def said(settings: RunSettings) -> str:
     """Train; what was printed."""

@@ -46,6 +46,7 @@ def test_a_run_that_is_stopped_at_every_moment_equals_one_that_is_not(
         assert len(found) == len(saved), point
         if saved:  # the next step may have begun while a checkpoint is written: it is finished
             assert found[-1] in (saved[-1], saved[-1] + 1), point
+            assert found[-1] == read_rows(out / "metrics.jsonl")[-1]["step"], point
     assert not (out / "final" / "COMPLETE").exists()
     done = run_until("none", 0, "", argv)
     assert done.returncode == 0, done.stderr
