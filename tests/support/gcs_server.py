@@ -28,6 +28,11 @@ _PAGE = 100
 _MOST_JOINED = 32
 
 
+def key_of(address: str) -> str:
+    """The name of an object of the bucket, of its address."""
+    return address.removeprefix(f"gs://{BUCKET}/")
+
+
 class _Storage(Storage):
     """In memory; the emulator would write all that it knows anew at every change."""
 
@@ -169,11 +174,13 @@ class _Handler(RequestHandler):
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
     def _list(self) -> None:
-        first = max(self._query("startOffset"), self._query("pageToken"))
+        token = bytes.fromhex(self._query("pageToken")).decode()
+        first = max(self._query("startOffset"), token)
         end = self._query("endOffset") or "\U0010ffff"
         keys = [key for key in self.gcs.keys(self._query("prefix")) if first <= key < end]
         page = {"items": [self.gcs.storage.objects[BUCKET][key] for key in keys[:_PAGE]]}
-        more = {"nextPageToken": keys[_PAGE]} if len(keys) > _PAGE else {}
+        # As the service's: without letters that clients would have to escape, which they don't.
+        more = {"nextPageToken": keys[_PAGE].encode().hex()} if len(keys) > _PAGE else {}
         self._answer(200, json.dumps(page | more).encode())
 
     def _is_past_the_end(self, key: str) -> bool:

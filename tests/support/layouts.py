@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gcs_server import GcsServer, key_of
 from hub_client import REPO, lone_hub
 from roundtrip import SMALL_CHUNKS, assert_same_files, read_tensors, run_import, tree_bytes
 from side_by_side import run_all
@@ -17,6 +18,7 @@ from converters.exporting.exporter import export_checkpoint
 from converters.format.listing import open_safetensors
 from converters.importing.importer import import_checkpoint
 from converters.sources.hub import HubSource
+from converters.sources.open import open_source
 from mtp_model.checkpoint.directory import Checkpoint, open_checkpoint
 from tools.make_tiny_checkpoint import make_tiny_checkpoint, write_json, write_weights
 
@@ -97,3 +99,19 @@ def assert_the_hub_gives_the_same(
     found, wanted = tree_bytes(folder / "ckpt"), tree_bytes(folder / "local")
     assert found.keys() == wanted.keys()
     assert {n for n in wanted if found[n] != wanted[n]} <= {"provenance.json", "COMPLETE"}
+
+
+def assert_a_bucket_gives_the_same(source: Path, folder: Path, gcs: GcsServer, url: str) -> None:
+    """Imports from a bucket have the local ones' chunks; their exports to it the source's bytes."""
+    for name, content in tree_bytes(source).items():
+        gcs.put(f"{key_of(url)}/source/{name}", content)
+    for dtype, dst in (("keep", folder / "keep"), ("bf16", f"{url}/bf16")):
+        run_import(source, folder / f"local-{dtype}", dtype=dtype)
+        listing = open_safetensors(open_source(f"{url}/source"))
+        import_checkpoint(listing, dst, dtype=dtype, policy=SMALL_CHUNKS)
+        found, wanted = open_checkpoint(dst), open_checkpoint(folder / f"local-{dtype}")
+        assert found.provenance["pieces"] == wanted.provenance["pieces"]
+        files = found.provenance["source"]["files"]
+        assert files == wanted.provenance["source"]["files"]
+        assert export_checkpoint(found, f"{url}/{dtype}-out").changed == ()
+        assert gcs.contents(f"{key_of(url)}/{dtype}-out") == tree_bytes(source)

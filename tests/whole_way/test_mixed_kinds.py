@@ -5,8 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gcs_server import GcsServer
 from layouts import (
     Edit,
+    assert_a_bucket_gives_the_same,
     assert_killed_imports_go_on,
     assert_the_hub_gives_the_same,
     in_bf16,
@@ -109,6 +111,11 @@ def test_an_import_that_was_killed_goes_on_and_shares_come_together(tmp_path: Pa
 def test_from_the_hub_the_same_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     source = make_case(tmp_path / "source", "main model in bf16")
     assert_the_hub_gives_the_same(source, tmp_path, monkeypatch)
+
+
+def test_from_a_bucket_the_same_comes(tmp_path: Path, gcs: GcsServer, url: str):
+    source = make_case(tmp_path / "source", "MTP in bf16")
+    assert_a_bucket_gives_the_same(source, tmp_path, gcs, url)
 
 
 @pytest.mark.parametrize("case", ["MTP in bf16", "main model in bf16", "one MTP module of two"])

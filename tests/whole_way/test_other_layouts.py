@@ -10,10 +10,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from gcs_server import GcsServer
 from imported import CONTROL, TOLERANCE, import_folder, load_float32, relative_error
 from layouts import (
     Edit,
     Tensors,
+    assert_a_bucket_gives_the_same,
     assert_killed_imports_go_on,
     assert_the_hub_gives_the_same,
     in_bf16,
@@ -150,6 +152,11 @@ def test_an_import_that_was_killed_goes_on(tmp_path: Path):
 def test_from_the_hub_the_same_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     source = make_case(tmp_path / "source", "all at once")
     assert_the_hub_gives_the_same(source, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("case", ["fused FP8", "all at once"])
+def test_from_a_bucket_the_same_comes(tmp_path: Path, gcs: GcsServer, url: str, case: str):
+    assert_a_bucket_gives_the_same(make_case(tmp_path / "source", case), tmp_path, gcs, url)
 
 
 def our_logits(folder: Path, into: Path, tokens: torch.Tensor) -> tuple[np.ndarray, ...]:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gcs_server import BUCKET, GcsServer
+from gcs_server import GcsServer
+from gcs_server import key_of as key
 from roundtrip import assert_same_files, make_source, run_import, tree_bytes
 from side_by_side import run_all
 
@@ -52,10 +53,6 @@ def tuned(ckpt: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Checkpo
     norm = np.dtype(np.float32)
     change = {"norm.weight": ChangedLeaf(dtype=norm, rows=lambda _, a, b: np.ones(b - a, norm))}
     return write_derived(ckpt, tmp_path_factory.mktemp("tuned") / "ckpt", change, {})
-
-
-def key(address: str) -> str:
-    return address.removeprefix(f"gs://{BUCKET}/")
 
 
 def upload(gcs: GcsServer, folder: Path, address: str) -> None:

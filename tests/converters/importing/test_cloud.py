@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from gcs_server import BUCKET, GcsServer
+from gcs_server import key_of as key
 from roundtrip import SMALL_CHUNKS, assert_same_files, make_source, run_import, tree_bytes
 from side_by_side import run_all
 
@@ -51,10 +52,6 @@ def stored(gcs: GcsServer, src: Path) -> str:  # noqa: ARG001
     """The same import in the cloud; tests leave it as it is."""
     run_import(src, as_place(f"gs://{BUCKET}/stored/ckpt"), dtype="bf16")
     return f"gs://{BUCKET}/stored/ckpt"
-
-
-def key(address: str) -> str:
-    return address.removeprefix(f"gs://{BUCKET}/")
 
 
 def upload(gcs: GcsServer, folder: Path, address: str) -> None:
