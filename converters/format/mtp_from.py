@@ -14,7 +14,7 @@ from typing import Any
 
 from converters.format import fp8
 from converters.format.fit import checked_config
-from converters.format.header import Header, TensorInfo
+from converters.format.header import Header, TensorInfo, parse_header
 from converters.format.joined import (
     Format,
     JoinedSource,
@@ -213,7 +213,7 @@ class _Joining:
         made = {
             file: MadeFile.of(tensors, main.headers[file].metadata)
             for file, tensors in kept.items()
-            if 0 < len(tensors) < len(main.headers[file].tensors)
+            if tensors and any(map(self._is_gone, main.headers[file].tensors))
         }
         names = {file for file, tensors in kept.items() if tensors}
         new = next(name for name in (MTP_FILE, f"of-{MTP_FILE}") if name not in names)
@@ -241,10 +241,17 @@ class _Joining:
         )
 
     def _kept(self, header: Header) -> list[MadeTensor]:
-        """The tensors of a file of the main model that stay in it."""
-        source = self._main.source
-        kept = (tensor for tensor in header.tensors if layer_of(tensor.name) not in self._gone)
+        """The tensors of a file of the main model that stay in it, as the file has them: fused
+        experts, which are of one layer, in one."""
+        source, tensors = self._main.source, header.tensors
+        if any(tensor.fused_in for tensor in tensors):
+            tensors = parse_header(header.raw, header.file, source.name).tensors
+        kept = (tensor for tensor in tensors if not self._is_gone(tensor))
         return [TakenTensor(name=t.name, source=source, tensor=t) for t in kept]
+
+    def _is_gone(self, tensor: TensorInfo) -> bool:
+        """Whether it is of a module that the main model had, or has the new one's number."""
+        return layer_of(tensor.name) in self._gone
 
     def _tensors(self) -> Iterator[MadeTensor]:
         """The tensors of the module, by their names in the new checkpoint."""

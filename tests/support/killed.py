@@ -2,7 +2,8 @@
 
     python killed.py '[["import"|"export", SRC, DST, POINT, COUNT, [I, N]], ...]'
 
-POINT is what the process is about to do for the COUNTth time when it dies; `none` lets it finish.
+SRC may be the command's own arguments [SRC, "--mtp-from", SRC2], for the command itself. POINT is
+what the process is about to do for the COUNTth time when it dies; `none` lets it finish.
 All run side by side, forked from one that has imported everything. Prints their exit statuses.
 """
 
@@ -19,6 +20,7 @@ import numpy as np
 from dying import before
 from roundtrip import run_import
 
+from converters.cli.main import main
 from converters.exporting.exporter import export_checkpoint
 from converters.format import fp8
 from converters.format.writer import StreamWriter
@@ -59,11 +61,16 @@ POINTS: dict[str, Callable[[int], None]] = {
 }
 
 
-def run(command: str, src: str, dst: str, point: str, count: int, worker: tuple[int, int]) -> None:
+def run(
+    command: str, src: str | list[str], dst: str, point: str, count: int, worker: tuple[int, int]
+) -> None:
     os.fsync = lambda _: None  # a killed process loses nothing that it wrote
     object_place._PART_BYTES = 1000  # as in the tests
     POINTS[point](count)
-    if command == "import":
+    if isinstance(src, list):
+        source, *options = src
+        assert main([command, source, dst, *options]) == 0
+    elif command == "import":
         run_import(Path(src), as_place(dst), dtype="bf16", worker=worker)
     else:
         export_checkpoint(open_checkpoint(src), as_place(dst))
@@ -92,7 +99,7 @@ def compile_kernels() -> None:
     fp8.dequantise_into(weight, codes, scale, (8, 16))
 
 
-def main() -> None:
+def run_side_by_side() -> None:
     compile_kernels()
     children = [forked(arguments) for arguments in json.loads(sys.argv[1])]
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
@@ -100,4 +107,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_side_by_side()

@@ -1,5 +1,6 @@
 """Checkpoints as other tools write them, made of tiny ones in the released format."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -63,6 +64,23 @@ def in_bf16(*parts: str, layers: tuple[int, ...] = tuple(range(9))) -> Edit:
                     del tensors[name]
 
     return edit
+
+
+def fused(tensors: Tensors, layers: tuple[int, ...] = (2, 3, 4)) -> None:
+    """Put the experts of these layers together as Transformers 5 saves them."""
+    for layer in layers:
+        prefix = f"model.layers.{layer}.mlp.experts."
+        for suffix in ("", "_scale_inv"):
+            every: dict[str, list[np.ndarray]] = {}
+            for number, projection in itertools.product(range(12), ("gate", "up", "down")):
+                name = f"{prefix}{number}.{projection}_proj.weight{suffix}"
+                if name in tensors:
+                    every.setdefault(projection, []).append(tensors.pop(name))
+            if every:
+                both = zip(every["gate"], every["up"], strict=True)
+                gate_up = [np.concatenate(pair) for pair in both]
+                tensors[f"{prefix}gate_up_proj{suffix}"] = np.stack(gate_up)
+                tensors[f"{prefix}down_proj{suffix}"] = np.stack(every["down"])
 
 
 def round_trip(source: Path, folder: Path, **options: Any) -> Checkpoint:

@@ -1,7 +1,6 @@
 """Layouts of other tools: fused experts, stored buffers, router biases in BF16; and back."""
 
 import copy
-import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +17,7 @@ from layouts import (
     assert_a_bucket_gives_the_same,
     assert_killed_imports_go_on,
     assert_the_hub_gives_the_same,
+    fused,
     in_bf16,
     make_edited,
     round_trip,
@@ -41,23 +41,6 @@ BIAS = "mlp.gate.e_score_correction_bias"
 BF16 = np.dtype(ml_dtypes.bfloat16)
 # An expert's rows are whole blocks of scales: only then FP8 experts can be fused.
 WHOLE_BLOCKS = {"moe_intermediate_size": 32}
-
-
-def fused(tensors: Tensors, layers: tuple[int, ...] = (2, 3, 4)) -> None:
-    """Put the experts of these layers together as Transformers 5 saves them."""
-    for layer in layers:
-        prefix = f"model.layers.{layer}.mlp.experts."
-        for suffix in ("", "_scale_inv"):
-            every: dict[str, list[np.ndarray]] = {}
-            for number, projection in itertools.product(range(12), ("gate", "up", "down")):
-                name = f"{prefix}{number}.{projection}_proj.weight{suffix}"
-                if name in tensors:
-                    every.setdefault(projection, []).append(tensors.pop(name))
-            if every:
-                both = zip(every["gate"], every["up"], strict=True)
-                gate_up = [np.concatenate(pair) for pair in both]
-                tensors[f"{prefix}gate_up_proj{suffix}"] = np.stack(gate_up)
-                tensors[f"{prefix}down_proj{suffix}"] = np.stack(every["down"])
 
 
 def with_frequencies(tensors: Tensors, layers: Iterable[int], dtype: np.dtype) -> None:

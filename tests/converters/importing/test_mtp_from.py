@@ -11,11 +11,15 @@ import xxhash
 from gcs_server import GcsServer
 from hub_client import REPO, lone_hub
 from modules import (
-    INDEX,
+    COPIES,
     MTP_FILE,
+    assert_module,
+    assert_only_the_module_is_new,
     config_of,
     draft_of,
     module_of,
+    round_trip,
+    run,
     set_config,
     weight_map,
     without_module,
@@ -36,8 +40,6 @@ from mtp_model.checkpoint.derived import ChangedLeaf, write_derived
 from mtp_model.checkpoint.directory import Checkpoint, open_checkpoint
 from tools.make_tiny_checkpoint import make_tiny_checkpoint
 
-COPIES = {"embed_tokens.weight": "model.embed_tokens.weight"}
-COPIES["shared_head.head.weight"] = "lm_head.weight"
 BLOCK = (8, 16)
 
 
@@ -51,49 +53,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(*args: object) -> None:
-    assert main([str(arg) for arg in args]) == 0
-
-
 def refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
     capsys.readouterr()
     assert main([str(arg) for arg in args]) == 1
     return capsys.readouterr().err
-
-
-def round_trip(main_model: Path, module: object, tmp_path: Path, *options: str) -> Path:
-    """Import both, prove that it is what both give, export it; returns the export."""
-    taken = ("--mtp-from", module)
-    run("import", main_model, tmp_path / "ckpt", *taken, *options)
-    run("verify", main_model, tmp_path / "ckpt", *taken)
-    run("export", tmp_path / "ckpt", tmp_path / "out")
-    run("verify", tmp_path / "out", tmp_path / "ckpt")
-    return tmp_path / "out"
-
-
-def assert_only_the_module_is_new(out: Path, main_model: Path) -> None:
-    """The main model's files byte for byte, one more, and an index and a config that say so."""
-    found, theirs = tree_bytes(out), tree_bytes(main_model)
-    assert found.keys() - theirs.keys() <= {MTP_FILE, INDEX}
-    may_differ = {INDEX, "config.json", MTP_FILE}
-    assert {n: b for n, b in found.items() if n not in may_differ} == {
-        n: b for n, b in theirs.items() if n not in may_differ
-    }
-    assert weight_map(out).keys() == read_tensors(out).keys()
-    in_module = {n for n, file in weight_map(out).items() if file == MTP_FILE}
-    layers = config_of(out)["num_hidden_layers"]
-    assert in_module == {f"model.layers.{layers}.{name}" for name in module_of(out)}
-    index = json.loads((out / INDEX).read_text())
-    assert index["metadata"]["total_size"] == sum(t.nbytes for t in read_tensors(out).values())
-
-
-def assert_module(out: Path, wanted: dict[str, np.ndarray]) -> None:
-    """The module's own tensors are these, its copies are the main model's."""
-    found, whole = module_of(out), read_tensors(out)
-    assert found.keys() == wanted.keys()
-    for name, tensor in found.items():
-        other = whole[COPIES[name]] if name in COPIES else wanted[name]
-        assert (tensor.dtype, tensor.tobytes()) == (other.dtype, other.tobytes()), name
 
 
 @pytest.mark.parametrize(
