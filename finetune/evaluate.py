@@ -2,12 +2,11 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from finetune.data.packing import Batch, Packer, Position, first_rows
 from finetune.data.run_text import open_documents
 from finetune.run.metrics import Summary, measure_text
-from finetune.settings import ComputeDtype, SettingsError
+from finetune.settings import ComputeDtype, DataPaths, SettingsError
 from finetune.state import Split, make_measure_step
 from finetune.weights import compute_dtype, open_trainable
 from mtp_model.load import load
@@ -24,8 +23,7 @@ class EvaluateSettings:
 
     checkpoint: str
     """Checkpoint directory, as `convert-deepseek import` or training writes it; local or gs://."""
-    data: tuple[Path, ...]
-    """Text files, .jsonl files, or folders of them, as for training."""
+    data: DataPaths
     draft_tokens: int | None = None
     """Tokens drafted a step; more than there are MTP modules reuses them (default: one each)."""
     rows: int = 8

@@ -10,15 +10,27 @@ import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 import yaml
 
+from finetune.data.kinds import NAMES
 from mtp_model.problems import UserError
 
 TrainMode = Literal["mtp", "all"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
+DataPaths = Annotated[
+    tuple[Path, ...],
+    tyro.conf.arg(
+        help=f"Files of text or records, or folders of them: {NAMES}. "
+        'A record is {"text"}, or {"messages"} (loss on the assistant\'s turns), '
+        '{"prompt", "completion"} or {"instruction", optional "input", "output"} (loss on the '
+        'answer only), or {"input_ids", optional "loss_mask" or "labels" with -100 for what is '
+        "not learnt}. All of it: docs/data.md."
+    ),
+]
+"""The data of every command: what is taken is said once."""
 
 
 class SettingsError(UserError):
@@ -89,12 +101,7 @@ class RunSettings:
 
     checkpoint: str
     """Checkpoint directory, as `convert-deepseek import` writes it; local or gs://bucket/folder."""
-    data: tuple[Path, ...]
-    """Files of text or records, or folders of them: .jsonl, .ndjson, .json, .csv, .txt, .md, any of
-    these with .gz, .parquet. A record is {"text"}, or {"messages"} (loss on the assistant's turns),
-    {"prompt", "completion"} or {"instruction", optional "input", "output"} (loss on the answer
-    only), or {"input_ids", optional "loss_mask" or "labels" with -100 for what is not learnt}.
-    All of it: docs/data.md."""
+    data: DataPaths
     out: Path
     """Run directory; an unfinished run in it is continued."""
     train: TrainMode = "mtp"

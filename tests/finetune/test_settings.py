@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from finetune.cli import TrainCommand, parse, run
+from finetune.data import kinds
 from finetune.evaluate import EvaluateSettings
 from finetune.settings import (
     RunSettings,
@@ -190,3 +191,13 @@ def test_evaluate_has_its_own_settings():
     command = parse(["evaluate", "--checkpoint", "C", "--data", "a", "--draft-tokens", "3"])
     assert isinstance(command, EvaluateSettings)
     assert command.draft_tokens == 3
+
+
+def test_every_command_says_the_same_of_its_data(capsys):
+    said = []
+    for command in ("train", "evaluate"):
+        assert status([command, "--help"]) == 0
+        words = "".join(" " if mark in "│╭╮╰╯─\n" else mark for mark in capsys.readouterr().out)
+        said.append(" ".join(words.split()).partition("--data ")[2].partition("docs/data.md")[0])
+    assert said[0] == said[1]
+    assert all(suffix in said[0] for suffix in kinds._KINDS)
