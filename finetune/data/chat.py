@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finetune.data.records import Chat, DataError
+from finetune.data.records import Chat, DataError, raise_if_no_unicode
 from mtp_model.files.place import Place
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -60,6 +60,7 @@ class ChatTemplate:
             reply = self._ask(self._name(chat), request)
         if "error" in reply:
             raise ValueError(reply["error"])
+        raise_if_no_unicode(reply["text"], "what the chat template writes")
         return Rendered(reply["text"], [tuple(span) for span in reply["spans"]])
 
     def _name(self, chat: Chat) -> str:

@@ -228,7 +228,7 @@ class _Scanner:
         except UnicodeDecodeError as error:
             self.faults.append(f"{path} is not UTF-8 text: {error.reason}")
         except OSError as error:
-            self.faults.append(f"{path} cannot be read: {error.strerror}")
+            self.faults.append(f"{path} cannot be read: {error.strerror or error}")
 
     def _take(self, file: DataFile, span: Span | Broken) -> None:
         where = _where(file, span.number)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from mtp_model.files.untrusted_json import shown
 from mtp_model.problems import UserError
 
 RECORD_BYTES = 16 << 20  # tokenising one takes some fifty times as much memory
@@ -230,7 +231,7 @@ def _table_spans(file: BinaryIO, begin: int, see: Callable[[bytes], None]) -> It
     rows = _rows(file, see)
     header = tuple(next(rows, ([], 0, 0, 0))[0])
     if len(set(header)) < len(header):
-        raise FileError(f"has a column twice in its header: {', '.join(header)}")
+        raise FileError(f"has a column twice in its header: {shown(', '.join(header))}")
     for cells, number, offset, nbytes in rows:
         if not cells:
             continue
@@ -239,7 +240,7 @@ def _table_spans(file: BinaryIO, begin: int, see: Callable[[bytes], None]) -> It
             continue
         try:
             yield Span(number, begin + offset, nbytes, _row(header, cells))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             yield Broken(number, f"has a cell that is not JSON: {error}")
 
 

@@ -4,9 +4,11 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from mtp_model.files.untrusted_json import shown
 from mtp_model.problems import UserError
 
 REPORTED_FAULTS = 40
+_FAULT_CHARACTERS = 1000
 FORMS = (
     '{"text"}, {"messages"}, {"prompt", "completion" or "response"}, '
     '{"instruction", optional "input", "output"}, '
@@ -43,7 +45,14 @@ class DataError(UserError):
         count = f"{len(faults)} problem{'' if len(faults) == 1 else 's'} in the data:"
         rest = len(faults) - REPORTED_FAULTS
         more = [f"and {rest} more"] if rest > 0 else []
-        super().__init__("\n  ".join([count, *faults[:REPORTED_FAULTS], *more]))
+        lines = map(_one_line, faults[:REPORTED_FAULTS])
+        super().__init__("\n  ".join([count, *lines, *more]))
+
+
+def _one_line(fault: str) -> str:
+    """A fault as a line of bounded length: what it quotes of the data may be anything."""
+    cut = fault[:_FAULT_CHARACTERS] + "..." * (len(fault) > _FAULT_CHARACTERS)
+    return "".join(mark if mark.isprintable() else ascii(mark)[1:-1] for mark in cut)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +122,8 @@ def parse_record(value: Any, vocab_size: int | None = None) -> Record:
     if len(forms) > 1:  # a prompt alone stands beside messages in many data sets
         forms = [form for form in forms if _is_answered(value, form)]
     if len(forms) != 1:
-        raise ValueError(f"has the keys {', '.join(sorted(value)) or 'of none'}, needed {FORMS}")
+        found = shown(", ".join(sorted(value))) if value else "of none"
+        raise ValueError(f"has the keys {found}, needed {FORMS}")
     [form] = forms
     if form == "input_ids":
         return _token_ids(value, vocab_size)
@@ -152,12 +162,12 @@ def _string(value: dict[str, Any], name: str) -> str:
     text = value.get(name)
     if not isinstance(text, str):
         raise ValueError(f"{name} is {_kind(text)}, needed a string")
-    _raise_if_no_unicode(text, name)
+    raise_if_no_unicode(text, name)
     return text
 
 
-def _raise_if_no_unicode(text: str, name: str) -> None:
-    """JSON can escape half of a UTF-16 pair, which is no character."""
+def raise_if_no_unicode(text: str, name: str) -> None:
+    """ValueError for half of a UTF-16 pair, which JSON can escape: it is no character."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -205,8 +215,9 @@ def _message(name: str, turn: Any) -> dict[str, Any]:
     turn = {key: each for key, each in turn.items() if each is not None}
     if "from" in turn and "role" not in turn:
         sender, others = turn["from"], {k: v for k, v in turn.items() if k not in ("from", "value")}
-        if sender not in _ROLES:
-            raise ValueError(f"{name} is from {sender!r}, known are {', '.join(sorted(_ROLES))}")
+        if not isinstance(sender, str) or sender not in _ROLES:
+            known = ", ".join(sorted(_ROLES))
+            raise ValueError(f"{name} is from {shown(repr(sender))}, known are {known}")
         turn = {"role": _ROLES[sender], "content": _string(turn, "value"), **others}
     if not isinstance(turn.get("role"), str):
         raise ValueError(f"{name} has role {_kind(turn.get('role'))}, needed a string")
@@ -221,16 +232,16 @@ def _check_content(name: str, content: Any) -> None:
     for part in parts:
         if not isinstance(part, dict) or part.get("type", "text") != "text":
             found = part.get("type") if isinstance(part, dict) else _kind(part)
-            raise ValueError(f"{name} has content of type {found}, needed text")
+            raise ValueError(f"{name} has content of type {shown(found)}, needed text")
         if not isinstance(part.get("text"), str):
             raise ValueError(f"{name} has content {_kind(part.get('text'))}, needed a string")
-        _raise_if_no_unicode(part["text"], name)
+        raise_if_no_unicode(part["text"], name)
 
 
 def _learn_switch(number: int, turn: dict[str, Any]) -> bool:
     for name in _LEARN_SWITCHES:
         if turn.get(name, 1) not in (0, 1):
-            raise ValueError(f"turn {number} has {name} {turn[name]!r}, needed 0 or 1")
+            raise ValueError(f"turn {number} has {name} {shown(repr(turn[name]))}, needed 0 or 1")
     return all(turn.get(name, 1) for name in _LEARN_SWITCHES)
 
 
@@ -250,14 +261,15 @@ def _token_ids(value: dict[str, Any], vocab_size: int | None) -> TokenIds:
     unknown = sorted(value.keys() - _BESIDE_IDS)
     if unknown:
         known = ", ".join(sorted(_BESIDE_IDS - {"input_ids"}))
-        raise ValueError(f"has {', '.join(unknown)} beside input_ids, known there are {known}")
+        found = shown(", ".join(unknown))
+        raise ValueError(f"has {found} beside input_ids, known there are {known}")
     ids, mask = value["input_ids"], value.get("loss_mask")
     if not isinstance(ids, list) or not all(type(each) is int for each in ids):
         raise ValueError("input_ids is not a list of whole numbers")
     top = vocab_size or (1 << 31)
     wrong = next((each for each in ids if not 0 <= each < top), None)
     if wrong is not None:
-        raise ValueError(f"input_ids has {wrong}, the vocabulary is 0 to {top - 1}")
+        raise ValueError(f"input_ids has {shown(wrong)}, the vocabulary is 0 to {top - 1}")
     if "labels" in value:
         if mask is not None:
             raise ValueError("has both loss_mask and labels, needed one of them")
@@ -290,7 +302,7 @@ def _mask_of_labels(labels: Any, ids: list[int]) -> list[int]:
         raise ValueError(f"labels has {found} entries for {len(ids)} input_ids")
     for position, (label, token) in enumerate(zip(labels, ids, strict=True)):
         if label not in (token, _NOT_LEARNT):
-            found = f"labels has {label!r} at {position}, where input_ids has {token}"
+            found = f"labels has {shown(repr(label))} at {position}, where input_ids has {token}"
             raise ValueError(f"{found}; needed that token, or {_NOT_LEARNT}: nothing is shifted")
     return [int(label != _NOT_LEARNT) for label in labels]
 

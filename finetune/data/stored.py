@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 from finetune.data.kinds import LINES, PARQUET, RECORD_BYTES, FileError, FileKind
 from finetune.data.records import FORM_KEYS, KNOWN_KEYS
+from mtp_model.files.untrusted_json import shown
 
 # Text is packed about 3 to 10 times; what a file of zeros gives is a thousand times.
 _MOST_UNPACKED = 200
@@ -103,12 +104,16 @@ def _unpack_parquet(file: BinaryIO, out: BinaryIO) -> None:
         names = [name for name in table.schema_arrow.names if not name.startswith(_PANDAS_INDEX)]
         known = [name for name in names if name in KNOWN_KEYS]
         if not FORM_KEYS & set(known):
-            raise FileError(f"has the columns {', '.join(names)}, needed one of {_shown_forms()}")
+            found = shown(", ".join(names))
+            raise FileError(f"has the columns {found}, needed one of {_shown_forms()}")
         others = dict.fromkeys(set(names) - set(known), "")
         for batch in table.iter_batches(_ROWS, columns=known):
             for row in batch.to_pylist():
                 out.write(_line(row | others))
-    except arrow.ArrowException as error:
+    except FileError:
+        raise
+    # Of what Python has no value for: the year 10,000, nanoseconds, a column that is there twice.
+    except (arrow.ArrowException, ArithmeticError, LookupError, ValueError) as error:
         raise FileError(f"is not a parquet file that can be read: {error}") from error
 
 

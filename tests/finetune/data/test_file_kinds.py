@@ -53,8 +53,12 @@ def as_csv(records) -> str:
 
 
 def as_parquet(records, **options) -> bytes:
+    return table_bytes(arrow.Table.from_pylist(records), **options)
+
+
+def table_bytes(table, **options) -> bytes:
     out = io.BytesIO()
-    parquet.write_table(arrow.Table.from_pylist(records), out, **options)
+    parquet.write_table(table, out, **options)
     return out.getvalue()
 
 
@@ -290,3 +294,24 @@ def test_without_pyarrow_parquet_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(DataError, match=r"needs pyarrow.*pip install 'deepseek-mtp\[data\]'"):
         scan([path], VOCAB)
+
+
+DAY = arrow.table({"text": arrow.array([2**60], arrow.date64())})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.csv", f"messages\n{'[' * 100_000}\n", ":2 has a cell that is not JSON: maximum rec"),
+        ("a.jsonl", '{"\\u001b[2J\\ud800": 1}', r":1 has the keys '\x1b[2J\ud800', needed"),
+        ("a.jsonl", '{"conversations": [{"from": [], "value": ""}]}', "[0] is from [], known are"),
+        ("a.jsonl", f'{{"input_ids": [1], "labels": ["{"x" * 9999}"]}}', "x... (10001 characters)"),
+        ("a.parquet", table_bytes(DAY), " is not a parquet file that can be read: date value"),
+    ],
+    ids=["nested", "control codes", "a list", "long", "year"],
+)
+def test_what_nobody_expects_is_a_printable_line(tmp_path, name, content, told):
+    with pytest.raises(DataError) as error:
+        scan([write(tmp_path, name, content)], VOCAB)
+    assert told in str(error.value)
+    assert all(line.isprintable() and len(line) < 1200 for line in str(error.value).splitlines())
