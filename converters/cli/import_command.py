@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from converters.cli.arguments import Import
 from converters.cli.common import checkpoint_of, print_result, time_and_rate
 from converters.cli.inspect_command import plain_weights_text
-from converters.format.fit import fit
 from converters.format.listing import SourceCheckpoint
 from converters.importing.finish import foreign_buffers
 from converters.importing.importer import ImportSummary, import_checkpoint
@@ -46,9 +45,10 @@ def run_import(command: Import) -> int:
     seconds = time.monotonic() - began_s
     notes = [*_of_module(checkpoint)]
     if summary.finished:
-        notes += _notes(command, checkpoint, stale=copies == "main")  # else import has refused them
+        notes += _notes(summary, stale=copies == "main")  # else import has refused them
     said = [note for _, note in notes]
     plain = {**dataclasses.asdict(summary), "notes": said, "seconds": seconds}
+    del plain["plain_weights"]  # said in the notes
     print_result(_imported(summary, notes, seconds), plain, as_json=command.json)
     return 0
 
@@ -61,16 +61,16 @@ def _of_module(checkpoint: SourceCheckpoint) -> Iterator[tuple[str, str]]:
             yield "MTP module", note
 
 
-def _notes(command: Import, source: SourceCheckpoint, *, stale: bool) -> Iterator[tuple[str, str]]:
+def _notes(summary: ImportSummary, *, stale: bool) -> Iterator[tuple[str, str]]:
     """What was taken though it looks like a mistake, of a finished import."""
-    checkpoint = open_checkpoint(command.dst)
+    checkpoint = open_checkpoint(summary.path)
     if stale:
         for name in checkpoint.provenance["stale_copies"]:
             yield "stale copy", f"{name} differs; the main model's is taken"
     for name, _ in group_names(foreign_buffers(checkpoint)):
         found = "is not what config.json gives; no logit depends on it, and export writes it again"
         yield "buffer", f"{name} {found}"
-    for plain in fit(source, source.config, scope=command.scope).plain_weights:
+    for plain in summary.plain_weights:
         if not plain.named:
             yield f"in {plain.dtype}", plain_weights_text(plain)
 

@@ -12,6 +12,7 @@ import numpy as np
 from converters.exporting.encode import Encoder
 from converters.exporting.plan import make_plan
 from converters.format.header import TensorInfo, start_of_file
+from converters.format.joined import overlapping
 from converters.format.listing import CONFIG_FILE
 from converters.sources.source import Buffer, Fingerprint, Source, byte_view, range_fault
 from mtp_model.checkpoint.directory import COMPLETE, Checkpoint
@@ -34,6 +35,7 @@ class DirectorySource(Source):
         plan = make_plan(checkpoint, "keep", has_base=True)
         raise_if_any(self.name, _damaged(checkpoint))
         self._headers = {header.file: header for header in plan.files}
+        self._begins = {f: [t.begin for t in h.tensors] for f, h in self._headers.items()}
         held = {name: dtype for name, dtype in plan.dtypes.items() if name in plan.slots}
         self._encoder = Encoder(checkpoint, plan.slots, held)
         config = checkpoint.config_dict
@@ -61,11 +63,10 @@ class DirectorySource(Source):
         self._check_range(file, begin, len(view))
         known = self._start(file)[begin : begin + len(view)]
         view[: len(known)] = np.frombuffer(known, np.uint8)
-        end = begin + len(view)
-        for tensor in self._headers[file].tensors if file in self._headers else ():
-            low, high = max(tensor.begin, begin), min(tensor.begin + tensor.nbytes, end)
-            if low < high:
-                self._read_tensor(tensor, low - tensor.begin, view[low - begin : high - begin])
+        begins, size = self._begins.get(file, ()), self._sizes[file]
+        for number, low, high in overlapping(begins, size, begin, begin + len(view)):
+            tensor = self._headers[file].tensors[number]
+            self._read_tensor(tensor, low - tensor.begin, view[low - begin : high - begin])
 
     def fingerprint(self, file: str) -> Fingerprint:
         self._check_range(file, 0, 0)

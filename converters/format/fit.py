@@ -84,12 +84,20 @@ def checked_config(
     return None if faults else cfg, tuple(_config_problem(fault) for fault in faults)
 
 
-def sound_fit(checkpoint: SourceCheckpoint, scope: Scope) -> tuple[ModelConfig, Mapping[str, Slot]]:
+class SoundFit(NamedTuple):
+    """A fit without problems."""
+
+    config: ModelConfig
+    slots: Slots
+    plain_weights: tuple[PlainWeights, ...]
+
+
+def sound_fit(checkpoint: SourceCheckpoint, scope: Scope) -> SoundFit:
     """The network and the tensors of a scope; ProblemsError when anything does not fit."""
     found = fit(checkpoint, checkpoint.config, scope=scope)
     raise_if_any(checkpoint.source.name, found.problems)
     assert found.config is not None
-    return found.config, found.slots
+    return SoundFit(found.config, found.slots, found.plain_weights)
 
 
 def _compare(listing: Listing, cfg: ModelConfig, scope: Scope, config: Mapping[str, Any]) -> Fit:

@@ -224,15 +224,23 @@ class MadeFile:
 
     def parts(self, begin: int, nbytes: int) -> Iterator[tuple[MadeTensor, int, int, int]]:
         """The tensors in a range of bytes: tensor, first byte in it, number, place in the range."""
-        end = begin + nbytes
-        first = max(bisect.bisect_right(self.begins, begin) - 1, 0)
-        stops = [*self.begins[first + 1 :], self.size]
-        for tensor, at, stop in zip(self.tensors[first:], self.begins[first:], stops, strict=True):
-            if at >= end:
-                return
-            low, high = max(at, begin), min(stop, end)
-            if low < high:
-                yield tensor, low - at, high - low, low - begin
+        for number, low, high in overlapping(self.begins, self.size, begin, begin + nbytes):
+            at = self.begins[number]
+            yield self.tensors[number], low - at, high - low, low - begin
+
+
+def overlapping(
+    begins: Sequence[int], size: int, begin: int, end: int
+) -> Iterator[tuple[int, int, int]]:
+    """Of tensors that lie one behind the other up to `size`: number, and first and last byte of
+    what each has between `begin` and `end`."""
+    for number in range(max(bisect.bisect_right(begins, begin) - 1, 0), len(begins)):
+        if begins[number] >= end:
+            return
+        stop = begins[number + 1] if number + 1 < len(begins) else size
+        low, high = max(begins[number], begin), min(stop, end)
+        if low < high:
+            yield number, low, high
 
 
 def nbytes_of(tensor: MadeTensor) -> int:
@@ -284,7 +292,7 @@ class JoinedSource(Source):
         return dict(self._sizes)
 
     def read(self, file: str, begin: int, nbytes: int) -> bytes:
-        if self._is_main(file):
+        if self.is_main(file):
             return self._main.read(file, begin, nbytes)
         self._check_range(file, begin, nbytes)  # before memory is taken for it
         out = bytearray(nbytes)
@@ -292,7 +300,7 @@ class JoinedSource(Source):
         return bytes(out)
 
     def read_into(self, file: str, begin: int, out: Buffer) -> None:
-        if self._is_main(file):
+        if self.is_main(file):
             self._main.read_into(file, begin, out)
             return
         view = byte_view(out)
@@ -305,7 +313,7 @@ class JoinedSource(Source):
                 tensor.read_into(first, view[at : at + nbytes])
 
     def fingerprint(self, file: str) -> Fingerprint:
-        if self._is_main(file):
+        if self.is_main(file):
             return self._main.fingerprint(file)
         self._check_range(file, 0, 0)
         if file in self._texts:
@@ -358,14 +366,15 @@ class JoinedSource(Source):
 
     def _parts_of(self, source: Source, read: Read) -> Iterator[Read]:
         file, begin, nbytes = read
-        if self._is_main(file):
+        if self.is_main(file):
             yield from [read] if source is self._main else []
         elif file in self._made:
             for tensor, first, count, _ in self._made[file].parts(begin, nbytes):
                 if tensor.source is source:
                     yield from tensor.reads(first, count)
 
-    def _is_main(self, file: str) -> bool:
+    def is_main(self, file: str) -> bool:
+        """Whether a file is the main model's as it is."""
         return file in self._sizes and file not in self._made and file not in self._texts
 
     def _check_range(self, file: str, begin: int, nbytes: int) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import shlex
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,7 @@ SINGLE_FILE = "model.safetensors"
 SUFFIX = ".safetensors"
 
 _LARGEST_CONFIG_BYTES = 1 << 20
+_NO_HEADERS: Mapping[str, Header] = {}
 _THREADS = 8  # a header is a few small reads: latency on a remote source, not bandwidth
 
 
@@ -73,12 +74,17 @@ class SourceCheckpoint(Listing):
     taken: TakenModule | None = None
 
 
-def open_safetensors(source: Source) -> SourceCheckpoint:
-    """Headers and config.json; ProblemsError tells everything that is wrong with both, at once."""
+def open_safetensors(
+    source: Source, *, known: Mapping[str, Header] = _NO_HEADERS
+) -> SourceCheckpoint:
+    """Headers and config.json; ProblemsError tells everything that is wrong with both, at once.
+
+    known: headers that were read already, by file.
+    """
     problems: list[Problem] = []
     listing, config = None, None
     try:
-        listing = list_checkpoint(source)
+        listing = list_checkpoint(source, known=known)
     except ProblemsError as err:
         problems += err.problems
     try:
@@ -92,20 +98,30 @@ def open_safetensors(source: Source) -> SourceCheckpoint:
     return SourceCheckpoint(**fields, config=config)
 
 
-def list_checkpoint(source: Source, *, leave_out: Collection[str] = ()) -> Listing:
+def list_checkpoint(
+    source: Source,
+    *,
+    known: Mapping[str, Header] = _NO_HEADERS,
+    may_lie_beside: Callable[[Sequence[str]], bool] = lambda _: False,
+) -> Listing:
     """All headers of a checkpoint; ProblemsError tells everything that is wrong, at once.
 
-    leave_out: files that are not looked at.
+    known: headers that were read already, by file. may_lie_beside: whether a file with tensors of
+    these names may be in the folder though it is no part of the checkpoint.
     """
-    sizes = {file: size for file, size in source.files().items() if file not in leave_out}
+    sizes = source.files()
     problems: list[Problem] = []
     index, weight_map = read_index(source, sizes)
     stored = [file for file in sizes if file.endswith(SUFFIX)]
     named = named_files(stored, index, weight_map)
     problems += bounded(_absent_files(stored, named), INDEX_FILE)
-    headers = read_headers(source, [file for file in named if file in stored], problems)
+    unread = [file for file in named if file in stored and file not in known]
+    read = read_headers(source, unread, problems)
+    found = {file: known.get(file) or read.get(file) for file in named}
+    headers = {file: header for file, header in found.items() if header}
     tensors = _merge(headers.values(), problems)
-    unnamed = (file for file in stored if file not in named)
+    unnamed = {file: _names_in(source, file) for file in stored if file not in named}
+    unnamed = {file: names for file, names in unnamed.items() if not may_lie_beside(names)}
     problems += bounded(_unnamed_files(source, unnamed, tensors, index), INDEX_FILE)
     if index is not None:
         problems += bounded(_index_problems(weight_map, tensors, headers), INDEX_FILE)
@@ -116,17 +132,28 @@ def list_checkpoint(source: Source, *, leave_out: Collection[str] = ()) -> Listi
     )
 
 
+def is_module_alone(names: Sequence[str]) -> bool:
+    """Whether these are the tensors of MTP modules and of nothing else."""
+    return bool(names) and {*map(layer_of, names)} == {*mtp_layers(names)}
+
+
 def read_config(source: Source) -> dict[str, Any]:
     """The parsed config.json of a source; ProblemsError when there is none or it is no object."""
+    return read_config_text(source)[1]
+
+
+def read_config_text(source: Source) -> tuple[bytes, dict[str, Any]]:
+    """config.json, verbatim and parsed; raises as read_config does."""
     size = source.files().get(CONFIG_FILE)
-    fault, config = None, None
+    fault, config, text = None, None, b""
     if size is None:
         fault = "is missing; every size of the network comes from it"
     elif size > _LARGEST_CONFIG_BYTES:
         fault = f"is {size} bytes, more than {_LARGEST_CONFIG_BYTES}"
     else:
         try:
-            config = parse(source.read(CONFIG_FILE, 0, size))
+            text = source.read(CONFIG_FILE, 0, size)
+            config = parse(text)
         except JsonError as err:
             fault = str(err)
     if not fault and not isinstance(config, dict):
@@ -134,7 +161,7 @@ def read_config(source: Source) -> dict[str, Any]:
     if fault:
         raise ProblemsError(source.name, [Problem("config", CONFIG_FILE, fault)])
     assert isinstance(config, dict)
-    return config
+    return text, config
 
 
 def named_files(
@@ -178,28 +205,35 @@ def _absent_files(stored: Sequence[str], named: Sequence[str]) -> Iterator[Probl
             yield Problem("index", shown(file), name_fault(file) or absent)
 
 
+def _names_in(source: Source, file: str) -> list[str]:
+    """Names of the tensors of a file, none where its header cannot be read."""
+    try:
+        return [tensor.name for tensor in unfused(read_header(source, file)).tensors]
+    except ProblemsError:
+        return []
+
+
 def _unnamed_files(
-    source: Source, files: Iterable[str], tensors: Mapping[str, TensorInfo], index: bytes | None
+    source: Source,
+    files: Mapping[str, Sequence[str]],
+    tensors: Mapping[str, TensorInfo],
+    index: bytes | None,
 ) -> Iterator[Problem]:
     """Files that are no part of the checkpoint by its index, and what to do with each."""
     listed_in = "named by the index" if index is not None else f"part of it, {SINGLE_FILE} is all"
-    for file in files:
+    for file, names in files.items():
         held = f"is in the folder and not {listed_in}"
-        yield Problem("index", shown(file), f"{held}; {_use_of(source, file, tensors, index)}")
+        yield Problem("index", shown(file), f"{held}; {_use_of(source, names, tensors, index)}")
 
 
 def _use_of(
-    source: Source, file: str, tensors: Mapping[str, TensorInfo], index: bytes | None
+    source: Source, names: Sequence[str], tensors: Mapping[str, TensorInfo], index: bytes | None
 ) -> str:
-    """What to do with a file that is no part of the checkpoint."""
-    try:
-        names = [tensor.name for tensor in unfused(read_header(source, file)).tensors]
-    except ProblemsError:
-        names = []
+    """What to do with a file of these tensors that is no part of the checkpoint."""
     if not names or tensors.keys() & names:
         return "move it out of the folder"
-    modules = mtp_layers(names)
-    if modules and {layer_of(name) for name in names} == set(modules):
+    if is_module_alone(names):
+        modules = mtp_layers(names)
         found = f"it holds the MTP module model.layers.{braces(modules)}"
         return f"{found}: import with --mtp-from {shlex.quote(source.name)} to take that in"
     if index is not None:

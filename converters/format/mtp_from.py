@@ -32,10 +32,12 @@ from converters.format.listing import (
     Listing,
     SourceCheckpoint,
     TakenModule,
+    is_module_alone,
     list_checkpoint,
     named_files,
     open_safetensors,
     read_config,
+    read_config_text,
     read_headers,
     read_index,
 )
@@ -133,31 +135,23 @@ def _of_headers(
 
 def open_joined(main: Source, module: FoundModule) -> SourceCheckpoint:
     """The checkpoint of both; ProblemsError where they cannot be one."""
-    listing = list_checkpoint(main, leave_out=_unnamed_modules(main))
-    config = _announcing(read_config(main), module)
+    listing = list_checkpoint(main, may_lie_beside=is_module_alone)
+    text, config = read_config_text(main)
+    announcing = _announcing(config, module)
+    text = text if announcing == config else _json(announcing)
+    config = announcing
     cfg, faults = checked_config(config)
     raise_if_any(main.name, faults)
     assert cfg
     raise_if_any(module.source.name, _contradictions(config, module))
-    joining = _Joining(listing, config, cfg, module)
-    opened = open_safetensors(joining.source())
+    joining = _Joining(listing, config, text, cfg, module)
+    source = joining.source()
+    known = {file: header for file, header in listing.headers.items() if source.is_main(file)}
+    opened = open_safetensors(source, known=known)
     fields = {key: getattr(opened, key) for key in ("headers", "tensors", "side_files", "index")}
     return SourceCheckpoint(
         **fields, source=opened.source, config=opened.config, taken=joining.taken()
     )
-
-
-def _unnamed_modules(main: Source) -> list[str]:
-    """Files of the main model's folder that no index names and that hold nothing but a module."""
-    sizes = main.files()
-    stored = [file for file in sizes if file.endswith(SUFFIX)]
-    try:
-        named = named_files(stored, *read_index(main, sizes))
-        headers = read_headers(main, [file for file in stored if file not in named], [])
-    except ProblemsError:
-        return []  # list_checkpoint says what is wrong
-    names = {file: [tensor.name for tensor in h.tensors] for file, h in headers.items()}
-    return [f for f, of in names.items() if of and {*map(layer_of, of)} == {*mtp_layers(of)}]
 
 
 def _announcing(config: Mapping[str, Any], module: FoundModule) -> dict[str, Any]:
@@ -193,9 +187,15 @@ class _Joining:
     """Decides for each tensor of the module, and of a module that was there, what becomes of it."""
 
     def __init__(
-        self, main: Listing, config: Mapping[str, Any], cfg: ModelConfig, module: FoundModule
+        self,
+        main: Listing,
+        config: Mapping[str, Any],
+        text: bytes,
+        cfg: ModelConfig,
+        module: FoundModule,
     ):
-        self._main, self._config, self._module = main, config, module
+        """text: of config.json, which says `config`."""
+        self._main, self._config, self._text, self._module = main, config, text, module
         self._slots = slots(cfg, "mtp")
         self._scales = frozenset(slot.scale for slot in self._slots.values() if slot.scale)
         self._fp8 = Format(FP8, cfg.weight_block_size, powers_of_two=cfg.power_of_two_scales)
@@ -226,7 +226,7 @@ class _Joining:
             main.source,
             self._module.source,
             made={**made, new: of_module},
-            texts={INDEX_FILE: self._index(kept), CONFIG_FILE: self._config_text()},
+            texts={INDEX_FILE: self._index(kept), CONFIG_FILE: self._text},
             left_out=[file for file in stored if file not in names],
         )
 
@@ -349,13 +349,6 @@ class _Joining:
             "weight_map": {tensor.name: file for file, of in kept.items() for tensor in of},
         }
         return _json(index)
-
-    def _config_text(self) -> bytes:
-        """The main model's bytes where they announce this very module."""
-        source = self._main.source
-        if read_config(source) == self._config:
-            return source.read(CONFIG_FILE, 0, source.files()[CONFIG_FILE])
-        return _json(self._config)
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
+from converters.format.kinds import PlainWeights
 from converters.format.listing import SourceCheckpoint
 from converters.importing.convert import (
     Buffers,
@@ -63,6 +64,8 @@ class ImportSummary:
     stored_bytes: int
     num_units: int
     resumed_units: int
+    plain_weights: tuple[PlainWeights, ...]
+    """Those of the source that are not FP8 beside others that are."""
 
 
 def import_checkpoint(
@@ -119,6 +122,7 @@ def import_checkpoint(
         stored_bytes=plan.stored_bytes(share),
         num_units=len(share),
         resumed_units=len(share) - len(todo),
+        plain_weights=plan.plain_weights,
     )
 
 

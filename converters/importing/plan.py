@@ -11,6 +11,7 @@ import numpy as np
 
 from converters.format.fit import sound_fit
 from converters.format.header import DTYPES
+from converters.format.kinds import PlainWeights
 from converters.format.listing import Listing, SourceCheckpoint
 from converters.format.mapping import (
     TABLE_VERSION,
@@ -50,6 +51,7 @@ class ImportPlan:
     options: Options
     conversion: Conversion
     units: list[Unit]
+    plain_weights: tuple[PlainWeights, ...]
     fingerprint: Fingerprint
 
     @property
@@ -85,7 +87,7 @@ def make_plan(
     policy: ChunkPolicy,
 ) -> ImportPlan:
     """The plan; ProblemsError for a source whose headers do not fit its config."""
-    config, found = sound_fit(checkpoint, scope)
+    config, found, plain_weights = sound_fit(checkpoint, scope)
     options = Options(
         scope=scope,
         dtype=dtype,
@@ -106,6 +108,7 @@ def make_plan(
         options=options,
         conversion=conversion,
         units=make_units(conversion, with_copies=with_copies),
+        plain_weights=plain_weights,
         fingerprint=_fingerprint(checkpoint, options, policy),
     )
 

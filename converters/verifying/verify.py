@@ -170,7 +170,7 @@ def _comparable(
 ) -> tuple[ModelConfig, Mapping[str, Slot]]:
     """The source's side of what both have; ProblemsError where there is nothing to compare."""
     held: Scope = checkpoint.provenance["scope"]
-    config, slots = sound_fit(source, held if scope == "all" else scope)
+    config, slots, _ = sound_fit(source, held if scope == "all" else scope)
     where = f"{source.source.name} for {checkpoint.path}"
     if "mtp_source" in checkpoint.provenance and source.taken is None:
         where += f", which was imported from {origin(checkpoint)}"

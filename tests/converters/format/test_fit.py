@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from converters.format.fit import sound_fit
+from converters.format.fit import SoundFit, sound_fit
 from converters.format.listing import SourceCheckpoint, open_safetensors, read_config
 from converters.sources.open import open_source
 from mtp_model.problems import Problem, ProblemsError, braces, group_names, group_problems
@@ -55,7 +55,7 @@ def changed(listing: SourceCheckpoint, name: str, /, **fields: Any) -> SourceChe
     return dataclasses.replace(listing, tensors=listing.tensors | {tensor.name: tensor})
 
 
-def slots_of(listing: SourceCheckpoint, config: dict[str, Any], scope: Any = "all"):
+def slots_of(listing: SourceCheckpoint, config: dict[str, Any], scope: Any = "all") -> SoundFit:
     """Config and tensors of a sound checkpoint with this config.json."""
     return sound_fit(dataclasses.replace(listing, config=config), scope)
 
@@ -75,13 +75,13 @@ def fields_of(line: str) -> str:
 @pytest.mark.parametrize("flavour", ["fp8", "bf16", "f32"])
 def test_sound_checkpoint_passes(folders: dict[str, Path], flavour: str):
     listing = opened(folders[flavour])
-    _, slots = sound_fit(listing, "all")
+    slots = sound_fit(listing, "all").slots
     assert slots.keys() == listing.tensors.keys()
 
 
 def test_scopes_need_only_their_own_tensors(fp8: SourceCheckpoint, config: dict[str, Any]):
-    main = slots_of(fp8, config, scope="main")[1].keys()
-    mtp = slots_of(fp8, config, scope="mtp")[1].keys()
+    main = slots_of(fp8, config, scope="main").slots.keys()
+    mtp = slots_of(fp8, config, scope="mtp").slots.keys()
     assert main | mtp == fp8.tensors.keys()
     assert main & mtp == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
     layer = "model.layers.0.input_layernorm.weight"
@@ -90,7 +90,7 @@ def test_scopes_need_only_their_own_tensors(fp8: SourceCheckpoint, config: dict[
 
 
 def test_copies_may_be_absent(fp8: SourceCheckpoint, config: dict[str, Any]):
-    _, slots = slots_of(without(fp8, *COPIES), config)
+    slots = slots_of(without(fp8, *COPIES), config).slots
     assert slots.keys() == fp8.tensors.keys() - set(COPIES)
 
 
