@@ -1,7 +1,9 @@
 """From a checkpoint directory to a module that holds its weights: whole, on a mesh, or a layer."""
 
+import functools
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +12,9 @@ from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from mtp_model.checkpoint.directory import Checkpoint, CheckpointError, open_checkpoint
+from mtp_model.config import ModelConfig
 from mtp_model.files.place import Place
-from mtp_model.layers import FP8, dequantise
+from mtp_model.layers import FP8, Embedding, RMSNorm, dequantise
 from mtp_model.model import (
     DeepSeekV3,
     Layer,
@@ -21,7 +24,11 @@ from mtp_model.model import (
     abstract_model,
     leaf_name,
 )
+from mtp_model.moe import Experts
 from mtp_model.sharding import require_axes
+
+PartName = Literal["embed_tokens", "norm", "lm_head"]  # modules of the tree that are in no stack
+_ROUTED = "experts"  # the routed experts' module, in a layer's `mlp`
 
 
 def load(
@@ -54,26 +61,93 @@ def load(
     return model
 
 
-def load_layer(checkpoint: Checkpoint, stack: StackName, index: int) -> Layer:
+def load_layer(
+    checkpoint: Checkpoint, stack: StackName, index: int, *, experts: bool = True
+) -> Layer:
     """One module of a stack, as stored, on the first device; reads that layer's bytes only.
 
     stack: `dense_layers` or `moe_layers` for a decoder layer, `mtp` for an MTP module.
+    experts: False leaves the routed experts out, as leaves without memory: `load_experts` reads
+        these, some at a time.
     """
-    config = checkpoint.config
-    counts = {
-        "dense_layers": config.num_dense_layers,
-        "moe_layers": config.num_moe_layers,
-        "mtp": config.num_nextn_predict_layers,
-    }
-    if not 0 <= index < counts[stack]:
-        raise ValueError(f"{checkpoint.path}: {stack} has {counts[stack]} layers, no {index}")
-    graph, state = nnx.split(abstract_layer(config, stack))
+    count = _count_layers(checkpoint, stack, index)
+    graph, state = _abstract_layer(checkpoint.config, stack)
     flat = []
     for path, variable in nnx.to_flat_state(state):
         name = leaf_name((stack, *path))
-        _raise_unless_stored(checkpoint, name, (counts[stack], *variable.shape))
-        flat.append((path, variable.replace(jnp.asarray(_read_layer(checkpoint, name, index)))))
+        _raise_unless_stored(checkpoint, name, (count, *variable.shape))
+        if experts or _ROUTED not in path:
+            variable = variable.replace(jnp.asarray(_read_layer(checkpoint, name, index)))
+        flat.append((path, variable))
     return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def load_experts(
+    checkpoint: Checkpoint, stack: StackName, index: int, experts: Sequence[int]
+) -> Experts:
+    """Some routed experts of one layer, as stored, in the order given; reads their bytes only."""
+    _count_layers(checkpoint, stack, index)
+    place, graph, flat = _abstract_experts(checkpoint.config, stack)
+    filled = []
+    for path, variable in flat:
+        name = leaf_name((stack, *place, *path))
+        parts = [_read_layer(checkpoint, name, index, expert) for expert in experts]
+        filled.append((path, variable.replace(jnp.asarray(np.stack(parts)))))
+    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+@functools.lru_cache(maxsize=3)
+def _abstract_layer(config: ModelConfig, stack: StackName) -> tuple[Any, Any]:
+    """A layer's graph and its state without memory: made once for all layers of a stack."""
+    return nnx.split(abstract_layer(config, stack))
+
+
+@functools.lru_cache(maxsize=3)
+def _abstract_experts(config: ModelConfig, stack: StackName) -> tuple[tuple, Any, Any]:
+    """Where the routed experts of a stack are below it, and their module without memory."""
+    place = ("block", "mlp", _ROUTED) if stack == "mtp" else ("mlp", _ROUTED)
+    module: Any = abstract_layer(config, stack)
+    for name in place:
+        module = getattr(module, name)
+    graph, state = nnx.split(module)
+    return place, graph, nnx.to_flat_state(state)
+
+
+def load_part(checkpoint: Checkpoint, name: PartName) -> Embedding | RMSNorm:
+    """What stands outside all layers, as stored, on the first device."""
+    config = checkpoint.config
+
+    def make() -> Embedding | RMSNorm:
+        if name == "norm":
+            return RMSNorm(config.hidden_size, config)
+        return Embedding(config, nnx.Rngs(0))
+
+    graph, state = nnx.split(nnx.eval_shape(make))
+    flat = []
+    for path, variable in nnx.to_flat_state(state):
+        leaf = leaf_name((name, *path))
+        _raise_unless_stored(checkpoint, leaf, variable.shape)
+        stored = checkpoint.read_rows(leaf, (), 0, variable.shape[0])
+        flat.append((path, variable.replace(jnp.asarray(stored))))
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def _count_layers(checkpoint: Checkpoint, stack: StackName, index: int) -> int:
+    """How many modules a stack has; ValueError where `index` is none of them."""
+    config = checkpoint.config
+    count = {
+        "dense_layers": config.num_dense_layers,
+        "moe_layers": config.num_moe_layers,
+        "mtp": config.num_nextn_predict_layers,
+    }[stack]
+    if not 0 <= index < count:
+        raise ValueError(f"{checkpoint.path}: {stack} has {count} layers, no {index}")
+    return count
+
+
+# Outside the functions that use them: JAX compiles them once for each shape, not at every use.
+_cast = jax.jit(lambda weight, dtype: weight.astype(dtype), static_argnums=1, donate_argnums=0)
+_to_dense = jax.jit(dequantise, static_argnums=(2, 3))
 
 
 def cast_weights(model: nnx.Module, dtype: Any, only: nnx.filterlib.Filter = nnx.Param) -> None:
@@ -90,10 +164,9 @@ def cast_weights(model: nnx.Module, dtype: Any, only: nnx.filterlib.Filter = nnx
         owner, name = _owner(model, path)
         scale = leaves.get((*path[:-1], "weight_scale_inv")) if leaf.dtype == FP8 else None
         if scale is None:
-            value = jax.jit(lambda w: w.astype(dtype), donate_argnums=0)(leaf[...])
+            value = _cast(leaf[...], dtype)
         else:
-            to_dense = jax.jit(dequantise, static_argnums=(2, 3))
-            value = to_dense(leaf[...], scale[...], owner.block, dtype)
+            value = _to_dense(leaf[...], scale[...], owner.block, dtype)
         getattr(owner, name).set_value(value)  # `[...] = value` would keep the old dtype
 
 
@@ -124,13 +197,16 @@ def _raise_unless_stored(checkpoint: Checkpoint, name: str, shape: tuple[int, ..
         )
 
 
-def _read_layer(checkpoint: Checkpoint, name: str, index: int) -> np.ndarray:
-    """The part of a stacked leaf that belongs to one layer, tensor by tensor."""
+def _read_layer(
+    checkpoint: Checkpoint, name: str, index: int, expert: int | None = None
+) -> np.ndarray:
+    """The part of a stacked leaf that belongs to one layer, or one expert, tensor by tensor."""
     leaf = checkpoint.leaves[name]
-    out = np.empty(leaf.shape[1:], leaf.dtype)
-    for inner in np.ndindex(leaf.shape[1 : leaf.num_stack_dims]):
+    outer = (index,) if expert is None else (index, expert)
+    out = np.empty(leaf.shape[len(outer) :], leaf.dtype)
+    for inner in np.ndindex(leaf.shape[len(outer) : leaf.num_stack_dims]):
         as_bytes = out[inner].reshape(-1).view(np.uint8)
-        checkpoint.read_rows_into(name, (index, *inner), 0, leaf.tensor_shape[0], as_bytes)
+        checkpoint.read_rows_into(name, (*outer, *inner), 0, leaf.tensor_shape[0], as_bytes)
     return out
 
 

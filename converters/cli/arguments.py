@@ -121,9 +121,9 @@ class Verify:
     """what is compared, of what CKPT holds"""
     mtp_from: _MtpFrom = None
     logits: bool = False
-    """compare float32 logits with a torch reference on SRC; holds CKPT in memory, needs torch"""
+    """compare float32 logits with a torch reference on SRC, a layer in memory; needs torch"""
     report: Annotated[str | None, arg(metavar="DIR")] = None
-    """write report.json, report.md and a picture of the logits' differences there"""
+    """write report.json, report.md and a picture there; --logits goes on where it was stopped"""
     workers: _Workers = 3
     follow_links: _FollowLinks = False
     json: _Json = False

@@ -6,8 +6,9 @@ from converters.cli.arguments import Verify
 from converters.cli.common import checkpoint_of, print_result
 from converters.format.listing import SourceCheckpoint
 from converters.verifying.digests import check_digests
+from converters.verifying.layers import UNFINISHED
 from converters.verifying.logits import LogitsCheck, check_logits
-from converters.verifying.report import verification, write_report
+from converters.verifying.report import clear_report, verification, write_report
 from converters.verifying.verify import Verification, check_storage
 from mtp_model.checkpoint.directory import Checkpoint, open_checkpoint
 from mtp_model.problems import Problem, ProblemsError
@@ -18,6 +19,7 @@ def run_verify(command: Verify) -> int:
     """Check digests and what else was asked; 1 unless all of it holds."""
     if command.report:
         Path(command.report).mkdir(parents=True, exist_ok=True)  # fails now, not after an hour
+        clear_report(command.report)
     ckpt = command.ckpt or command.src
     checkpoint = open_checkpoint(ckpt)
     opened = None
@@ -32,7 +34,7 @@ def run_verify(command: Verify) -> int:
             storage = check_storage(
                 opened, checkpoint, scope=command.scope, workers=command.workers, progress=report
             )
-        logits = _logits(opened, checkpoint) if command.logits else None
+        logits = _logits(opened, checkpoint, command.report) if command.logits else None
     found = Verification(
         source=opened.source.name if opened else None,
         checkpoint=ckpt,
@@ -46,8 +48,11 @@ def run_verify(command: Verify) -> int:
     return 0 if found.holds else 1
 
 
-def _logits(source: SourceCheckpoint, checkpoint: Checkpoint) -> LogitsCheck:
+def _logits(source: SourceCheckpoint, checkpoint: Checkpoint, folder: str | None) -> LogitsCheck:
+    """The comparison of logits; with a report's folder, one that was stopped there goes on."""
     if source.source.is_far:
         detail = "is not on this machine; --logits needs a local folder, download it first"
         raise ProblemsError(source.source.name, [Problem("source", "SRC", detail)])
-    return check_logits(source, checkpoint)
+    saved = Path(folder) / UNFINISHED if folder else None
+    with progress("logits", unit="layers") as report:
+        return check_logits(source, checkpoint, saved=saved, progress=report)

@@ -1,52 +1,69 @@
 """Logits of a checkpoint directory against the plain-torch reference on the source's own files.
 
-Both run in float32 on the same seeded tokens.
+Both run in float32 on the same tokens, a layer at a time (layers.py): one layer without its routed
+experts is in memory, and a few of these, whatever the size of the model.
 """
 
-import math
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from converters.exporting.encode import Encoder, held_slots
 from converters.format.header import DTYPES
 from converters.format.listing import SourceCheckpoint
 from converters.format.mapping import Slot
-from mtp_model.checkpoint.directory import Checkpoint, CheckpointError
-from mtp_model.context import make_context
-from mtp_model.load import load
-from mtp_model.model import DeepSeekV3
+from converters.verifying.jax_parts import EXPERTS_BYTES, ExportedLeaves, JaxParts
+from converters.verifying.layers import (
+    LayerCheck,
+    Parts,
+    SavedWalk,
+    Walk,
+    valid_positions,
+    walk,
+    worst_row,
+)
+from mtp_model.checkpoint.directory import Checkpoint, CheckpointError, digest_of_json
+from mtp_model.progress import OnProgress
 from mtp_model.reporting import human_bytes
 
 if TYPE_CHECKING:
     from converters.verifying.torch_reference import Get
 
-TOLERANCE = 1e-5  # max |a - b| / max |b|, float32
+TOLERANCE = 1e-5  # max |a - b| / max |b| of logits, |a - b| / |b| of a state, float32
 SEED = 20_241_226
 LENGTH = 48
 # Rows of the batch, as lengths of documents: one document; three packed ones and padding.
 DOCUMENTS = ((LENGTH,), (19, 7, 16))
+_HEAD = "lm_head"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DepthCheck:
     """Logits of the main model (depth 0) or of an MTP depth, where both have a defined input.
 
-    relative_difference: max |ours - reference| / max |reference|. by_position: the same numerator
-    at each position of a row, the larger of the batch's rows; None where no row has one.
-    argmax_agreement: share of rows of logits whose largest entry is the same.
+    relative_difference: max |ours - reference| / max |reference|; rms_relative_difference: root
+    mean square over root mean square. by_position: the first one's numerator at each position of a
+    row, the larger of the batch's rows; None where no row has one.
+    argmax_agreement: share of rows of logits whose largest entry is the same; top5_agreement: the
+    mean share of the five largest that are.
+    cosine: of the vectors of logits of a position, the smallest. kl, kl_largest: Kullback-Leibler
+    divergence of our distribution from the reference's in nats, mean and largest.
     """
 
     depth: int
     rows: int
     relative_difference: float
+    rms_relative_difference: float
+    cosine: float
+    kl: float
+    kl_largest: float
     argmax_agreement: float
+    top5_agreement: float
     by_position: tuple[float | None, ...]
 
     @property
@@ -56,24 +73,33 @@ class DepthCheck:
 
 @dataclass(frozen=True, kw_only=True)
 class LogitsCheck:
-    """All depths that the checkpoint directory holds."""
+    """All depths that the checkpoint directory holds, and every part of the network on the way."""
 
     tolerance: float
     rounded_leaves: tuple[str, ...]
     """Trained leaves, kept finer than the source's dtypes: compared as export writes them."""
     depths: tuple[DepthCheck, ...]
+    layers: tuple[LayerCheck, ...]
+    first_wrong: str | None
+    """The first part that, given the reference's state, gives another one than the reference."""
 
     @property
     def holds(self) -> bool:
-        return all(depth.holds for depth in self.depths)
+        return self.first_wrong is None and all(depth.holds for depth in self.depths)
 
 
-def check_logits(source: SourceCheckpoint, checkpoint: Checkpoint) -> LogitsCheck:
+def check_logits(
+    source: SourceCheckpoint,
+    checkpoint: Checkpoint,
+    *,
+    saved: Path | None = None,
+    progress: OnProgress | None = None,
+) -> LogitsCheck:
     """Compare main model and every MTP depth, as far as the checkpoint directory holds them.
 
-    source: a local folder. The checkpoint is in memory
-    whole, in float32, the reference one matrix at a time. Raises CheckpointError where the machine
-    has too little memory, UserError without torch.
+    source: a local folder. saved: a file that is written after each layer, from which the same
+    comparison goes on, and which is gone once it has ended.
+    Raises CheckpointError where the machine has too little memory, UserError without torch.
     """
     _raise_unless_it_fits(checkpoint)
     from converters.verifying import torch_reference  # here: it needs the extra `verify`
@@ -84,16 +110,71 @@ def check_logits(source: SourceCheckpoint, checkpoint: Checkpoint) -> LogitsChec
     dtypes = {name: files[name].dtype for name in held if name in files}
     finer = _finer_leaves(checkpoint, held, dtypes)
     stored = torch_reference.weights_of(Path(source.source.name), source.config)
-    get = _rounded_like(checkpoint, held, finer, stored)
-    as_imported = {**source.config, "mtp_hidden_state": config.mtp_hidden_state}
-    reference = torch_reference.TorchReference(as_imported, get)
-    model = load(checkpoint.path, dtype=jnp.float32, scope=scope)
-    _round_as_exported(model, checkpoint, Encoder(checkpoint, held, dtypes), finer)
+    reference = torch_reference.TorchReference(
+        source.config, _rounded_like(checkpoint, held, finer, stored)
+    )
     tokens, segments = seeded_batch(config.vocab_size)
-    h0, theirs = reference.by_depth(tokens, segments)
-    ours = _our_logits(model, tokens, segments, h0.numpy())
-    depths = tuple(_compare(k, got, theirs[k].numpy(), segments) for k, got in ours.items())
-    return LogitsCheck(tolerance=TOLERANCE, depths=depths, rounded_leaves=tuple(sorted(finer)))
+    exported = ExportedLeaves(Encoder(checkpoint, held, dtypes), finer)
+    ours = JaxParts(checkpoint, exported, tokens, segments)
+    theirs = torch_reference.TorchParts(reference, tokens, segments)
+    kept = SavedWalk(saved, _identity(source, checkpoint, tokens)) if saved else None
+    done = walk(ours, theirs, config, scope, segments, saved=kept, progress=progress)
+    depths, head = _compare_heads(done, ours, theirs, segments)
+    layers = (*done.checks, head)
+    wrong = (layer.name for layer in layers if not layer.alone <= TOLERANCE)
+    if saved:
+        saved.unlink(missing_ok=True)
+    return LogitsCheck(
+        tolerance=TOLERANCE,
+        depths=depths,
+        rounded_leaves=tuple(sorted(finer)),
+        layers=layers,
+        first_wrong=next(wrong, None),
+    )
+
+
+def _identity(source: SourceCheckpoint, checkpoint: Checkpoint, tokens: np.ndarray) -> object:
+    """What a saved comparison belongs to: these weights, these files, these tokens."""
+    folder = Path(source.source.name)
+    files = {file: (folder / file).stat() for file in sorted(set(_files(source)))}
+    return {
+        "source": str(folder.resolve()),
+        "config": digest_of_json(dict(source.config)),
+        "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in files.items()},
+        "checkpoint": digest_of_json(checkpoint.provenance["pieces"]),
+        "tokens": tokens.tolist(),
+    }
+
+
+def _files(source: SourceCheckpoint) -> Iterator[str]:
+    return (tensor.file for tensor in source.tensors.values())
+
+
+def _compare_heads(
+    done: Walk, ours: Parts, theirs: Parts, segments: np.ndarray
+) -> tuple[tuple[DepthCheck, ...], LayerCheck]:
+    """The logits of all depths that ours has, and the head alone on the reference's states."""
+    began = time.monotonic()
+    first = next(depth for depth, (own, _) in enumerate(done.hidden) if own is not None)
+    pairs = [(own, reference) for own, reference in done.hidden if own is not None]
+    own, reference = (np.stack(side) for side in zip(*pairs, strict=True))
+    wanted = _by_depth(theirs, reference)
+    got, alone = _by_depth(ours, own), _by_depth(ours, reference)
+    valid = np.stack([valid_positions(segments, first + k) for k in range(len(pairs))])
+    depths = tuple(_compare(first + k, got[k], wanted[k], valid[k]) for k in range(len(pairs)))
+    return depths, LayerCheck(
+        name=_HEAD,
+        depth=0,
+        alone=worst_row(alone, wanted, valid),
+        after=worst_row(got, wanted, valid),
+        seconds=round(time.monotonic() - began, 3),
+    )
+
+
+def _by_depth(side: Parts, hidden: np.ndarray) -> np.ndarray:
+    """Logits [K, B, T, V] of states [K, B, T, D], the head read once."""
+    logits = side.logits(hidden.reshape(-1, *hidden.shape[2:]))
+    return logits.reshape(*hidden.shape[:-1], -1)
 
 
 def _finer_leaves(
@@ -115,23 +196,6 @@ def _finer_leaves(
     )
 
 
-def _round_as_exported(
-    model: DeepSeekV3, checkpoint: Checkpoint, encoder: Encoder, leaves: frozenset[str]
-) -> None:
-    """Set these leaves of a float32 model to the values that export writes, one leaf at a time."""
-    for path in sorted(leaves):
-        values = np.empty(checkpoint.leaves[path].shape, np.float32)
-        for slot in encoder.slots.values():
-            if slot.path == path and not slot.copy_of:
-                for rows, exported in encoder.values(slot.name):
-                    values[slot.index][rows.start : rows.stop] = exported
-        *owners, name = path.split(".")
-        owner: Any = model
-        for attribute in owners:
-            owner = getattr(owner, attribute)
-        getattr(owner, name)[...] = values
-
-
 def seeded_batch(vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Random tokens and their segment ids, int32 [B, T]; segment 0 is padding."""
     rng = np.random.default_rng(SEED)
@@ -144,12 +208,16 @@ def seeded_batch(vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _raise_unless_it_fits(checkpoint: Checkpoint) -> None:
-    needed = 4 * sum(math.prod(leaf.shape) for leaf in checkpoint.leaves.values())
+    """The head twice is the most: as it is stored, and in float32."""
+    config = checkpoint.config
+    dense = 3 * config.hidden_size * config.intermediate_size if config.num_dense_layers else 0
+    head = config.vocab_size * config.hidden_size
+    needed = 6 * EXPERTS_BYTES + 2 * 4 * max(head, dense)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
         raise CheckpointError(
-            f"{checkpoint.path}: its logits need {human_bytes(needed)} of memory for float32 "
-            f"weights, this machine has {human_bytes(memory)}; verify without --logits, which "
+            f"{checkpoint.path}: its logits need {human_bytes(needed)} of memory, a layer at a "
+            f"time; this machine has {human_bytes(memory)}; verify without --logits, which "
             "needs little memory, or on a larger machine"
         )
 
@@ -168,50 +236,48 @@ def _rounded_like(
     return rounded
 
 
-def _our_logits(
-    model: DeepSeekV3, tokens: np.ndarray, segments: np.ndarray, h0: np.ndarray
-) -> dict[int, np.ndarray]:
-    """Logits by depth, 0 for the main model; without one, depth 1 is fed the reference's state."""
-    tokens_BT, segments_BT = jnp.asarray(tokens), jnp.asarray(segments)
-    with jax.default_matmul_precision("highest"):
-        if model.scope == "mtp":
-            logits = _draft_logits(model, jnp.asarray(h0), tokens_BT, segments_BT)
-        else:
-            logits = _all_logits(model, tokens_BT, segments_BT)
-    first = int(model.scope == "mtp")
-    return {k: np.asarray(depth) for k, depth in enumerate(logits, start=first)}
-
-
-@jax.jit
-def _all_logits(model: DeepSeekV3, tokens_BT: jax.Array, segments_BT: jax.Array) -> list[jax.Array]:
-    out = model(tokens_BT, segments_BT)
-    return [out.logits_BTV, *out.mtp_logits]
-
-
-@jax.jit
-def _draft_logits(
-    model: DeepSeekV3, h0_BTD: jax.Array, tokens_BT: jax.Array, segments_BT: jax.Array
-) -> list[jax.Array]:
-    drafts = model.draft(h0_BTD, tokens_BT, make_context(segments_BT))
-    return [model.lm_head.logits(h_BTD) for h_BTD in drafts.hidden]
-
-
-def _compare(depth: int, ours: np.ndarray, theirs: np.ndarray, segments: np.ndarray) -> DepthCheck:
+def _compare(depth: int, ours: np.ndarray, theirs: np.ndarray, valid: np.ndarray) -> DepthCheck:
     """Logits [B, T, V] of one depth, at the positions whose input token is in their document."""
-    valid = segments != 0
-    valid[:, LENGTH - depth :] = False
-    valid[:, : LENGTH - depth] &= segments[:, depth:] == segments[:, : LENGTH - depth]
-    peak = np.abs(theirs[valid]).max()
-    # Padding comes out as 0: only positions with a defined input count.
+    a, b = ours[valid], theirs[valid]
+    peak = np.abs(b).max()
     difference_BT = np.where(valid, np.abs(ours - theirs).max(axis=-1), 0) / peak
-    same = ours[valid].argmax(-1) == theirs[valid].argmax(-1)
+    kl = _divergences(a, b)
     return DepthCheck(
         depth=depth,
         rows=int(valid.sum()),
         relative_difference=float(difference_BT.max()),
-        argmax_agreement=float(same.mean()),
+        rms_relative_difference=float(np.linalg.norm(a - b) / np.linalg.norm(b)),
+        cosine=float(_cosines(a, b).min()),
+        kl=float(kl.mean()),
+        kl_largest=float(kl.max()),
+        argmax_agreement=float((a.argmax(-1) == b.argmax(-1)).mean()),
+        top5_agreement=_shared_largest(a, b),
         by_position=tuple(
             float(worst) if any_valid else None
-            for worst, any_valid in zip(difference_BT.max(0), valid.any(0), strict=True)
+            for worst, any_valid in zip(difference_BT.max(0), np.any(valid, axis=0), strict=True)
         ),
     )
+
+
+def _cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Of vectors [N, V], one each, in float64."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return (a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))
+
+
+def _divergences(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """KL(theirs || ours) of logits [N, V], in nats, each at least 0."""
+    p, q = _log_probabilities(theirs), _log_probabilities(ours)
+    return np.maximum((np.exp(p) * (p - q)).sum(-1), 0)
+
+
+def _log_probabilities(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def _shared_largest(a: np.ndarray, b: np.ndarray, count: int = 5) -> float:
+    """The mean share of the `count` largest entries of a row that are so in both."""
+    count = min(count, a.shape[-1])
+    top = [np.argpartition(x, -count, axis=-1)[:, -count:] for x in (a, b)]
+    return float((top[0][:, :, None] == top[1][:, None]).any(-1).mean())

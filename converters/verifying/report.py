@@ -31,11 +31,16 @@ def write_report(folder: str | Path, found: Verification) -> None:
     (folder / REPORT_JSON).write_text(to_json(found.to_dict()) + "\n", encoding="utf-8")
     when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     text = f"# Verification of {found.checkpoint}\n\n{when}\n\n" + markdown(verification(found))
-    (folder / LOGITS_PNG).unlink(missing_ok=True)  # an earlier report's
     if found.logits:
         _draw(found.logits, folder / LOGITS_PNG)
         text += f"\n![difference by position]({LOGITS_PNG})\n"
     (folder / REPORT_MD).write_text(text, encoding="utf-8")
+
+
+def clear_report(folder: str | Path) -> None:
+    """Remove an earlier report: while a new one is on its way, nothing there looks finished."""
+    for name in (REPORT_JSON, REPORT_MD, LOGITS_PNG):
+        (Path(folder) / name).unlink(missing_ok=True)
 
 
 def _draw(logits: LogitsCheck, file: Path) -> None:
@@ -115,19 +120,40 @@ def _differing(storage: StorageCheck) -> Iterator[Section]:
 def _logits(logits: LogitsCheck) -> Iterator[Section]:
     rows = [
         (
-            f"MTP depth {d.depth}" if d.depth else "main model",
+            _name(d),
             f"{d.rows:,}",
             f"{d.relative_difference:.1e}",
             f"{logits.tolerance:.0e}",
+            f"{d.rms_relative_difference:.1e}",
+            f"{1 - d.cosine:.1e}",
+            f"{d.kl_largest:.1e}",
             f"{100 * d.argmax_agreement:.2f} %",
+            f"{100 * d.top5_agreement:.2f} %",
         )
         for d in logits.depths
     ]
-    columns = ("logits", "positions", "largest difference", "allowed", "same argmax")
-    yield Grid(columns, rows)
+    differences = ("largest difference", "allowed", "rms", "1 - cosine", "KL, nats")
+    yield Grid(("logits", "positions", *differences, "same argmax", "same top 5"), rows)
+    yield _layers(logits)
     if logits.rounded_leaves:
         leaves = plural(len(logits.rounded_leaves), "trained leaf", "trained leaves")
         yield f"{leaves} of CKPT, finer than SRC: compared as export rounds and quantises them."
+
+
+def _layers(logits: LogitsCheck) -> Grid:
+    """Where the two part: each part of the network given the reference's state, and its own."""
+    rows = [
+        (
+            layer.name,
+            f"MTP depth {layer.depth}" if layer.depth else "",
+            f"{layer.alone:.1e}",
+            f"{layer.after:.1e}",
+            f"{layer.seconds:.1f}",
+            "" if layer.alone <= logits.tolerance else "WRONG",
+        )
+        for layer in logits.layers
+    ]
+    return Grid(("layer", "", "difference alone", "after all before it", "seconds", ""), rows)
 
 
 def _verdicts(found: Verification) -> Iterator[str]:
@@ -142,4 +168,17 @@ def _verdicts(found: Verification) -> Iterator[str]:
         if found.storage.files:
             yield f"FAILED: {plural(len(found.storage.files), 'file')} would be written otherwise"
     if found.logits:
-        yield "logits agree" if found.logits.holds else "FAILED: logits differ by more than allowed"
+        yield _logits_verdict(found.logits)
+
+
+def _logits_verdict(logits: LogitsCheck) -> str:
+    if logits.holds:
+        return "logits agree"
+    if logits.first_wrong is None:
+        return "FAILED: logits differ by more than allowed; no layer alone does"
+    layer = next(layer for layer in logits.layers if layer.name == logits.first_wrong)
+    return (
+        f"FAILED: first wrong layer {layer.name}: given the reference's state its output differs "
+        f"by {layer.alone:.1e}, allowed {logits.tolerance:.0e}; see which of its tensors differ, "
+        "and import again"
+    )

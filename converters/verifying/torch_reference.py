@@ -12,7 +12,9 @@ section 2, YaRN (arXiv 2309.00071); what the report leaves open is as vLLM and S
 import json
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+import numpy as np
 
 from mtp_model.problems import UserError
 
@@ -63,13 +65,33 @@ class TorchReference:
         """Run the main model on int [B, T]; documents (equal segment ids) see only themselves."""
         segment_ids = torch.ones_like(tokens) if segment_ids is None else segment_ids
         places = self.places(segment_ids)
-        x = self.get("model.embed_tokens.weight")[tokens]
+        x = self.embed(tokens)
         for layer in range(self._read["num_hidden_layers"]):
-            is_moe = layer >= self._read["first_k_dense_replace"]
-            get = under(self.get, f"model.layers.{layer}")
-            x = decoder_layer(x, get, self._read, places, is_moe=is_moe)
-        norm = self.get("model.norm.weight")
-        return LastStates(rms_norm(x, norm, self._read["rms_norm_eps"]), x)
+            x = self.layer(layer, x, places)
+        return LastStates(self.norm(x), x)
+
+    @torch.no_grad()
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Return the embedding [B, T, D] of int [B, T]."""
+        return self.get("model.embed_tokens.weight")[tokens]
+
+    @torch.no_grad()
+    def layer(self, index: int, x: Tensor, places: Places) -> Tensor:
+        """Return the residual stream [B, T, D] after one layer of the main model."""
+        is_moe = index >= self._read["first_k_dense_replace"]
+        get = under(self.get, f"model.layers.{index}")
+        return decoder_layer(x, get, self._read, places, is_moe=is_moe)
+
+    @torch.no_grad()
+    def norm(self, x: Tensor) -> Tensor:
+        """Apply `model.norm`."""
+        return rms_norm(x, self.get("model.norm.weight"), self._read["rms_norm_eps"])
+
+    @torch.no_grad()
+    def module(self, index: int, h: Tensor, e: Tensor, places: Places) -> Tensor:
+        """Return h_k [B, T, D] of one MTP module, from h_{k-1} and the embedding of t[i+k]."""
+        get = under(self.get, f"model.layers.{self._read['num_hidden_layers'] + index}")
+        return mtp_output(mtp_input(h, e, get, self._read), get, self._read, places)
 
     def first_state(self, states: LastStates) -> Tensor:
         """Return h_0, the state that depth 1 is fed, as the config's `mtp_hidden_state` says."""
@@ -131,15 +153,6 @@ class TorchReference:
         """Return [B, T, V] from a normed state: `main(...).hidden` or one of `mtp(...)`."""
         return functional.linear(hidden, self.get("lm_head.weight"))
 
-    def by_depth(self, tokens: Any, segment_ids: Any) -> tuple[Tensor, list[Tensor]]:
-        """Return h_0, and the logits of the main model and of each depth, for int arrays [B, T]."""
-        tokens, segment_ids = torch.as_tensor(tokens).long(), torch.as_tensor(segment_ids)
-        main = self.main(tokens, segment_ids)
-        h0, hidden = self.first_state(main), [main.hidden]
-        if self._read["num_nextn_predict_layers"]:
-            hidden += self.mtp(h0, tokens, segment_ids)
-        return h0, [self.logits(h) for h in hidden]
-
     def places(self, segment_ids: Tensor, positions: Tensor | None = None) -> Places:
         """Positions [T] count from 0 in a row unless given."""
         positions = torch.arange(segment_ids.shape[1]) if positions is None else positions
@@ -147,6 +160,34 @@ class TorchReference:
         rope, dim = self._read["rope"], self._read["qk_rope_head_dim"]
         cos, sin = rope_table(rope, dim, positions, self.dtype)
         return Places(cos, sin, rope["interleave"], visible=same.tril())
+
+
+class TorchParts:
+    """The reference part by part on one batch, for who compares it with another: numpy in and out.
+
+    A part is asked for its output from the state before it; nothing is remembered between two.
+    """
+
+    def __init__(self, reference: TorchReference, tokens: np.ndarray, segment_ids: np.ndarray):
+        self._reference = reference
+        self._tokens, self._segments = torch.as_tensor(tokens).long(), torch.as_tensor(segment_ids)
+        self._places = reference.places(self._segments)
+
+    def embed(self) -> np.ndarray:
+        return self._reference.embed(self._tokens).numpy()
+
+    def layer(self, index: int, x: np.ndarray) -> np.ndarray:
+        return self._reference.layer(index, torch.from_numpy(x), self._places).numpy()
+
+    def norm(self, x: np.ndarray) -> np.ndarray:
+        return self._reference.norm(torch.from_numpy(x)).numpy()
+
+    def module(self, index: int, h: np.ndarray) -> np.ndarray:
+        e = self._reference.embed(tokens_ahead(self._tokens, self._segments, index + 1))
+        return self._reference.module(index, torch.from_numpy(h), e, self._places).numpy()
+
+    def logits(self, hidden: np.ndarray) -> np.ndarray:
+        return self._reference.logits(torch.from_numpy(hidden)).numpy()
 
 
 def under(get: Get, prefix: str) -> Get:

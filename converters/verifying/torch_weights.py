@@ -18,23 +18,26 @@ Get = Callable[[str], Tensor]
 def weights_of(folder: Path, config: Config) -> Get:
     """Return `get(name)`: float32, an FP8 tensor times its block scales, which may be in any file.
 
-    `get` raises ValueError for a name that no file has.
+    A file is open while one of its tensors is read: what is mapped into memory does not grow with
+    the checkpoint. `get` raises ValueError for a name that no file has.
     """
     files = {}
     for path in sorted(folder.glob("*.safetensors")):
-        file = safe_open(path, framework="pt")
-        files |= dict.fromkeys(file.keys(), file)
+        with safe_open(path, framework="pt") as file:
+            files |= dict.fromkeys(file.keys(), path)
     block = (config.get("quantization_config") or {}).get("weight_block_size", (1, 1))
 
     def read(name: str) -> Tensor:
         if name in files:
-            return files[name].get_tensor(name)
+            with safe_open(files[name], framework="pt") as file:
+                return file.get_tensor(name)
         match name.split("."):
             case [*module, "experts", expert, "gate_proj" | "up_proj" | "down_proj" as kind, leaf]:
                 fused = "down_proj" if kind == "down_proj" else "gate_up_proj"
                 whole = ".".join([*module, "experts", fused + leaf.removeprefix("weight")])
                 if whole in files:
-                    return _of_expert(files[whole].get_slice(whole)[int(expert)], kind)
+                    with safe_open(files[whole], framework="pt") as file:
+                        return _of_expert(file.get_slice(whole)[int(expert)], kind)
         raise ValueError(f"{name} is in no safetensors file of {folder}")
 
     def get(name: str) -> Tensor:

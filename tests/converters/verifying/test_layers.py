@@ -1,0 +1,295 @@
+"""Logits layer by layer: those of the whole model, the wrong layer named, stopped and continued."""
+
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from advice import follows
+from imported import TOLERANCE, assert_close, assert_far, import_tiny, load_float32
+from verified import Pair, opened
+
+pytest.importorskip("torch")
+
+import torch
+
+from converters.cli.main import main
+from converters.exporting.encode import Encoder, held_slots
+from converters.verifying import jax_parts
+from converters.verifying.jax_parts import ExportedLeaves, JaxParts
+from converters.verifying.layers import UNFINISHED, walk
+from converters.verifying.logits import LogitsCheck, check_logits, seeded_batch
+from converters.verifying.torch_reference import TorchParts, open_reference
+from mtp_model.checkpoint.directory import Checkpoint, open_checkpoint
+from mtp_model.problems import UserError
+
+PARTS = ["model.embed_tokens", *(f"model.layers.{i}" for i in range(4)), "model.norm"]
+PARTS += ["model.layers.4", "model.layers.5", "lm_head"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Small torch products are many times faster so beside other work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """Two MTP modules, FP8 kept."""
+    folder = tmp_path_factory.mktemp("layers")
+    return folder / "source", import_tiny(folder, dtype="fp8", num_mtp=2)
+
+
+def compared(source: Path, checkpoint: Path, **options) -> LogitsCheck:
+    return check_logits(opened(source), open_checkpoint(checkpoint), **options)
+
+
+def parts_of(checkpoint: Checkpoint) -> JaxParts:
+    encoder = Encoder(checkpoint, held_slots(checkpoint), {})
+    tokens, segments = seeded_batch(checkpoint.config.vocab_size)
+    return JaxParts(checkpoint, ExportedLeaves(encoder, frozenset()), tokens, segments)
+
+
+@pytest.mark.parametrize("fed", ["post_norm", "pre_norm"])
+@pytest.mark.parametrize("experts_bytes", [1, jax_parts.EXPERTS_BYTES])
+def test_layers_give_the_logits_of_the_whole_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fed: str, experts_bytes: int
+):
+    """An expert at a time, and all at once. The control: the other state for depth 1."""
+    options = {"mtp_hidden_state": fed}
+    path = import_tiny(tmp_path, dtype="fp8", num_mtp=2, import_options=options)
+    monkeypatch.setattr(jax_parts, "EXPERTS_BYTES", experts_bytes)
+    checkpoint = open_checkpoint(path)
+    tokens, segments = seeded_batch(checkpoint.config.vocab_size)
+    theirs = TorchParts(open_reference(tmp_path / "source"), tokens, segments)
+    ours = parts_of(checkpoint)
+    walked = walk(ours, theirs, checkpoint.config, "all", segments)
+    whole = jax.jit(lambda model: model(jnp.asarray(tokens), jnp.asarray(segments)))
+    with jax.default_matmul_precision("highest"):
+        out = whole(load_float32(path))
+    valid = segments != 0
+    for (hidden, _), want in zip(walked.hidden, [out.logits_BTV, *out.mtp_logits], strict=True):
+        assert hidden is not None
+        assert_close(ours.logits(hidden)[valid], np.asarray(want)[valid], "logits")
+    other = {"post_norm": "pre_norm", "pre_norm": "post_norm"}[fed]
+    import_tiny(tmp_path / "other", "fp8", num_mtp=2, import_options={"mtp_hidden_state": other})
+    other_checkpoint = open_checkpoint(tmp_path / "other" / "checkpoint")
+    walked = walk(ours, theirs, other_checkpoint.config, "all", segments)
+    hidden, want = walked.hidden[1][0], out.mtp_logits[0]
+    assert hidden is not None
+    assert_far(ours.logits(hidden)[valid], np.asarray(want)[valid], "logits of depth 1")
+
+
+def damaged(checkpoint: Path, tmp_path: Path, leaf: str, index: tuple[int, ...]) -> Path:
+    """A copy in which one value of one tensor of a leaf is 30 times as large."""
+    path = tmp_path / "damaged"
+    for file in checkpoint.rglob("*"):
+        target = path / file.relative_to(checkpoint)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if file.is_file():
+            target.write_bytes(file.read_bytes())
+    opened_copy = open_checkpoint(path)
+    stored = opened_copy.leaves[leaf]
+    row = stored.tensor_shape[0] // 2
+    [(coord, offset, nbytes)] = stored.row_spans(index, row, row + 1)
+    file = path / "params" / leaf / ".".join(map(str, coord))
+    content = bytearray(file.read_bytes())
+    values = np.frombuffer(
+        content, stored.dtype, count=nbytes // stored.dtype.itemsize, offset=offset
+    )
+    values[0] = (30 * values[:1].astype(np.float32)).astype(stored.dtype)[0]
+    file.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("leaf", "index", "named"),
+    [
+        ("dense_layers.self_attn.o_proj.weight_scale_inv", (1,), "model.layers.1"),
+        ("dense_layers.input_layernorm.weight", (0,), "model.layers.0"),
+        ("moe_layers.mlp.experts.up_proj.weight_scale_inv", (1, 7), "model.layers.3"),
+        ("moe_layers.mlp.gate.weight", (0,), "model.layers.2"),
+        ("norm.weight", (), "model.norm"),
+        ("mtp.eh_proj.weight", (0,), "model.layers.4"),
+        ("mtp.block.mlp.shared_experts.down_proj.weight_scale_inv", (1,), "model.layers.5"),
+        ("lm_head.weight", (), "lm_head"),
+    ],
+)
+def test_the_first_wrong_layer_is_named(
+    pair: Pair, tmp_path: Path, leaf: str, index: tuple[int, ...], named: str
+):
+    """One value of the checkpoint directory; only that layer is wrong alone, those after it too
+    once they are given its state."""
+    found = compared(pair[0], damaged(pair[1], tmp_path, leaf, index))
+    assert not found.holds
+    assert found.first_wrong == named
+    assert [layer.name for layer in found.layers if layer.alone > TOLERANCE] == [named]
+    before = PARTS[: PARTS.index(named)]
+    assert all(layer.after <= TOLERANCE for layer in found.layers if layer.name in before)
+
+
+def test_no_layer_of_an_import_is_wrong(pair: Pair):
+    found = compared(*pair)
+    assert found.holds
+    assert found.first_wrong is None
+    assert [layer.name for layer in found.layers] == PARTS
+    assert [layer.depth for layer in found.layers] == [0] * 6 + [1, 2, 0]
+
+
+def test_metrics_of_logits_are_what_torch_says(pair: Pair, tmp_path: Path):
+    """On a damaged module, where they are not those of two equal sides."""
+    path = damaged(pair[1], tmp_path, "mtp.eh_proj.weight", (0,))
+    tokens, segments = seeded_batch(384)
+    theirs = TorchParts(open_reference(pair[0]), tokens, segments)
+    checkpoint = open_checkpoint(path)
+    ours = parts_of(checkpoint)
+    own, reference = walk(ours, theirs, checkpoint.config, "all", segments).hidden[1]
+    assert own is not None
+    valid = torch.zeros(2, 48, dtype=torch.bool)
+    for row, first, last in ((0, 0, 47), (1, 0, 18), (1, 19, 25), (1, 26, 41)):
+        valid[row, first:last] = True
+    a, b = (
+        torch.tensor(side)[valid].double() for side in (ours.logits(own), theirs.logits(reference))
+    )
+    check = compared(pair[0], path).depths[1]
+    kl = torch.nn.functional.kl_div(
+        a.log_softmax(-1), b.log_softmax(-1), log_target=True, reduction="none"
+    ).sum(-1)
+    top = (
+        [{*row} for row in a.topk(5).indices.tolist()],
+        [{*row} for row in b.topk(5).indices.tolist()],
+    )
+    shared = [len(x & y) / 5 for x, y in zip(*top, strict=True)]
+    wanted = {
+        "relative_difference": ((a - b).abs().max() / b.abs().max()).item(),
+        "rms_relative_difference": ((a - b).square().mean() / b.square().mean()).sqrt().item(),
+        "cosine": torch.cosine_similarity(a, b).min().item(),
+        "kl": kl.mean().item(),
+        "kl_largest": kl.max().item(),
+        "argmax_agreement": (a.argmax(-1) == b.argmax(-1)).double().mean().item(),
+        "top5_agreement": sum(shared) / len(shared),
+    }
+    for name, value in wanted.items():
+        assert getattr(check, name) == pytest.approx(value, rel=1e-3), name
+    assert check.rows == len(a)
+    assert check.cosine < 0.999
+    assert check.top5_agreement < 1
+
+
+def test_a_stopped_comparison_goes_on_and_says_the_same(pair: Pair, tmp_path: Path):
+    saved = tmp_path / "saved.npz"
+    whole = compared(*pair)
+
+    def stop_before(last: int):
+        def told(done: int, _total: int) -> None:
+            if done == last:
+                raise KeyboardInterrupt
+
+        return told
+
+    for last in (3, 7):
+        with pytest.raises(KeyboardInterrupt):
+            compared(*pair, saved=saved, progress=stop_before(last))
+        assert saved.exists()
+    seen: list[tuple[int, int]] = []
+    found = compared(*pair, saved=saved, progress=lambda *amount: seen.append(amount))
+    assert seen == [(7, 8), (8, 8)]
+    assert found.depths == whole.depths
+    assert [layer.alone for layer in found.layers] == [layer.alone for layer in whole.layers]
+    assert not saved.exists()
+
+
+def test_what_was_saved_of_another_checkpoint_begins_anew(pair: Pair, tmp_path: Path):
+    saved = tmp_path / "saved.npz"
+    seen: list[int] = []
+
+    def stop_at_5(done: int, _total: int) -> None:
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compared(*pair, saved=saved, progress=stop_at_5)
+    other = import_tiny(tmp_path, dtype="fp8", num_mtp=2, seed=1)
+    found = compared(tmp_path / "source", other, saved=saved, progress=lambda d, _: seen.append(d))
+    assert seen[0] == 0
+    assert found.holds
+
+
+def stop() -> None:
+    raise KeyboardInterrupt
+
+
+@follows("delete it and verify again")
+def test_what_was_saved_and_is_broken_says_what_to_do(pair: Pair, tmp_path: Path):
+    saved = tmp_path / "saved.npz"
+    saved.write_bytes(b"PK nothing")
+    with pytest.raises(UserError, match=r"cannot be read .*; delete it and verify again"):
+        compared(*pair, saved=saved)
+    saved.unlink()
+    assert compared(*pair, saved=saved).holds
+
+
+def test_a_stopped_report_does_not_look_finished(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    command = ["verify", *map(str, pair), "--logits", "--report", str(tmp_path / "report")]
+    assert main(command) == 0
+    norm = JaxParts.norm
+    monkeypatch.setattr(JaxParts, "norm", lambda *_: stop())
+    assert main(command) == 130
+    assert [file.name for file in (tmp_path / "report").iterdir()] == [UNFINISHED]
+    monkeypatch.setattr(JaxParts, "norm", norm)
+    monkeypatch.setattr(JaxParts, "layer", lambda *_: pytest.fail("a layer that was done"))
+    assert main(command) == 0
+    assert not (tmp_path / "report" / UNFINISHED).exists()
+    assert "logits agree" in capsys.readouterr().out
+
+
+def test_the_message_names_the_layer(
+    pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """As a user sees it: of the source, for digests tell first what is wrong with the directory."""
+    other = tmp_path / "other"
+    import_tiny(other, dtype="fp8", num_mtp=2)
+    file = next(f for f in sorted((other / "source").glob("*.safetensors")) if _has_norm(f))
+    tensor = opened(other / "source").tensors["model.layers.2.input_layernorm.weight"]
+    content = bytearray(file.read_bytes())
+    content[tensor.begin : tensor.begin + 8] = content[tensor.begin + 8 : tensor.begin + 16]
+    file.write_bytes(content)
+    assert main(["verify", str(other / "source"), str(pair[1]), "--logits"]) == 1
+    out = capsys.readouterr().out
+    assert "FAILED: first wrong layer model.layers.2: given the reference's state" in out
+    assert out.count("WRONG") == 1
+
+
+def _has_norm(file: Path) -> bool:
+    return b'"model.layers.2.input_layernorm.weight"' in file.read_bytes()
+
+
+def test_experts_are_read_a_few_at_a_time(pair: Pair, monkeypatch: pytest.MonkeyPatch):
+    """No read of the walk holds more than what EXPERTS_BYTES allows, and no layer its experts."""
+    counts: list[int] = []
+    load_experts, load_layer = jax_parts.load_experts, jax_parts.load_layer
+
+    def counted(checkpoint, stack, index, experts):
+        counts.append(len(experts))
+        return load_experts(checkpoint, stack, index, experts)
+
+    def without(*args, experts):
+        assert not experts
+        return load_layer(*args, experts=experts)
+
+    c = open_checkpoint(pair[1]).config
+    monkeypatch.setattr(
+        jax_parts, "EXPERTS_BYTES", 5 * 3 * 4 * c.hidden_size * c.moe_intermediate_size
+    )
+    monkeypatch.setattr(jax_parts, "load_experts", counted)
+    monkeypatch.setattr(jax_parts, "load_layer", without)
+    assert compared(*pair).holds
+    assert max(counts) == 5
+    assert len(counts) <= 4 * math.ceil(c.n_routed_experts / 5)  # what no token chooses is not read
