@@ -142,7 +142,9 @@ def report(found: dict[str, Any], peaks: dict[str, float]) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description="Time and memory of `verify --logits` at DeepSeek-V3's own layer sizes."
+    )
     parser.add_argument("scratch", type=Path, help="folder with 60 GB of room; kept for next time")
     scratch = parser.parse_args().scratch
     source, checkpoint = scratch / "source", scratch / "checkpoint"

@@ -364,7 +364,7 @@ def test_positions_without_a_defined_input_are_not_compared(kept_logits: LogitsC
 @pytest.mark.usefixtures("_torch")
 def test_logits_that_do_not_fit_into_memory_say_so(kept: Pair, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("converters.verifying.logits.os.sysconf", lambda _: 100)
-    with pytest.raises(CheckpointError, match=r"need 1.61 GB of memory, .* has 10.00 kB"):
+    with pytest.raises(CheckpointError, match=r"need 537.06 MB of memory, .* has 10.00 kB"):
         logits(*kept)
 
 
