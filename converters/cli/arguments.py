@@ -122,6 +122,8 @@ class Verify:
     mtp_from: _MtpFrom = None
     logits: bool = False
     """compare float32 logits with a torch reference on SRC, a layer in memory; needs torch"""
+    text: Annotated[str | None, arg(metavar="TEXT")] = None
+    """for --logits: compare on this text by SRC's tokenizer, instead of built-in tokens"""
     report: Annotated[str | None, arg(metavar="DIR")] = None
     """write report.json, report.md and a picture there; --logits goes on where it was stopped"""
     workers: _Workers = 3
@@ -166,6 +168,8 @@ def _usage_fault(command: Command) -> str | None:
         return _export_fault(command)
     if isinstance(command, Verify) and not command.ckpt and command.needs_source:
         return "--logits, --scope and --mtp-from compare with a source: verify SRC CKPT"
+    if isinstance(command, Verify) and command.text is not None and not command.logits:
+        return "--text is what --logits compares on: needed both, or neither"
     return None
 
 

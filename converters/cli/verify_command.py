@@ -34,7 +34,7 @@ def run_verify(command: Verify) -> int:
             storage = check_storage(
                 opened, checkpoint, scope=command.scope, workers=command.workers, progress=report
             )
-        logits = _logits(opened, checkpoint, command.report) if command.logits else None
+        logits = _logits(opened, checkpoint, command) if command.logits else None
     found = Verification(
         source=opened.source.name if opened else None,
         checkpoint=ckpt,
@@ -48,11 +48,11 @@ def run_verify(command: Verify) -> int:
     return 0 if found.holds else 1
 
 
-def _logits(source: SourceCheckpoint, checkpoint: Checkpoint, folder: str | None) -> LogitsCheck:
+def _logits(source: SourceCheckpoint, checkpoint: Checkpoint, command: Verify) -> LogitsCheck:
     """The comparison of logits; with a report's folder, one that was stopped there goes on."""
     if source.source.is_far:
         detail = "is not on this machine; --logits needs a local folder, download it first"
         raise ProblemsError(source.source.name, [Problem("source", "SRC", detail)])
-    saved = Path(folder) / UNFINISHED if folder else None
+    saved = Path(command.report) / UNFINISHED if command.report else None
     with progress("logits", unit="layers") as report:
-        return check_logits(source, checkpoint, saved=saved, progress=report)
+        return check_logits(source, checkpoint, text=command.text, saved=saved, progress=report)

@@ -28,8 +28,11 @@ from converters.verifying.layers import (
     worst_row,
 )
 from mtp_model.checkpoint.directory import Checkpoint, CheckpointError, digest_of_json
+from mtp_model.config import ModelConfig
+from mtp_model.files.untrusted_json import shown
+from mtp_model.problems import Problem, ProblemsError
 from mtp_model.progress import OnProgress
-from mtp_model.reporting import human_bytes
+from mtp_model.reporting import human_bytes, plural
 
 if TYPE_CHECKING:
     from converters.verifying.torch_reference import Get
@@ -39,7 +42,9 @@ SEED = 20_241_226
 LENGTH = 48
 # Rows of the batch, as lengths of documents: one document; three packed ones and padding.
 DOCUMENTS = ((LENGTH,), (19, 7, 16))
+MOST_TOKENS = 512  # of a text: their logits of V3 need half of what its head does
 _HEAD = "lm_head"
+_TOKENIZER = "tokenizer.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +81,9 @@ class LogitsCheck:
     """All depths that the checkpoint directory holds, and every part of the network on the way."""
 
     tolerance: float
+    text: str | None
+    """What was given to both; None for the built-in tokens."""
+    tokens: int
     rounded_leaves: tuple[str, ...]
     """Trained leaves, kept finer than the source's dtypes: compared as export writes them."""
     depths: tuple[DepthCheck, ...]
@@ -92,19 +100,25 @@ def check_logits(
     source: SourceCheckpoint,
     checkpoint: Checkpoint,
     *,
+    text: str | None = None,
     saved: Path | None = None,
     progress: OnProgress | None = None,
 ) -> LogitsCheck:
     """Compare main model and every MTP depth, as far as the checkpoint directory holds them.
 
-    source: a local folder. saved: a file that is written after each layer, from which the same
+    source: a local folder. text: what is compared on, by the source's tokenizer; None: built-in
+    tokens. saved: a file that is written after each layer, from which the same
     comparison goes on, and which is gone once it has ended.
-    Raises CheckpointError where the machine has too little memory, UserError without torch.
+    Raises CheckpointError where the machine has too little memory, ProblemsError for a text that
+    is none of this model's, UserError without torch.
     """
     _raise_unless_it_fits(checkpoint)
+    config = checkpoint.config
+    tokens, segments = (
+        seeded_batch(config.vocab_size) if text is None else text_batch(text, source, config)
+    )
     from converters.verifying import torch_reference  # here: it needs the extra `verify`
 
-    config = checkpoint.config
     scope, files = checkpoint.provenance["scope"], source.tensors
     held = held_slots(checkpoint)
     dtypes = {name: files[name].dtype for name in held if name in files}
@@ -113,7 +127,6 @@ def check_logits(
     reference = torch_reference.TorchReference(
         source.config, _rounded_like(checkpoint, held, finer, stored)
     )
-    tokens, segments = seeded_batch(config.vocab_size)
     exported = ExportedLeaves(Encoder(checkpoint, held, dtypes), finer)
     ours = JaxParts(checkpoint, exported, tokens, segments)
     theirs = torch_reference.TorchParts(reference, tokens, segments)
@@ -126,6 +139,8 @@ def check_logits(
         saved.unlink(missing_ok=True)
     return LogitsCheck(
         tolerance=TOLERANCE,
+        text=text,
+        tokens=int(np.count_nonzero(segments)),
         depths=depths,
         rounded_leaves=tuple(sorted(finer)),
         layers=layers,
@@ -205,6 +220,48 @@ def seeded_batch(vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
         ids = np.repeat(np.arange(1, 1 + len(lengths), dtype=np.int32), lengths)
         segments[row, : len(ids)] = ids
     return tokens, segments
+
+
+def text_batch(
+    text: str, source: SourceCheckpoint, config: ModelConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of a text by the source's tokenizer, and their segment ids, int32 [1, T].
+
+    Special tokens are those that its tokenizer.json adds by itself.
+    """
+    sizes = source.source.files()
+    if _TOKENIZER not in sizes:
+        detail = "is missing, --text needs it; put the model's there, or verify without --text"
+        raise ProblemsError(source.source.name, [Problem("file", _TOKENIZER, detail)])
+    from tokenizers import Tokenizer  # here: built-in tokens do without
+
+    fault, ids = None, []
+    try:
+        content = source.source.read(_TOKENIZER, 0, sizes[_TOKENIZER])
+        tokenizer = Tokenizer.from_buffer(content)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        ids = tokenizer.encode(text).ids
+    except Exception as error:  # tokenizers raises no narrower class
+        fault = f"makes no tokens of the text: {shown(str(error))}"
+    else:
+        fault = _fault_of(ids, config)
+    if fault:
+        raise ProblemsError(source.source.name, [Problem("text", _TOKENIZER, fault)])
+    tokens = np.array([ids], np.int32)
+    return tokens, np.ones_like(tokens)
+
+
+def _fault_of(ids: list[int], config: ModelConfig) -> str | None:
+    """What is wrong with the tokens of a text."""
+    fewest = 2 + config.num_nextn_predict_layers
+    if not fewest <= len(ids) <= MOST_TOKENS:
+        found = f"makes {plural(len(ids), 'token')} of the text"
+        return f"{found}; give --text as much as makes {fewest} to {MOST_TOKENS}"
+    if max(ids) >= config.vocab_size:
+        found = f"gives token {max(ids)}, the vocabulary is 0 to {config.vocab_size - 1}"
+        return f"{found}; it is another model's, put this one's there"
+    return None
 
 
 def _raise_unless_it_fits(checkpoint: Checkpoint) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from converters.verifying.logits import DepthCheck, LogitsCheck
 from converters.verifying.verify import Part, StorageCheck, Verification
+from mtp_model.files.untrusted_json import shown
 from mtp_model.problems import group_names
 from mtp_model.reporting import (
     Facts,
@@ -132,6 +133,8 @@ def _logits(logits: LogitsCheck) -> Iterator[Section]:
         )
         for d in logits.depths
     ]
+    if logits.text is not None:
+        yield f"text of {plural(logits.tokens, 'token')}: {shown(logits.text)}"
     differences = ("largest difference", "allowed", "rms", "1 - cosine", "KL, nats")
     yield Grid(("logits", "positions", *differences, "same argmax", "same top 5"), rows)
     yield _layers(logits)

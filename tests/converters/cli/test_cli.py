@@ -387,6 +387,7 @@ def test_other_errors_are_json_too(tmp_path: Path, capsys: pytest.CaptureFixture
         (["import", "src", "dst", "--worker=-1/2"], "--worker -1/2 is no share"),
         (["verify", "ckpt", "--logits"], "verify SRC CKPT"),
         (["verify", "ckpt", "--scope", "main"], "verify SRC CKPT"),
+        (["verify", "src", "ckpt", "--text", "words"], "needed both, or neither"),
     ],
 )
 def test_wrong_usage_is_status_2(args: list[str], told: str, capsys: pytest.CaptureFixture[str]):
