@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from mtp_model.config import ModelConfig
-from mtp_model.context import Context, KeysValues
+from mtp_model.context import Context, KeysValues, LatentCache
 from mtp_model.layers import Linear, RMSNorm
 from mtp_model.rope import rotate, softmax_scale
 
@@ -107,6 +107,7 @@ class MultiHeadLatentAttention(nnx.Module):
         self.o_proj = Linear(heads * c.v_head_dim, hidden, ("hidden", "heads"), c, rngs)
 
     def _queries(self, x_BTD, positions_BT):
+        """The part without and the part with rotation, [B, T, N, ...] each."""
         c = self.config
         if c.q_lora_rank is None:
             q = self.q_proj(x_BTD)
@@ -114,25 +115,71 @@ class MultiHeadLatentAttention(nnx.Module):
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
         q_BTNH = q.reshape(*q.shape[:2], c.num_attention_heads, c.qk_head_dim)
         nope, rope = jnp.split(q_BTNH, [c.qk_nope_head_dim], axis=-1)
-        return jnp.concatenate([nope, rotate(rope, positions_BT, c)], axis=-1)
+        return nope, rotate(rope, positions_BT, c)
 
-    def _keys_values(self, x_BTD, positions_BT) -> KeysValues:
+    def _latents(self, x_BTD, positions_BT) -> LatentCache:
+        """What keys and values are made of, [B, T, ...]."""
         c = self.config
-        latent, k_rope_BTR = jnp.split(self.kv_a_proj_with_mqa(x_BTD), [c.kv_lora_rank], axis=-1)
-        kv = self.kv_b_proj(self.kv_a_layernorm(latent))
+        latent, rope_BTR = jnp.split(self.kv_a_proj_with_mqa(x_BTD), [c.kv_lora_rank], axis=-1)
+        rope_BTR = rotate(rope_BTR[:, :, None], positions_BT, c)[:, :, 0]  # one head, of all
+        return LatentCache(self.kv_a_layernorm(latent), rope_BTR)
+
+    def _keys_values(self, latents: LatentCache) -> KeysValues:
+        c = self.config
+        kv = self.kv_b_proj(latents.latent_BSC)
         kv_BTNH = kv.reshape(*kv.shape[:2], c.num_attention_heads, -1)
         k_nope, v_BTNG = jnp.split(kv_BTNH, [c.qk_nope_head_dim], axis=-1)
-        k_rope = rotate(k_rope_BTR[:, :, None], positions_BT, c)  # one head, shared by all
-        k_rope = jnp.broadcast_to(k_rope, (*k_nope.shape[:3], c.qk_rope_head_dim))
+        rope_shape = (*k_nope.shape[:3], c.qk_rope_head_dim)
+        k_rope = jnp.broadcast_to(latents.rope_BSR[:, :, None], rope_shape)
         return KeysValues(jnp.concatenate([k_nope, k_rope], axis=-1), v_BTNG)
 
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
         context: Context,
-    ) -> tuple[Float[Array, "B T D"], KeysValues]:
-        """The output, and the keys and values of these rows."""
-        q_BTNH = self._queries(x_BTD, context.positions_BT)
-        new = self._keys_values(x_BTD, context.positions_BT)
-        out_BTNG = attend(q_BTNH, new, context, softmax_scale(self.config))
+    ) -> tuple[Float[Array, "B T D"], KeysValues | LatentCache]:
+        """The output, and the keys and values of these rows, or the cache with them in it."""
+        nope, rope = self._queries(x_BTD, context.positions_BT)
+        latents = self._latents(x_BTD, context.positions_BT)
+        if context.cache is not None:
+            new = _written(context.cache, latents, context.positions_BT)
+            out_BTNG = self._attend_cache(nope, rope, new, context.positions_BT)
+        else:
+            new = self._keys_values(latents)
+            q_BTNH = jnp.concatenate([nope, rope], axis=-1)
+            out_BTNG = attend(q_BTNH, new, context, softmax_scale(self.config))
         return self.o_proj(out_BTNG.reshape(*out_BTNG.shape[:2], -1)), new
+
+    def _attend_cache(
+        self, nope_BTNH, rope_BTNR, cache: LatentCache, positions_BT
+    ) -> Float[Array, "B T N G"]:
+        """Attention over slots up to each query's position, in the latent space.
+
+        kv_b_proj goes to the queries and the output instead of to all slots: q (W c) = (q W) c.
+        Source: DeepSeek-V2 report (arXiv 2405.04434) section 2.1.2.
+        """
+        c = self.config
+        up = self.kv_b_proj.dense(nope_BTNH.dtype)
+        up_NHC = up.reshape(c.num_attention_heads, -1, c.kv_lora_rank)
+        w_k_NHC, w_v_NGC = jnp.split(up_NHC, [c.qk_nope_head_dim], axis=1)
+        latent_BSC, rope_BSR = cache
+        q_BTNC = jnp.einsum("btnh,nhc->btnc", nope_BTNH, w_k_NHC)
+        scores = jnp.einsum(
+            "btnc,bsc->bnts", q_BTNC, latent_BSC, preferred_element_type=jnp.float32
+        ) + jnp.einsum("btnr,bsr->bnts", rope_BTNR, rope_BSR, preferred_element_type=jnp.float32)
+        slots_S = jnp.arange(latent_BSC.shape[1])
+        seen_BTS = slots_S[None, None] <= positions_BT[:, :, None]
+        scores = jnp.where(seen_BTS[:, None], scores * softmax_scale(c), -jnp.inf)
+        weights = jax.nn.softmax(scores, axis=-1).astype(latent_BSC.dtype)
+        of_latent = jnp.einsum("bnts,bsc->btnc", weights, latent_BSC)
+        return jnp.einsum("btnc,ngc->btng", of_latent, w_v_NGC)
+
+
+def _written(cache: LatentCache, latents: LatentCache, positions_BT) -> LatentCache:
+    """The cache with rows in the slots of their positions, those beyond the last slot dropped."""
+    row_B1 = jnp.arange(positions_BT.shape[0])[:, None]
+
+    def write(slots, rows):
+        return slots.at[row_B1, positions_BT].set(rows.astype(slots.dtype), mode="drop")
+
+    return LatentCache(*map(write, cache, latents))

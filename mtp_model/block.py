@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from mtp_model.attention import MultiHeadLatentAttention
 from mtp_model.config import ModelConfig
-from mtp_model.context import Context, KeysValues
+from mtp_model.context import Context, KeysValues, LatentCache
 from mtp_model.layers import RMSNorm
 from mtp_model.moe import FeedForward, MixtureOfExperts
 from mtp_model.sharding import spread_batch
@@ -23,7 +23,7 @@ class LayerOutput(NamedTuple):
 
     x_BTD: Float[Array, "B T D"]  # the residual stream
     expert_load_E: Float[Array, "E"]
-    new: KeysValues  # of these rows, for a later use of the same layer
+    new: KeysValues | LatentCache  # of these rows, for a later use of the same layer
 
 
 class DecoderLayer(nnx.Module):

@@ -1,6 +1,7 @@
 """What a layer is told about the tokens of a batch besides their states, as one value.
 
 B batch, T position, N heads, H head size of keys, G of values.
+S slots of a cache, C kv-lora, R rotary size.
 """
 
 from typing import NamedTuple
@@ -31,6 +32,16 @@ class EarlierUses(NamedTuple):
     chain: tuple[KeysValues, ...]
 
 
+class LatentCache(NamedTuple):
+    """What a decoder keeps of a text for one layer: what keys and values are made of.
+
+    Slot s is of position s.
+    """
+
+    latent_BSC: Float[Array, "*stack B S C"]  # after kv_a_layernorm
+    rope_BSR: Float[Array, "*stack B S R"]  # the rotated part of the key, which all heads share
+
+
 class Context(NamedTuple):
     """Which document each token belongs to, where it stands there, and whether it counts."""
 
@@ -38,6 +49,7 @@ class Context(NamedTuple):
     positions_BT: Int[Array, "B T"]  # for the rotary embedding
     counted_BT: Int[Array, "B T"]  # 1 where the token counts as load of the experts it chose
     earlier: EarlierUses | None = None  # attended instead of the other rows of this run
+    cache: LatentCache | None = None  # attended instead, with these rows written to their slots
 
 
 def make_context(segment_ids_BT: Ids, positions_BT: Ids | None = None) -> Context:

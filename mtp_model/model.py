@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from mtp_model.block import DecoderLayer, run_stack, stack, take_layer
 from mtp_model.config import ModelConfig
-from mtp_model.context import Context, EarlierUses, Ids, make_context
+from mtp_model.context import Context, EarlierUses, Ids, KeysValues, make_context
 from mtp_model.layers import Embedding, RMSNorm
 from mtp_model.mtp import (
     DraftStep,
@@ -84,15 +84,19 @@ class DeepSeekV3(nnx.Module):
         """Hidden states of the main model."""
         if self.scope == "mtp":
             raise ValueError("this model was loaded with scope='mtp': it has no main layers")
-        x_BTD = self._embed(tokens_BT)
+        x_BTD = self.embed(tokens_BT)
         load_LE = jnp.zeros((0, self.config.n_routed_experts), jnp.float32)
         if self.config.num_dense_layers:
             x_BTD, _ = run_stack(self.dense_layers, x_BTD, context)
         if self.config.num_moe_layers:
             x_BTD, load_LE = run_stack(self.moe_layers, x_BTD, context)
+        return MainStates(*self.main_states(x_BTD), load_LE)
+
+    def main_states(self, x_BTD: Float[Array, "B T D"]) -> tuple[jax.Array, jax.Array]:
+        """hidden and state of `MainStates`, from the residual stream after the last layer."""
         hidden_BTD = self.norm(x_BTD)
         post_norm = self.config.mtp_hidden_state == "post_norm"
-        return MainStates(hidden_BTD, hidden_BTD if post_norm else x_BTD, load_LE)
+        return hidden_BTD, hidden_BTD if post_norm else x_BTD
 
     def draft(
         self,
@@ -123,6 +127,7 @@ class DeepSeekV3(nnx.Module):
             )
             step = self.draft_step(state_BTD, shifted.tokens_BT, here, k)
             state_BTD = step.state_BTD
+            assert isinstance(step.new, KeysValues)  # the context has no cache
             if used is None:
                 earlier[module] = EarlierUses(step.new, ())
             else:
@@ -145,7 +150,7 @@ class DeepSeekV3(nnx.Module):
         context: what the module sees besides; `earlier` where it was used in this round before.
         """
         module = take_layer(self.mtp, (depth - 1) % self.config.num_nextn_predict_layers)
-        return run_module(module, state_BTD, self._embed(tokens_BT), context)
+        return run_module(module, state_BTD, self.embed(tokens_BT), context)
 
     def __call__(
         self,
@@ -167,7 +172,8 @@ class DeepSeekV3(nnx.Module):
         mtp_logits = tuple(self.lm_head.logits(h_BTD) for h_BTD in drafts.hidden)
         return Output(self.lm_head.logits(main.hidden_BTD), main.hidden_BTD, mtp_logits)
 
-    def _embed(self, tokens_BT: Ids) -> Float[Array, "B T D"]:
+    def embed(self, tokens_BT: Ids) -> Float[Array, "B T D"]:
+        """Embeddings of tokens, in the dtype that is computed in."""
         found_BTD = self.embed_tokens.lookup(jnp.asarray(tokens_BT), self.compute_dtype)
         return spread_batch(found_BTD)
 

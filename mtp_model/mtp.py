@@ -9,11 +9,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from mtp_model.block import DecoderLayer
 from mtp_model.config import ModelConfig
-from mtp_model.context import Context, KeysValues
+from mtp_model.context import Context, KeysValues, LatentCache
 from mtp_model.layers import Linear, RMSNorm
 
 
@@ -31,7 +31,7 @@ class Shifted(NamedTuple):
     inside_BT: Int[Array, "B T"]
 
 
-def shift_left(x_BT: Int[Array, "B T"], k: int, fill: int) -> Int[Array, "B T"]:
+def shift_left(x_BT: Shaped[Array, "B T"], k: int, fill: int) -> Shaped[Array, "B T"]:
     """x[i + k], `fill` past the end."""
     return jnp.pad(x_BT[:, k:], [(0, 0), (0, min(k, x_BT.shape[1]))], constant_values=fill)
 
@@ -51,7 +51,7 @@ class DraftStep(NamedTuple):
 
     state_BTD: Float[Array, "B T D"]  # h_k, which the head reads and the next depth is fed
     expert_load_E: Float[Array, "E"]
-    new: KeysValues  # for a later use of the module in the same round
+    new: KeysValues | LatentCache  # for a later use of the module in the same round
 
 
 class MultiTokenPredictor(nnx.Module):

@@ -1,0 +1,1 @@
+"""Text that the main model writes: prompts, the decoder, and the file of answers."""

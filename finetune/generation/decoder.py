@@ -1,0 +1,242 @@
+"""A batch of texts continued by the main model, with drafts of the MTP module or without.
+
+One round for all texts at a time: K tokens are drafted, the main model is fed the last known token
+and the drafts, and what it accepts and its own next token are added. K = 0 is plain decoding. What
+comes out is what the main model alone would write: greedily the same tokens (temperature 0), else
+tokens of the same distribution (speculative sampling, arXiv 2211.17192).
+
+In a round at row i of a text the main model has been fed t[0..i], and t[i+1] is known.
+B texts, S slots, K drafts, P = K + 1 rows that a round adds at most, D hidden, V vocab.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from mtp_model import DeepSeekV3
+from mtp_model.decode import Caches, draft, empty_caches, feed
+
+PREFILL = 64  # tokens of each prompt that are fed at a time
+ROUNDS = 16  # between two looks of the host
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How texts are continued."""
+
+    num_drafts: int = 0
+    temperature: float = 1.0  # 0: greedy
+    end_ids: tuple[int, ...] = ()  # tokens that end a text
+
+
+class Prompts(NamedTuple):
+    """Prompts of a batch, at least two tokens each."""
+
+    tokens_BS: np.ndarray  # int32, any number behind each prompt; S is room for the whole text
+    length_B: np.ndarray  # int32
+    end_B: np.ndarray  # int32: tokens at which a text ends if no token ended it before
+    seed_B: np.ndarray  # uint32: the texts' own random numbers, whatever they are batched with
+
+
+class Texts(NamedTuple):
+    """Continued texts, and what became of the drafts."""
+
+    tokens_BS: Int[Array, "B S"]
+    length_B: Int[Array, "B"]  # with the token that ended it
+    rounds_B: Int[Array, "B"]
+    accepted_BK: Int[Array, "B K"]  # rounds in which draft k was accepted
+
+
+class _State(NamedTuple):
+    """Between two rounds. Rows begin..begin+P-1 of `state` are new to the MTP module."""
+
+    texts: Texts
+    ended_B: Bool[Array, "B"]
+    caches: Caches
+    begin_B: Int[Array, "B"]  # first row that the module has not been fed
+    state_BPD: Float[Array, "B P D"]  # of the rows from begin on, up to row i
+
+
+def room_for(length: int, num_drafts: int) -> int:
+    """Slots that texts of up to `length` tokens need, S."""
+    return -(-length // PREFILL) * PREFILL + num_drafts + 1
+
+
+def decode(
+    model: DeepSeekV3,
+    prompts: Prompts,
+    how: Decoding,
+    report: Callable[[int], None] | None = None,
+) -> Texts:
+    """Continue all prompts to their ends; the result is on the host.
+
+    report: hears how many tokens were written so far.
+    """
+    tokens_BS, length_B, end_B, seed_B = map(jnp.asarray, prompts)
+    state = _start(model, tokens_BS, length_B, end_B, how)
+    while not bool(state.ended_B.all()):
+        state = _rounds(model, state, end_B, seed_B, how)
+        if report is not None:
+            report(int(jnp.sum(state.texts.length_B - length_B)))
+    return jax.device_get(state.texts)
+
+
+@partial(jax.jit, static_argnames="how")
+def _start(model: DeepSeekV3, tokens_BS, length_B, end_B, how: Decoding) -> _State:
+    """Feed the prompts: the main model all but the last token, the module what follows from it."""
+    rows, slots = tokens_BS.shape
+    last_B = length_B - 2
+    zeros_B = jnp.zeros_like(length_B)
+    size = (rows, 1, model.config.hidden_size)
+
+    def piece(number, carry):
+        caches, state_B1D = carry
+        begin = number * PREFILL
+        fed_BT = jax.lax.dynamic_slice_in_dim(tokens_BS, begin, PREFILL, axis=1)
+        places_BT = jnp.broadcast_to(begin + jnp.arange(PREFILL)[None], fed_BT.shape)
+        fed = feed(model, fed_BT, places_BT, caches)
+        caches = fed.caches
+        if how.num_drafts:
+            next_BT = jax.lax.dynamic_slice_in_dim(tokens_BS, begin + 1, PREFILL, axis=1)
+            caches = draft(model, fed.state_BTD, next_BT, places_BT, caches).caches
+        here_B = (last_B >= begin) & (last_B < begin + PREFILL)
+        found_B1D = _row(fed.state_BTD, jnp.clip(last_B - begin, 0, PREFILL - 1))
+        return caches, jnp.where(here_B[:, None, None], found_B1D, state_B1D)
+
+    caches = empty_caches(model, rows, slots)
+    pieces = (jnp.max(last_B) + PREFILL) // PREFILL
+    first = (caches, jnp.zeros(size, model.compute_dtype))
+    caches, state_B1D = jax.lax.fori_loop(0, pieces, piece, first)
+    state_BPD = jnp.pad(state_B1D, [(0, 0), (0, how.num_drafts), (0, 0)])
+    accepted_BK = jnp.zeros((rows, how.num_drafts), jnp.int32)
+    texts = Texts(tokens_BS, length_B, zeros_B, accepted_BK)
+    return _State(texts, length_B >= end_B, caches, last_B, state_BPD)
+
+
+@partial(jax.jit, static_argnames="how", donate_argnums=1)
+def _rounds(model: DeepSeekV3, state: _State, end_B, seed_B, how: Decoding) -> _State:
+    """Some rounds, fewer where all texts end."""
+
+    def goes_on(carry):
+        state, count = carry
+        return (count < ROUNDS) & ~jnp.all(state.ended_B)
+
+    def body(carry):
+        state, count = carry
+        return _round(model, state, end_B, seed_B, how), count + 1
+
+    return jax.lax.while_loop(goes_on, body, (state, jnp.int32(0)))[0]
+
+
+def _round(model: DeepSeekV3, state: _State, end_B, seed_B, how: Decoding) -> _State:
+    texts = state.texts
+    last_B = texts.length_B - 2  # row i
+    chance = _Chance(seed_B, how.temperature)
+    drafted, log_q, caches = _drafts(model, state, chance, how.num_drafts)
+    known_B1 = jnp.take_along_axis(texts.tokens_BS, last_B[:, None] + 1, axis=1)
+    places_BP = last_B[:, None] + 1 + jnp.arange(how.num_drafts + 1)[None]
+    fed = feed(model, jnp.concatenate([known_B1, *drafted], axis=1), places_BP, caches)
+    logits_BPV = model.lm_head.logits(fed.hidden_BTD)
+    accepted_B, token_B = _accept(logits_BPV, drafted, log_q, chance, places_BP + 1)
+
+    new_BP = jnp.concatenate([*drafted, token_B[:, None]], axis=1)
+    index_P = jnp.arange(how.num_drafts + 1)[None]
+    new_BP = jnp.where(index_P == accepted_B[:, None], token_B[:, None], new_BP)
+    ends_BP = jnp.isin(new_BP, jnp.array(how.end_ids, jnp.int32)) & (index_P <= accepted_B[:, None])
+    ended_B = jnp.any(ends_BP, axis=1)
+    count_B = jnp.where(ended_B, jnp.argmax(ends_BP, axis=1).astype(jnp.int32), accepted_B) + 1
+    count_B = jnp.where(state.ended_B, 0, jnp.minimum(count_B, end_B - texts.length_B))
+    places_BP = jnp.where(index_P < count_B[:, None], places_BP + 1, texts.tokens_BS.shape[1])
+    row_B1 = jnp.arange(len(count_B))[:, None]
+    length_B = texts.length_B + count_B
+    in_text_BK = index_P[:, :-1] < jnp.minimum(accepted_B, count_B)[:, None]
+    texts = Texts(
+        texts.tokens_BS.at[row_B1, places_BP].set(new_BP, mode="drop"),
+        length_B,
+        texts.rounds_B + (~state.ended_B).astype(jnp.int32),
+        texts.accepted_BK + in_text_BK.astype(jnp.int32),
+    )
+    ended_B = state.ended_B | ended_B | (length_B >= end_B)
+    return _State(texts, ended_B, fed.caches, last_B + 1, fed.state_BTD)
+
+
+class _Chance(NamedTuple):
+    """The random numbers of a batch: of each text, by position and by what they are for."""
+
+    seed_B: jax.Array
+    temperature: float
+
+    def keys(self, place_B, use: int) -> jax.Array:
+        def key(seed, place):
+            return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), place), use)
+
+        return jax.vmap(key)(self.seed_B, place_B)
+
+    def token(self, log_p_BV, place_B, use: int) -> Int[Array, "B"]:
+        """A token of this distribution, with temperature 0 the likeliest."""
+        if self.temperature == 0:
+            return jnp.argmax(log_p_BV, axis=-1).astype(jnp.int32)
+        drawn_B = jax.vmap(jax.random.categorical)(self.keys(place_B, use), log_p_BV)
+        return drawn_B.astype(jnp.int32)
+
+    def log_p(self, logits) -> jax.Array:
+        scaled = logits / self.temperature if self.temperature else logits
+        return jax.nn.log_softmax(scaled, axis=-1)
+
+
+NEXT, DRAFT, ACCEPT = range(3)  # what random numbers are for
+
+
+def _drafts(model: DeepSeekV3, state: _State, chance: _Chance, num_drafts: int):
+    """Tokens [B, 1] and log-distributions [B, V] of each draft, and the caches."""
+    drafted, log_q, caches = [], [], state.caches
+    last_B, row_B = state.texts.length_B - 2, state.texts.length_B - 2 - state.begin_B
+    # First all rows that are new to the module; the last of them drafts.
+    places_BT = state.begin_B[:, None] + jnp.arange(num_drafts + 1)[None]
+    fed_BT = jnp.take_along_axis(state.texts.tokens_BS, places_BT + 1, axis=1)
+    state_BTD = state.state_BPD
+    for k in range(1, num_drafts + 1):
+        step = draft(model, state_BTD, fed_BT, places_BT, caches)
+        caches, state_BTD = step.caches, _row(step.state_BTD, row_B)
+        log_q.append(chance.log_p(model.lm_head.logits(state_BTD[:, 0])))
+        drafted.append(chance.token(log_q[-1], last_B + 1 + k, DRAFT)[:, None])
+        fed_BT, places_BT, row_B = drafted[-1], last_B[:, None] + k, jnp.zeros_like(row_B)
+    return drafted, log_q, caches
+
+
+def _accept(logits_BPV, drafted, log_q, chance: _Chance, places_BP):
+    """How many drafts are accepted, and the main model's own token behind them.
+
+    places: of the tokens that the logits are for.
+    """
+    log_p_BPV = chance.log_p(logits_BPV)
+    chain_B = jnp.ones(logits_BPV.shape[:1], jnp.bool_)
+    accepted_B = jnp.zeros(logits_BPV.shape[:1], jnp.int32)
+    token_B = chance.token(log_p_BPV[:, -1], places_BP[:, -1], NEXT)
+    refused = []  # the token instead of draft k
+    for k, (draft_B1, log_q_BV) in enumerate(zip(drafted, log_q, strict=True)):
+        log_p_BV, place_B = log_p_BPV[:, k], places_BP[:, k]
+        if chance.temperature == 0:
+            refused.append(chance.token(log_p_BV, place_B, NEXT))
+            good_B = refused[-1] == draft_B1[:, 0]
+        else:
+            at = partial(jnp.take_along_axis, indices=draft_B1, axis=1)
+            ratio_B = jnp.exp(at(log_p_BV) - at(log_q_BV))[:, 0]
+            good_B = jax.vmap(jax.random.uniform)(chance.keys(place_B, ACCEPT)) < ratio_B
+            left_BV = jnp.log(jnp.maximum(jnp.exp(log_p_BV) - jnp.exp(log_q_BV), 0.0))
+            refused.append(chance.token(left_BV, place_B, NEXT))
+        chain_B &= good_B
+        accepted_B += chain_B.astype(jnp.int32)
+    for k, other_B in enumerate(refused):
+        token_B = jnp.where(accepted_B == k, other_B, token_B)
+    return accepted_B, token_B
+
+
+def _row(x_BTD: Float[Array, "B T D"], index_B) -> Float[Array, "B 1 D"]:
+    return jnp.take_along_axis(x_BTD, index_B[:, None, None], axis=1)

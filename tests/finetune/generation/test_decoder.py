@@ -1,0 +1,151 @@
+"""Continued texts are the main model's own, with drafts and without."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from imported import import_folder
+from scipy import stats
+
+pytest.importorskip("torch")
+
+import torch
+from drafting import BruteForce, greedy_texts, make_drafting_checkpoint
+
+from converters.verifying.torch_reference import open_reference
+from finetune.generation import decoder
+from finetune.generation.decoder import Decoding, Prompts, Texts, decode, room_for
+from mtp_model.load import load
+
+LENGTH = 40
+LENGTHS = np.array([3, 9, 6, 2, 5], np.int32)  # of prompts
+
+
+class Case:
+    """A checkpoint, and texts that the reference's main model wrote greedily after prompts."""
+
+    def __init__(self, folder):
+        make_drafting_checkpoint(folder / "source", 1)
+        import_folder(folder / "source", folder / "checkpoint")
+        self.model = load(folder / "checkpoint")
+        self.reference = open_reference(folder / "source")
+        self.reference.get = functools.cache(self.reference.get)
+        generator = torch.Generator().manual_seed(2)
+        prompts = [torch.randint(4, 384, (1, n), generator=generator) for n in LENGTHS.tolist()]
+        self.texts = [greedy_texts(self.reference, prompt, LENGTH)[0] for prompt in prompts]
+
+    def prompts(self, num_drafts: int, length: int = LENGTH) -> Prompts:
+        tokens = np.full((len(LENGTHS), room_for(length, num_drafts)), 9, np.int32)
+        for row, (text, n) in enumerate(zip(self.texts, LENGTHS, strict=True)):
+            tokens[row, :n] = text[:n]
+        seeds = np.arange(len(LENGTHS), dtype=np.uint32)
+        return Prompts(tokens, LENGTHS, np.full(len(LENGTHS), length, np.int32), seeds)
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield Case(tmp_path_factory.mktemp("decoder"))
+    torch.set_num_threads(threads)
+
+
+def written(texts: Texts) -> list[list[int]]:
+    return [row[:n].tolist() for row, n in zip(texts.tokens_BS, texts.length_B, strict=True)]
+
+
+@pytest.mark.parametrize("num_drafts", [0, 1, 3])
+def test_greedy_text_is_the_references(case: Case, num_drafts, monkeypatch):
+    """Token for token, and as many rounds and accepted drafts as a decoder by brute force has."""
+    monkeypatch.setattr(decoder, "ROUNDS", 5)
+    told: list[int] = []
+    how = Decoding(num_drafts=num_drafts, temperature=0)
+    texts = decode(case.model, case.prompts(num_drafts), how, told.append)
+    assert written(texts) == [text.tolist() for text in case.texts]
+    assert told == sorted(told)
+    assert told[-1] == len(LENGTHS) * LENGTH - LENGTHS.sum()
+    if num_drafts:
+        rounds = [
+            BruteForce(case.reference, text).decode(int(n) - 1, num_drafts)
+            for text, n in zip(case.texts, LENGTHS, strict=True)
+        ]
+        assert texts.rounds_B.tolist() == [len(each) for each in rounds]
+        expected = [
+            [sum(len(r) > k and r[k] for r in each) for k in range(num_drafts)] for each in rounds
+        ]
+        assert texts.accepted_BK.tolist() == expected
+        assert 0 < texts.accepted_BK[:, -1].sum() < texts.rounds_B.sum()
+
+
+@pytest.mark.parametrize("num_drafts", [0, 3])
+def test_a_token_may_end_a_text(case: Case, num_drafts):
+    """The token is the last one of its text; what would follow is not there."""
+    end = int(case.texts[0][20])
+    how = Decoding(num_drafts=num_drafts, temperature=0, end_ids=(end, 383))
+    texts = decode(case.model, case.prompts(num_drafts), how)
+    for text, n, found in zip(case.texts, LENGTHS, written(texts), strict=True):
+        answer = text.tolist()[n:]
+        stop = answer.index(end) + 1 if end in answer else len(answer)
+        assert found == text.tolist()[: n + stop]
+    assert texts.length_B.min() < LENGTH
+
+
+def test_sampled_text_does_not_depend_on_its_batch(case: Case):
+    prompts = case.prompts(0, 12)
+    how = Decoding(temperature=0.8)
+    whole = written(decode(case.model, prompts, how))
+    half = decode(case.model, Prompts(*(each[2:4] for each in prompts)), how)
+    assert written(half) == whole[2:4]
+    other = prompts._replace(seed_B=prompts.seed_B + 1)
+    assert written(decode(case.model, other, how)) != whole
+
+
+def sampled(case: Case, num_drafts: int, seed: int) -> np.ndarray:
+    """The first two of three tokens sampled after one prompt, thousands of times, [N, 2]."""
+    count, length = 3000, int(LENGTHS[0]) + 3
+    one = case.prompts(num_drafts, length)
+    rows = Prompts(*(np.repeat(each[:1], count, axis=0) for each in one))
+    rows = rows._replace(seed_B=np.arange(count, dtype=np.uint32) + np.uint32(seed * count))
+    texts = decode(case.model, rows, Decoding(num_drafts=num_drafts, temperature=0.6))
+    return texts.tokens_BS[:, length - 3 : length - 1]
+
+
+def share_of_drafts(case: Case) -> float:
+    """How many first drafts are accepted where texts are sampled."""
+    texts = decode(case.model, case.prompts(2, 20), Decoding(num_drafts=2, temperature=0.6))
+    return texts.accepted_BK[:, 0].sum() / texts.rounds_B.sum()
+
+
+def same_distribution(one: np.ndarray, other: np.ndarray) -> float:
+    """The p-value of a chi-square test that both columns' tokens are of one distribution."""
+    values = []
+    for x, y in zip(one.T, other.T, strict=True):
+        often = np.bincount(np.concatenate([x, y]), minlength=384)
+        kept = np.flatnonzero(often >= 60)
+        table = [
+            [*(np.sum(each == token) for token in kept), np.sum(~np.isin(each, kept))]
+            for each in (x, y)
+        ]
+        assert len(kept) > 3
+        values.append(stats.chi2_contingency(np.array(table) + 1e-9).pvalue)
+    return min(values)
+
+
+def test_sampled_text_has_the_main_models_distribution(case: Case, monkeypatch):
+    """Two tokens, so that a draft is accepted, refused, and followed by another."""
+    plain = sampled(case, 0, seed=0)
+    assert 0.1 < share_of_drafts(case) < 0.9
+    assert same_distribution(plain, sampled(case, 0, seed=1)) > 1e-3
+    assert same_distribution(plain, sampled(case, 2, seed=2)) > 1e-3
+
+    # negative control: every draft is accepted
+    def careless(logits_BPV, drafted, log_q, chance, places_BP):
+        accepted, token = real(logits_BPV, drafted, log_q, chance, places_BP)
+        return jax.numpy.full_like(accepted, len(drafted)), token
+
+    real = decoder._accept
+    monkeypatch.setattr(decoder, "_accept", careless)
+    jax.clear_caches()
+    assert same_distribution(plain, sampled(case, 2, seed=3)) < 1e-6
+    jax.clear_caches()
