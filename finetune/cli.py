@@ -131,7 +131,10 @@ def _evaluate(settings: EvaluateSettings) -> None:
     if settings.json:
         print(json.dumps({"checkpoint": str(settings.checkpoint), **summary.to_json()}))
     else:
-        title = f"{settings.checkpoint}, teacher-forced greedy drafts"
+        drafts = (
+            "greedy drafts" if settings.sampling == "greedy" else f"{settings.sampling} sampling"
+        )
+        title = f"{settings.checkpoint}, teacher-forced, {drafts}"
         show(stdout(), evaluation_sections(summary, title))
 
 

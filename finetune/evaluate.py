@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from finetune.data.packing import Batch, Packer, Position, first_rows
 from finetune.data.run_text import open_documents
+from finetune.objective.acceptance import Rule
+from finetune.objective.losses import Asked
 from finetune.run.metrics import Summary, measure_text
 from finetune.settings import ComputeDtype, DataPaths, SettingsError
 from finetune.state import Split, make_measure_step
@@ -17,8 +19,8 @@ from mtp_model.progress import Report, progress
 class EvaluateSettings:
     """Measure losses and the acceptance of drafts on text, without generating.
 
-    The text is read once. Acceptance is counted in rounds, as a greedy decoder drafts: exact where
-    the main model wrote the text; on other text it is what holds as long as the two agree.
+    The text is read once. Acceptance is counted in rounds, as a decoder drafts: exact where the
+    main model wrote the text; on other text it is what holds as long as the two agree.
     """
 
     checkpoint: str
@@ -26,6 +28,11 @@ class EvaluateSettings:
     data: DataPaths
     draft_tokens: int | None = None
     """Tokens drafted a step; more than there are MTP modules reuses them (default: one each)."""
+    sampling: Rule = "greedy"
+    """How the decoder samples: greedy (temperature 0); target (the main model samples, drafts are
+    greedy, what servers do unless told otherwise); rejection (drafts are sampled too)."""
+    temperature: float = 1.0
+    """Of target and rejection, and of the distributions that are compared."""
     rows: int = 8
     """Rows in a batch."""
     row_tokens: int = 1024
@@ -46,6 +53,8 @@ def check(settings: EvaluateSettings) -> None:
         for name, least in minimum.items()
         if (value := getattr(settings, name)) is not None and value < least
     ]
+    if not settings.temperature > 0:
+        faults.append(f"--temperature is {settings.temperature}, needed more than 0")
     faults += [] if settings.data else ["--data is empty, needed at least one path"]
     if faults:
         raise SettingsError("settings that cannot be used", faults)
@@ -58,7 +67,8 @@ def evaluate(settings: EvaluateSettings) -> Summary:
     documents = open_documents(settings.checkpoint, settings.data, config)
     dtype = compute_dtype(settings.compute_dtype)
     split = Split.of(load(settings.checkpoint, compute_dtype=dtype), "mtp")
-    step = make_measure_step(split.graphdef, settings.draft_tokens)
+    asked = Asked(settings.draft_tokens, True, settings.sampling, settings.temperature)
+    step = make_measure_step(split.graphdef, asked)
     weights = (split.trainable, split.biases, split.frozen)
     rows = settings.rows
     most = settings.max_rows and -(-settings.max_rows // rows)
@@ -67,7 +77,7 @@ def evaluate(settings: EvaluateSettings) -> Summary:
     with progress("evaluate", "batches", total=most) as report:
         reported = _reported(batches, report, most, len(documents))
         named = ((batch, packer.documents_of_rows) for batch in reported)
-        return measure_text(lambda batch: step(*weights, batch), named)
+        return measure_text(lambda batch: step(*weights, batch), named, asked)
 
 
 def _reported(

@@ -52,6 +52,44 @@ class BatchSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ObjectiveSettings:
+    """What the MTP modules learn: the weight of each objective in the mixture.
+
+    All 0: e2e_tv where the main model is frozen, ce with --train all.
+    """
+
+    ce: float = 0.0
+    """Cross entropy with the text: hard labels, DeepSeek's own."""
+    kl: float = 0.0
+    """KL divergence from the main model's distribution."""
+    tv: float = 0.0
+    """Share of drafts that rejection sampling refuses, draft by draft."""
+    lk: float = 0.0
+    """kl while hardly anything is accepted, then tv: for modules that are trained from nothing."""
+    e2e_tv: float = 0.0
+    """Share of whole rounds of drafts that rejection sampling refuses."""
+    depth_decay: float = 1.0
+    """Weight of a depth relative to the one before it (not for e2e_tv, which joins depths)."""
+
+    def weights(self) -> dict[str, float]:
+        """The objectives with a weight."""
+        values = {name: getattr(self, name) for name in ("ce", "kl", "tv", "lk", "e2e_tv")}
+        return {name: value for name, value in values.items() if value}
+
+    def or_default(self, mode: TrainMode) -> "ObjectiveSettings":
+        """Itself, or the default of a mode where no objective has a weight."""
+        if self.weights():
+            return self
+        chosen = {"mtp": "e2e_tv", "all": "ce"}[mode]
+        return dataclasses.replace(self, **{chosen: 1.0})
+
+    @property
+    def compares_distributions(self) -> bool:
+        """Whether the main model's distribution is needed, not only the text."""
+        return any(name != "ce" for name in self.weights())
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
     """AdamW with linear warm-up, cosine decay and gradient clipping."""
 
@@ -112,7 +150,10 @@ class RunSettings:
     eval_data: tuple[Path, ...] = ()
     """Held-out text, in the same forms as --data."""
     mtp_lambda: float = 0.1
-    """With --train all, the loss is main + lambda / depths * sum of the depths' MTP losses."""
+    """With --train all, the loss is main + lambda * what the MTP modules learn."""
+    draft_tokens: int = 0
+    """MTP depths that are trained and measured; more than there are modules reuse them as a decoder
+    does. 0: as many as there are modules."""
     router_bias_rate: float = 1e-3
     """Router biases of trained layers move by this much a step towards balanced experts."""
     seed: int = 0
@@ -120,12 +161,14 @@ class RunSettings:
     compute_dtype: ComputeDtype = "auto"
     """Precision of activations; auto is float32 on CPU and bfloat16 elsewhere."""
     batch: BatchSettings = field(default_factory=BatchSettings)
+    objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     checkpoints: CheckpointSettings = field(default_factory=CheckpointSettings)
 
 
 POSITIVE = (
+    "objective.depth_decay",
     "steps",
     "batch.rows",
     "optimizer.learning_rate",
@@ -138,6 +181,12 @@ POSITIVE = (
 )
 NOT_NEGATIVE = (
     "mtp_lambda",
+    "draft_tokens",
+    "objective.ce",
+    "objective.kl",
+    "objective.tv",
+    "objective.lk",
+    "objective.e2e_tv",
     "router_bias_rate",
     "seed",
     "optimizer.weight_decay",

@@ -15,7 +15,8 @@ from flax import nnx
 
 from finetune.data.packing import Batch
 from finetune.objective.acceptance import Rounds
-from finetune.objective.losses import ExpertLoad, Measured, context_of, measure, objective
+from finetune.objective.losses import Asked, ExpertLoad, Measured, context_of, measure
+from finetune.objective.objectives import objective
 from finetune.optimizer import initial
 from finetune.settings import RunSettings, TrainMode
 from mtp_model import DeepSeekV3, RouterBias
@@ -65,7 +66,7 @@ def balance(biases: nnx.State, load: ExpertLoad, rate: float) -> nnx.State:
 
     Source: DeepSeek-V3 report (arXiv 2412.19437) section 2.1.2. No gradient; float32.
     """
-    loads = {"moe_layers": load.moe_layers_LE, "mtp": load.mtp_KE}
+    loads = {"moe_layers": load.moe_layers_LE, "mtp": load.mtp_ME}
 
     def moved(path: tuple, bias: nnx.Variable) -> nnx.Variable:
         load_LE = loads[path[0]]
@@ -75,11 +76,18 @@ def balance(biases: nnx.State, load: ExpertLoad, rate: float) -> nnx.State:
     return nnx.map_state(moved, biases)
 
 
+def asked_by(settings: RunSettings) -> Asked:
+    """What a run measures of a batch: what its objective needs."""
+    mixture = settings.objective.or_default(settings.train)
+    return Asked(settings.draft_tokens or None, mixture.compares_distributions)
+
+
 def make_train_step(
     graphdef: Any, optimizer: optax.GradientTransformation, settings: RunSettings
 ) -> jax.stages.Wrapped:
     """The jitted step: (state, frozen, batch) -> (state, what was measured); donates the state."""
-    mode = settings.train
+    mode, mixture = settings.train, settings.objective.or_default(settings.train)
+    asked = asked_by(settings)
 
     def step(state: TrainState, frozen: nnx.State, batch: Batch):
         def loss_of(trainable: nnx.State):
@@ -87,8 +95,9 @@ def make_train_step(
             main = model.main(batch.tokens_BT, context_of(batch))
             if mode == "mtp":  # no gradient enters the main model
                 main = jax.lax.stop_gradient(main)
-            measured, load, _ = measure(model, batch, main)
-            return objective(measured, mode, settings.mtp_lambda), (measured, load)
+            measured, load, *_ = measure(model, batch, main, asked)
+            loss = objective(measured, mode, mixture, settings.mtp_lambda)
+            return loss, (measured, load)
 
         grad_of = jax.value_and_grad(loss_of, has_aux=True)
         (loss, (measured, load)), grads = grad_of(state.trainable)
@@ -121,14 +130,14 @@ def _where(good: jax.Array, moved: TrainState, state: TrainState) -> TrainState:
 
 
 def make_measure_step(
-    graphdef: Any, num_draft_tokens: int | None = None
+    graphdef: Any, asked: Asked
 ) -> Callable[[nnx.State, nnx.State, nnx.State, Batch], tuple[Measured, Rounds]]:
     """The jitted measurement without gradients, of (trainable, biases, frozen, batch)."""
 
     def step(trainable: nnx.State, biases: nnx.State, frozen: nnx.State, batch: Batch):
         model = nnx.merge(graphdef, trainable, biases, frozen)
         main = model.main(batch.tokens_BT, context_of(batch))
-        measured, _, rounds = measure(model, batch, main, num_draft_tokens)
-        return measured, rounds
+        found = measure(model, batch, main, asked)
+        return found.measured, found.rounds
 
     return jax.jit(step)

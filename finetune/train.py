@@ -5,6 +5,7 @@ Read it from top to bottom; loading, packing, the step and the logs have files o
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from rich.console import Console
 from finetune.data.packing import Batch, Packer, Position
 from finetune.data.run_text import RunText, digest_of, held_out_batches, open_run_text
 from finetune.not_finite import cause, raise_unless_finite
+from finetune.objective.losses import Asked
 from finetune.optimizer import learning_rates, make_optimizer
 from finetune.run.checkpoints import (
     Checkpoints,
@@ -38,6 +40,7 @@ from finetune.state import (
     Split,
     StepResult,
     TrainState,
+    asked_by,
     make_measure_step,
     make_train_step,
     start,
@@ -74,6 +77,7 @@ class _Job:
     """What the loop works with; none of it changes from step to step."""
 
     settings: RunSettings
+    asked: Asked
     computed_in: ComputeDtype  # what `auto` stands for in this run
     run: RunDirectory
     base: Checkpoint
@@ -101,8 +105,8 @@ def train(
     Raises SettingsError, RunError, DataError or CheckpointError before anything is written,
     StoppedError when the loss is not finite, and Stopped when a signal asked for it.
     """
-    settings = resolve(settings)
-    run = RunDirectory(path=settings.out)
+    run = RunDirectory(path=settings.out.absolute())
+    settings = resolve(run.as_it_began(settings))
     run.raise_unless_usable(settings, overwrite)
     begun_in = None if overwrite else run.computed_in()
     computed_in = begun_in or compute_dtype(settings.compute_dtype)
@@ -124,7 +128,7 @@ def train(
 
 
 def resolve(settings: RunSettings) -> RunSettings:
-    """Checked settings with absolute paths: what RUN/config.yaml says."""
+    """Checked settings with absolute paths and an objective: what RUN/config.yaml says."""
     check(settings)
     return dataclasses.replace(
         settings,
@@ -132,6 +136,7 @@ def resolve(settings: RunSettings) -> RunSettings:
         data=tuple(path.absolute() for path in settings.data),
         eval_data=tuple(path.absolute() for path in settings.eval_data),
         out=settings.out.absolute(),
+        objective=settings.objective.or_default(settings.train),
     )
 
 
@@ -148,15 +153,17 @@ def _prepare(
     split = load_for_training(settings.checkpoint, settings.train, computed_in)
     raise_unless_finite(split, settings.checkpoint)
     optimizer = make_optimizer(settings.optimizer, settings.steps, matrices(base).__contains__)
+    asked = asked_by(settings)
     return _Job(
         settings=settings,
+        asked=asked,
         computed_in=computed_in,
         run=run,
         base=base,
         text=text,
         split=split,
         train_step=make_train_step(split.graphdef, optimizer, settings),
-        measure_step=make_measure_step(split.graphdef),
+        measure_step=make_measure_step(split.graphdef, asked),
         held_out=held_out,
         held_out_digest=digest_of(batch for batch, _ in held_out),
         first_state=start(split, optimizer),
@@ -200,7 +207,7 @@ def _loop(job: _Job) -> TrainState:
 
             tokens = at.tokens + int(result.measured.num_tokens)
             at = dataclasses.replace(at, step=step, tokens=tokens, position=position.to_json())
-            row = _row(at, result, float(rate_of(step)), time.perf_counter() - began)
+            row = _row(job, at, result, float(rate_of(step)), time.perf_counter() - began)
             log.step(row | compiled)
             compiled = {}
             measured = f"loss {row['loss']:.3f}, {row['tokens_per_s']:,.0f} tokens/s"
@@ -292,7 +299,8 @@ def _evaluate(
 
     if job.held_out:
         parts = (state.trainable, state.biases, job.split.frozen)
-        summary = measure_text(lambda batch: job.measure_step(*parts, batch), batches())
+        step_of = functools.partial(job.measure_step, *parts)
+        summary = measure_text(step_of, batches(), job.asked)
         log.evaluation({"step": step, **summary.to_json(), "held_out": job.held_out_digest})
         with above_bars():
             job.console.print(evaluation_sentence(step, summary))
@@ -302,9 +310,12 @@ def _evaluate(
         draw_curves(run.curves, steps, evaluations, title)
 
 
-def _row(at: RunPosition, result: StepResult, lr: float, step_s: float) -> dict[str, Any]:
+def _row(
+    job: _Job, at: RunPosition, result: StepResult, lr: float, step_s: float
+) -> dict[str, Any]:
     """One line of metrics.jsonl."""
-    summary = summarise(result.measured)
+    summary = summarise(result.measured, job.asked)
+    compared = {"overlap": summary.overlap, "kl": summary.kl} if job.asked.distributions else {}
     return {
         "step": at.step,
         "loss": float(result.loss),
@@ -314,6 +325,7 @@ def _row(at: RunPosition, result: StepResult, lr: float, step_s: float) -> dict[
         "agreement": summary.agreement,
         "reached": summary.reached,
         "greedy_share": summary.greedy_share,
+        **compared,
         "grad_norm": float(result.grad_norm),
         "lr": lr,
         "tokens": at.tokens,
@@ -338,7 +350,7 @@ def _raise_unless_finite(
 
 
 def _raise_if_rows_are_short(settings: RunSettings, config: ModelConfig) -> None:
-    least = config.num_nextn_predict_layers + 2
+    least = (settings.draft_tokens or config.num_nextn_predict_layers) + 2
     if settings.batch.row_tokens < least:
         found = f"--batch.row-tokens is {settings.batch.row_tokens}"
         raise SettingsError(

@@ -34,15 +34,13 @@ class DocumentCounts:
         self, rounds: Rounds, segment_ids_BT: np.ndarray, documents_of_rows: Sequence[Sequence[int]]
     ) -> None:
         """The rounds of one batch; documents_of_rows: of each row's segments 1, 2, ..."""
-        depths = np.arange(1, self.num_depths + 1)
         for row, documents in enumerate(documents_of_rows):
             segments_T = np.asarray(segment_ids_BT[row])
-            for kind, x_BT in enumerate(rounds):
-                passed_TK = np.asarray(x_BT[row])[:, None] >= depths
-                sums_SK = np.zeros((len(documents) + 1, self.num_depths), np.int64)
-                np.add.at(sums_SK, segments_T, passed_TK)
+            for kind, x_KBT in enumerate(rounds):
+                sums_SK = np.zeros((len(documents) + 1, self.num_depths))
+                np.add.at(sums_SK, segments_T, np.asarray(x_KBT)[:, row].T)
                 for document, sums_K in zip(documents, sums_SK[1:], strict=True):
-                    empty = np.zeros((2, self.num_depths), np.int64)
+                    empty = np.zeros((2, self.num_depths))
                     self._counts.setdefault(document, empty)[kind] += sums_K
 
     def intervals(self) -> tuple[Interval | None, list[Interval | None]]:

@@ -2,7 +2,8 @@
 
 Depth 0 is the main model; depth k = 1, 2, ... predicts k tokens further.
 Source: DeepSeek-V3 report (arXiv 2412.19437) section 2.2.
-B batch, T position, C chunk of positions, D hidden, V vocab, K depths, L layers, E experts.
+B batch, T position, C chunk of positions, D hidden, V vocab, K depths, L layers, M MTP modules,
+E experts; p is the main model's distribution at a target, q that of a depth.
 """
 
 import math
@@ -15,11 +16,12 @@ from jaxtyping import Array, Bool, Float, Int
 from finetune.data.packing import Batch
 from finetune.objective.acceptance import (
     AcceptanceCounts,
+    Choices,
     Rounds,
+    Rule,
     count_acceptance,
     is_learnt,
 )
-from finetune.settings import TrainMode
 from mtp_model import Context, DeepSeekV3, MainStates, make_context
 from mtp_model.layers import Embedding
 from mtp_model.mtp import shift_left
@@ -29,6 +31,18 @@ from mtp_model.sharding import BATCH_AXES, axis_size
 LOGITS_BYTES = 256 << 20
 
 
+class Asked(NamedTuple):
+    """What is measured of a batch."""
+
+    num_draft_tokens: int | None = None  # depths to run: as many as modules; more reuse them
+    distributions: bool = False  # compare each depth's with the main model's of the same target
+    rule: Rule = "greedy"  # how drafts are accepted
+    temperature: float = 1.0  # of the distributions that are compared, and of the rule
+
+
+ONE_DRAFT_EACH = Asked()
+
+
 class Targets(NamedTuple):
     """What each position is to predict, and whether that counts."""
 
@@ -36,28 +50,40 @@ class Targets(NamedTuple):
     valid_BT: Bool[Array, "B T"]
 
 
-class TokenLoss(NamedTuple):
-    """Negative log-likelihood in nats summed over valid targets, their number, and the argmax."""
-
-    nll_sum: jax.Array  # float32 scalar
-    num_targets: jax.Array  # int32 scalar
-    greedy_BT: Int[Array, "B T"]
-
-
 class Measured(NamedTuple):
-    """Sums over a batch, which add up over batches; row 0 of *_K1 is the main model."""
+    """Sums over a batch, which add up over batches; row 0 of *_K1 is the main model.
 
-    nll_sum_K1: Float[Array, "K1"]
+    Those from kl_sum_K on compare the distributions of the MTP depths with the main model's, at
+    the temperature that was asked for; zeros where that was not asked for.
+    """
+
+    nll_sum_K1: Float[Array, "K1"]  # nats, over valid targets
     num_targets_K1: Int[Array, "K1"]
     acceptance: AcceptanceCounts
     num_tokens: jax.Array  # int32 scalar, padding not counted
+    kl_sum_K: Float[Array, "K"]  # KL(p || q), nats, over valid targets
+    overlap_sum_K: Float[Array, "K"]  # sum over v of min(p, q): what rejection sampling accepts
+    joint_sum: jax.Array  # over anchors, of the mean over j of the overlaps' product up to j
+    num_anchors: jax.Array  # int32: positions where every depth has a valid target
+    entropy_sum: jax.Array  # of p, nats, over the main model's valid targets
+    text_nll_sum: jax.Array  # of the text under p, over the same
 
 
 class ExpertLoad(NamedTuple):
-    """Real tokens that chose each expert; one row a MoE layer, one row a depth."""
+    """Real tokens that chose each expert; one row a MoE layer, one row an MTP module."""
 
     moe_layers_LE: Float[Array, "L E"]
-    mtp_KE: Float[Array, "K E"]
+    mtp_ME: Float[Array, "M E"]
+
+
+class HeadSums(NamedTuple):
+    """What the head's logits say of a chunk, or of all of it."""
+
+    nll_K1: Float[Array, "K1"]
+    kl_K: Float[Array, "K"]
+    overlap_K: Float[Array, "K"]
+    joint: jax.Array
+    entropy: jax.Array
 
 
 class Measurement(NamedTuple):
@@ -66,6 +92,7 @@ class Measurement(NamedTuple):
     measured: Measured
     load: ExpertLoad
     rounds: Rounds
+    choices: Choices
 
 
 def targets(batch: Batch, k: int) -> Targets:
@@ -77,45 +104,113 @@ def targets(batch: Batch, k: int) -> Targets:
     return Targets(shift_left(batch.tokens_BT, k + 1, 0), is_learnt(batch, k + 1))
 
 
-def chunk_length(rows: int, length: int, vocab_size: int) -> int:
-    """Positions whose float32 logits take at most LOGITS_BYTES on one device."""
+def chunk_length(rows: int, length: int, vocab_size: int, num_logits: int) -> int:
+    """Positions whose float32 logits, `num_logits` at each, take at most LOGITS_BYTES a device."""
     rows_here = max(1, rows // math.prod(map(axis_size, BATCH_AXES)))
     vocab_here = max(1, vocab_size // axis_size("tensor"))
-    return min(length, max(1, LOGITS_BYTES // (4 * rows_here * vocab_here)))
+    return min(length, max(1, LOGITS_BYTES // (4 * rows_here * vocab_here * num_logits)))
 
 
-def token_loss(
+def through_head(
     lm_head: Embedding,
-    hidden_BTD: Float[Array, "B T D"],
-    target: Targets,
-) -> TokenLoss:
-    """Cross entropy of the head's logits, a chunk of positions at a time.
+    hidden: tuple[Float[Array, "B T D"], ...],
+    target: tuple[Targets, ...],
+    asked: Asked,
+) -> tuple[HeadSums, Choices]:
+    """One pass over the logits of the main model and all depths, a chunk of positions at a time.
 
-    Each chunk's logits are computed again in the backward pass.
+    Each chunk's logits are computed again in the backward pass. No gradient goes through the main
+    model's distribution. nll is of temperature 1, all else of the temperature that is asked for.
     """
-    rows, length, _ = hidden_BTD.shape
-    chunk = chunk_length(rows, length, lm_head.weight.shape[0])
+    rows, length, _ = hidden[0].shape
+    depths = len(hidden) - 1
+    num_logits = len(hidden) + 2 * asked.distributions
+    chunk = chunk_length(rows, length, lm_head.weight.shape[0], num_logits)
     count = -(-length // chunk)
-
-    @jax.checkpoint
-    def of_chunk(args):
-        h_BCD, target_BC, valid_BC = args
-        logits_BCV = lm_head.logits(h_BCD)
-        log_sum_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
-        chosen_BC = jnp.take_along_axis(logits_BCV, target_BC[..., None], axis=-1)[..., 0]
-        nll_BC = jnp.where(valid_BC, log_sum_BC - chosen_BC, 0.0)
-        return jnp.sum(nll_BC), jnp.argmax(logits_BCV, axis=-1).astype(jnp.int32)
 
     def in_chunks(x_BT):
         padding = [(0, 0), (0, count * chunk - length)] + [(0, 0)] * (x_BT.ndim - 2)
         split = jnp.pad(x_BT, padding).reshape(rows, count, chunk, *x_BT.shape[2:])
         return jnp.moveaxis(split, 1, 0)
 
-    chunks = jax.tree.map(in_chunks, (hidden_BTD, target.tokens_BT, target.valid_BT))
-    nll_sums, greedy = jax.lax.map(of_chunk, chunks)
-    greedy_BT = jnp.moveaxis(greedy, 0, 1).reshape(rows, count * chunk)[:, :length]
-    num_targets = jnp.sum(target.valid_BT, dtype=jnp.int32)
-    return TokenLoss(jnp.sum(nll_sums), num_targets, greedy_BT)
+    def behind_chunks(x_BTD):
+        """The `depths` rows behind each chunk, where the targets of its last rows are predicted."""
+        ends = range(chunk, count * chunk + 1, chunk)
+        padded = jnp.pad(x_BTD, [(0, 0), (0, count * chunk + depths - length), (0, 0)])
+        return jnp.stack([padded[:, end : end + depths] for end in ends])
+
+    @jax.checkpoint
+    def of_chunk(args):
+        return _of_chunk(lm_head, *args, temperature=asked.temperature)
+
+    behind = behind_chunks(jax.lax.stop_gradient(hidden[0])) if asked.distributions else None
+    chunks = (*jax.tree.map(in_chunks, (hidden, target)), behind)
+    sums, choices = jax.lax.map(of_chunk, chunks)
+
+    def whole(x):
+        return jnp.moveaxis(x, 0, 1).reshape(rows, count * chunk)[:, :length]
+
+    return jax.tree.map(lambda x: jnp.sum(x, axis=0), sums), jax.tree.map(whole, choices)
+
+
+def _of_chunk(lm_head: Embedding, hidden, target, behind_BKD, *, temperature: float):
+    """Sums and choices of one chunk; of one depth after the other."""
+    logits_BCV = lm_head.logits(hidden[0])
+    log_p = None
+    if behind_BKD is not None:
+        further = jnp.concatenate([logits_BCV, lm_head.logits(behind_BKD)], axis=1)
+        log_p = jax.nn.log_softmax(jax.lax.stop_gradient(further) / temperature, axis=-1)
+    nll, kl, overlap = [], [], []
+    greedy, log_prob = [], []
+    entropy = jnp.zeros((), jnp.float32)
+    product_BC = jnp.ones(logits_BCV.shape[:2], jnp.float32)
+    joint_BC = jnp.zeros_like(product_BC)
+    for k, (h_BCD, target_k) in enumerate(zip(hidden, target, strict=True)):
+        logits_BCV = lm_head.logits(h_BCD) if k else logits_BCV
+        log_q = jax.nn.log_softmax(logits_BCV, axis=-1)
+        nll.append(-_sum_where(target_k.valid_BT, _at(log_q, target_k.tokens_BT)))
+        greedy.append(jnp.argmax(logits_BCV, axis=-1).astype(jnp.int32))
+        if temperature != 1.0:
+            log_q = jax.nn.log_softmax(logits_BCV / temperature, axis=-1)
+        log_prob.append(jax.lax.stop_gradient(_at(log_q, target_k.tokens_BT)))
+        if log_p is None:
+            continue
+        same = log_p[:, k : k + log_q.shape[1]]
+        p = jnp.exp(same)
+        if k == 0:
+            entropy = -_sum_where(target_k.valid_BT, jnp.sum(p * same, axis=-1))
+            continue
+        kl.append(_sum_where(target_k.valid_BT, jnp.sum(p * (same - log_q), axis=-1)))
+        q = jnp.exp(log_q)
+        overlap_BC = jnp.sum(jnp.where(q >= p, p, q), axis=-1)  # NaN where q is
+        overlap.append(_sum_where(target_k.valid_BT, overlap_BC))
+        product_BC *= overlap_BC
+        joint_BC += product_BC / (len(hidden) - 1)
+    none_K = jnp.zeros((len(hidden) - 1,), jnp.float32)
+    sums = HeadSums(
+        nll_K1=jnp.stack(nll),
+        kl_K=jnp.stack(kl) if kl else none_K,
+        overlap_K=jnp.stack(overlap) if overlap else none_K,
+        joint=_sum_where(_is_anchor(target), joint_BC),
+        entropy=entropy,
+    )
+    return sums, Choices(tuple(greedy), tuple(log_prob))
+
+
+def _at(values_BCV, tokens_BC) -> Float[Array, "B C"]:
+    return jnp.take_along_axis(values_BCV, tokens_BC[..., None], axis=-1)[..., 0]
+
+
+def _sum_where(valid_BC, values_BC) -> jax.Array:
+    return jnp.sum(jnp.where(valid_BC, values_BC, 0.0))
+
+
+def _is_anchor(target: tuple[Targets, ...]) -> Bool[Array, "B T"]:
+    """Where every MTP depth has a valid target: drafts of a whole round."""
+    anchor_BT = jnp.ones_like(target[0].valid_BT)
+    for each in target[1:]:
+        anchor_BT &= each.valid_BT
+    return anchor_BT
 
 
 def context_of(batch: Batch) -> Context:
@@ -124,43 +219,45 @@ def context_of(batch: Batch) -> Context:
 
 
 def measure(
-    model: DeepSeekV3, batch: Batch, main: MainStates, num_draft_tokens: int | None = None
+    model: DeepSeekV3, batch: Batch, main: MainStates, asked: Asked = ONE_DRAFT_EACH
 ) -> Measurement:
     """Run the depths on a batch, each fed the true next token, and add up all losses.
 
     main: what the main model made of the batch, `model.main(batch.tokens_BT, context_of(batch))`;
     a gradient flows back into it unless it is stopped there.
-    num_draft_tokens: depths to run (default: the modules there are; more reuse them).
     """
-    drafts = model.draft(main.state_BTD, batch.tokens_BT, context_of(batch), num_draft_tokens)
-    losses = [
-        token_loss(model.lm_head, hidden_BTD, targets(batch, k))
-        for k, hidden_BTD in enumerate((main.hidden_BTD, *drafts.hidden))
-    ]
-    greedy, *drafted = (loss.greedy_BT for loss in losses)
-    acceptance, rounds = count_acceptance(batch, greedy, tuple(drafted))
+    context = context_of(batch)
+    drafts = model.draft(main.state_BTD, batch.tokens_BT, context, asked.num_draft_tokens)
+    hidden = (main.hidden_BTD, *drafts.hidden)
+    target = tuple(targets(batch, k) for k in range(len(hidden)))
+    sums, choices = through_head(model.lm_head, hidden, target, asked)
+    acceptance, rounds = count_acceptance(batch, choices, asked.rule)
+    compared = asked.distributions
+    anchors_BT = _is_anchor(target) & (compared and len(hidden) > 1)
+    text_nll = -_sum_where(target[0].valid_BT & compared, choices.log_prob[0])
     measured = Measured(
-        nll_sum_K1=jnp.stack([loss.nll_sum for loss in losses]),
-        num_targets_K1=jnp.stack([loss.num_targets for loss in losses]),
+        nll_sum_K1=sums.nll_K1,
+        num_targets_K1=jnp.stack([jnp.sum(each.valid_BT, dtype=jnp.int32) for each in target]),
         acceptance=acceptance,
         num_tokens=jnp.sum(batch.segment_ids_BT != 0, dtype=jnp.int32),
+        kl_sum_K=sums.kl_K,
+        overlap_sum_K=sums.overlap_K,
+        joint_sum=sums.joint,
+        num_anchors=jnp.sum(anchors_BT, dtype=jnp.int32),
+        entropy_sum=sums.entropy,
+        text_nll_sum=text_nll,
     )
-    load = ExpertLoad(main.expert_load_LE, drafts.expert_load_LE)
-    return Measurement(measured, load, rounds)
+    load = ExpertLoad(main.expert_load_LE, _by_module(drafts.expert_load_LE, model))
+    return Measurement(measured, load, rounds, choices)
+
+
+def _by_module(load_KE: Float[Array, "K E"], model: DeepSeekV3) -> Float[Array, "M E"]:
+    """The load of each MTP module: of all depths that it was used for."""
+    count = max(1, model.config.num_nextn_predict_layers)
+    return jnp.stack([jnp.sum(load_KE[module::count], axis=0) for module in range(count)])
 
 
 def mean_losses(measured: Measured) -> Float[Array, "K1"]:
     """Mean over its valid targets, for the main model and each depth; 0 where there are none."""
     counts_K1 = jnp.maximum(measured.num_targets_K1, 1).astype(jnp.float32)
     return measured.nll_sum_K1 / counts_K1
-
-
-def objective(measured: Measured, mode: TrainMode, mtp_lambda: float) -> jax.Array:
-    """What training lowers: L_main + lambda / K * sum of the depths' losses.
-
-    With the main model frozen, L_main is a constant and lambda only a factor: the mean of the
-    depths' losses is lowered.
-    """
-    losses_K1 = mean_losses(measured)
-    mtp = jnp.mean(losses_K1[1:])
-    return mtp if mode == "mtp" else losses_K1[0] + mtp_lambda * mtp

@@ -1,6 +1,7 @@
 """The run directory: whether it is new, to be continued, finished, or not ours."""
 
 import contextlib
+import dataclasses
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -78,7 +79,17 @@ class RunDirectory:
 
     def saved_settings(self) -> RunSettings | None:
         """Settings of the run that is here, None where there is none."""
-        return read_yaml(self.config) if self.config.is_file() else None
+        return _by_text(read_yaml(self.config)) if self.config.is_file() else None
+
+    def as_it_began(self, settings: RunSettings) -> RunSettings:
+        """Settings that name no objective, with that of an earlier version's run, if one is here.
+
+        Those had cross entropy alone, and did not save its name.
+        """
+        if settings.objective.weights() or not self.config.is_file():
+            return settings
+        unnamed = not read_yaml(self.config).objective.weights()
+        return _by_text(settings) if unnamed else settings
 
     def raise_unless_usable(self, settings: RunSettings, overwrite: bool) -> None:
         """RunError unless a run with these settings may start or go on here. Touches nothing."""
@@ -91,7 +102,7 @@ class RunDirectory:
             return
         if overwrite:
             return
-        saved = read_yaml(self.config)
+        saved = _by_text(read_yaml(self.config))
         changed = forbidden_changes(saved, settings)
         found, wanted = self.computed_in(), settings.compute_dtype
         if wanted not in ("auto", found):
@@ -168,3 +179,10 @@ class RunDirectory:
             shutil.rmtree(folder, ignore_errors=True)
         for file in (self.metrics, self.evaluations, self.curves, self.resolved, self.config):
             file.unlink(missing_ok=True)
+
+
+def _by_text(settings: RunSettings) -> RunSettings:
+    """Settings whose objective is cross entropy unless they name one."""
+    if settings.objective.weights():
+        return settings
+    return dataclasses.replace(settings, objective=dataclasses.replace(settings.objective, ce=1.0))

@@ -14,9 +14,9 @@ import jax
 import numpy as np
 
 from finetune.data.packing import Batch
-from finetune.objective.acceptance import Rounds
+from finetune.objective.acceptance import Rounds, Rule
 from finetune.objective.intervals import DocumentCounts, Interval
-from finetune.objective.losses import Measured
+from finetune.objective.losses import ONE_DRAFT_EACH, Asked, Measured
 
 Row = dict[str, Any]
 """A line of metrics.jsonl or evaluations.jsonl."""
@@ -32,6 +32,11 @@ class Summary:
     round are all accepted: the product of `conditional`, which is accepted / reached (see
     objective/acceptance.py). greedy_share: learnt tokens that are the main model's greedy choice.
     Intervals are of 95 % confidence, by a bootstrap over documents.
+
+    overlap: mean over targets of sum over v of min(p, q), the probability that rejection sampling
+    accepts a draft at any place; kl: KL(p || q), nats; entropy of p, and text_nll of the text under
+    p, nats a token. All of these at `temperature`, and only where distributions were compared. A
+    text that the main model sampled at that temperature has a text_nll near the entropy.
     """
 
     tokens: int
@@ -40,11 +45,17 @@ class Summary:
     acceptance: list[float | None]
     conditional: list[float | None]
     agreement: list[float | None]
-    reached: list[int]
-    accepted: list[int]
+    reached: list[int] | list[float]  # expected numbers with `sampling` rejection
+    accepted: list[int] | list[float]
     greedy_share: float | None = None
     acceptance_interval: list[Interval | None] = field(default_factory=list)
     mean_accepted_length_interval: Interval | None = None
+    sampling: Rule = "greedy"
+    temperature: float = 1.0
+    overlap: list[float | None] = field(default_factory=list)
+    kl: list[float | None] = field(default_factory=list)
+    entropy: float | None = None
+    text_nll: float | None = None
 
     @property
     def mean_accepted_length(self) -> float | None:
@@ -66,7 +77,7 @@ class Summary:
             "num_accepted_tokens_per_pos": self.accepted,
         }
 
-    def _decided(self) -> int:
+    def _decided(self) -> float:
         """Drafts that are accepted, refused, or behind a refused one."""
         refused = [
             reached - kept for reached, kept in zip(self.reached, self.accepted, strict=True)
@@ -103,10 +114,12 @@ def _wide(x: np.ndarray) -> np.ndarray:
 def measure_text(
     step: Callable[[Batch], tuple[Measured, Rounds]],
     batches: Iterable[tuple[Batch, Sequence[Sequence[int]]]],
+    asked: Asked,
 ) -> Summary:
     """Run `step` on each batch and sum up what it finds, with intervals.
 
-    batches: each with the numbers of its documents (`Packer.documents_of_rows`).
+    batches: each with the numbers of its documents (`Packer.documents_of_rows`). asked: what `step`
+    measures.
     """
     documents: DocumentCounts | None = None
 
@@ -121,27 +134,49 @@ def measure_text(
     total = add_up(measured())
     assert documents is not None  # add_up had a batch
     length, acceptance = documents.intervals()
-    return replace(
-        summarise(total), acceptance_interval=acceptance, mean_accepted_length_interval=length
-    )
+    summary = summarise(total, asked)
+    return replace(summary, acceptance_interval=acceptance, mean_accepted_length_interval=length)
 
 
-def summarise(measured: Measured) -> Summary:
+def summarise(measured: Measured, asked: Asked = ONE_DRAFT_EACH) -> Summary:
     """Sums of one batch or several, on the host, as rates and means."""
     main_loss, *mtp_loss = _rates(measured.nll_sum_K1, measured.num_targets_K1)
+    main_targets, *mtp_targets = measured.num_targets_K1
     counts = measured.acceptance
     conditional = _rates(counts.accepted_K, counts.reached_K)
-    return Summary(
+    found = Summary(
         tokens=int(measured.num_tokens),
         main_loss=main_loss,
         mtp_loss=mtp_loss,
         acceptance=_products(conditional),
         conditional=conditional,
         agreement=_rates(counts.agreed_K, counts.compared_K),
-        reached=[int(n) for n in np.asarray(counts.reached_K)],
-        accepted=[int(n) for n in np.asarray(counts.accepted_K)],
+        reached=_numbers(counts.reached_K, asked),
+        accepted=_numbers(counts.accepted_K, asked),
         greedy_share=_rates([counts.greedy], [counts.learnt])[0],
+        sampling=asked.rule,
+        temperature=asked.temperature,
     )
+    if not asked.distributions:
+        return found
+    entropy, text_nll = (
+        _rates([x], [main_targets])[0] for x in (measured.entropy_sum, measured.text_nll_sum)
+    )
+    return replace(
+        found,
+        overlap=_rates(measured.overlap_sum_K, mtp_targets),
+        kl=_rates(measured.kl_sum_K, mtp_targets),
+        entropy=entropy,
+        text_nll=text_nll,
+    )
+
+
+def _numbers(counts_K: Any, asked: Asked) -> list[int] | list[float]:
+    """Counts; expected ones need not be whole."""
+    values = np.asarray(counts_K)
+    if asked.rule == "rejection":
+        return [float(n) for n in values]
+    return [round(float(n)) for n in values]
 
 
 def _rates(parts: Any, wholes: Any) -> list[float | None]:

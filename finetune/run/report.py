@@ -7,18 +7,21 @@ from finetune.run.metrics import Summary
 from mtp_model.reporting import Grid, Section
 
 GREEDY_TEXT = 0.99  # with this share of greedy tokens a text is the main model's own
+FOREIGN_NATS = 0.1  # a text's log-loss over the entropy, from which on it is somebody else's
 
 
 def evaluation_sections(summary: Summary, title: str) -> list[Section]:
     """Losses and acceptance, one row a depth."""
-    rows = [("main model", number(summary.main_loss), "", "", "", "", "")]
+    overlap = summary.overlap or [None] * len(summary.mtp_loss)
+    rows = [("main model", number(summary.main_loss), "", "", "", "", "", "")]
     for k, loss in enumerate(summary.mtp_loss):
         interval = summary.acceptance_interval[k] if summary.acceptance_interval else None
         rates = (percent(summary.acceptance[k]), between(interval, percent))
-        counted = f"{summary.accepted[k]:,} / {summary.reached[k]:,}"
-        more = (percent(summary.conditional[k]), counted, percent(summary.agreement[k]))
+        counted = f"{summary.accepted[k]:,.0f} / {summary.reached[k]:,.0f}"
+        loose = (percent(summary.agreement[k]), percent(overlap[k]))
+        more = (percent(summary.conditional[k]), counted, *loose)
         rows.append((f"draft {k + 1}", number(loss), *rates, *more))
-    columns = ("", "loss", "accepted", "95 %", "if reached", "drafts", "agreement")
+    columns = ("", "loss", "accepted", "95 %", "if reached", "drafts", "agreement", "overlap")
     return [title, Grid(columns, rows), _caption(summary)]
 
 
@@ -28,17 +31,32 @@ def _caption(summary: Summary) -> str:
     sure = between(summary.mean_accepted_length_interval, number)
     said = (
         f"mean accepted length {length}{f' ({sure})' if sure else ''}, "
-        f"{rounds:,} rounds on {summary.tokens:,} tokens\n"
-        "accepted: with all drafts of the round before it; agreement: with the main\n"
-        "model's greedy choice, on all of the text"
+        f"{rounds:,.0f} rounds on {summary.tokens:,} tokens\n"
+        "accepted: with all drafts of the round before it; on all of the text: agreement with the\n"
+        "main model's greedy choice, and overlap of the distributions, which rejection accepts"
     )
-    share = summary.greedy_share
-    if share is None or share > GREEDY_TEXT:
-        return said
-    return said + (
-        f"\nonly {percent(share)} of the text is what the main model would write greedily: these\n"
-        "rates hold as long as it does; measure on the model's own answers to know what\n"
-        "a server accepts"
+    foreign = _foreign(summary)
+    return said if foreign is None else f"{said}\n{foreign}"
+
+
+def _foreign(summary: Summary) -> str | None:
+    """What makes the rates conditional: that the main model would not write this text."""
+    if summary.sampling == "greedy":
+        share = summary.greedy_share
+        if share is None or share > GREEDY_TEXT:
+            return None
+        found = f"only {percent(share)} of the text is what the main model would write greedily"
+    else:
+        nll, entropy = summary.text_nll, summary.entropy
+        if nll is None or entropy is None or nll < entropy + FOREIGN_NATS:
+            return None
+        found = (
+            f"the text is not what the main model writes at temperature {summary.temperature:g} "
+            f"(log-loss {number(nll)}, entropy {number(entropy)})"
+        )
+    return (
+        f"{found}:\nthese rates hold as long as it does; measure on the model's own answers to "
+        "know what\na server accepts"
     )
 
 
@@ -52,6 +70,7 @@ def comparison_sections(before: Summary, after: Summary) -> list[Section]:
 def _by_name(summary: Summary) -> dict[str, str]:
     depths = [
         ("MTP loss, depth", number, summary.mtp_loss),
+        ("overlap, depth", percent, summary.overlap),
         ("accepted, draft", percent, summary.acceptance),
         ("agreement, draft", percent, summary.agreement),
     ]

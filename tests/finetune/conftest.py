@@ -14,6 +14,7 @@ from finetune.settings import (
     BatchSettings,
     CheckpointSettings,
     EvaluationSettings,
+    ObjectiveSettings,
     OptimizerSettings,
     RunSettings,
 )
@@ -42,6 +43,7 @@ def settings(checkpoint, data, tmp_path_factory):
         data=(data,),
         out=tmp_path_factory.mktemp("runs") / "whole",
         steps=7,
+        objective=ObjectiveSettings(ce=1.0),
         batch=BatchSettings(rows=2, row_tokens=32),
         optimizer=OptimizerSettings(learning_rate=3e-3, warmup_fraction=0.3),
         evaluation=EvaluationSettings(every=2, rows=2),

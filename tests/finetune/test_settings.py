@@ -179,7 +179,8 @@ def test_wrong_usage_has_status_2_and_says_what(argv, said, capsys):
     assert not out
 
 
-def test_help_gives_units_and_defaults(capsys):
+def test_help_gives_units_and_defaults(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")  # wide enough for an option and its default in a line
     assert status(["train", "--help"]) == 0
     text = capsys.readouterr().out
     assert "--optimizer.learning-rate FLOAT" in text

@@ -5,7 +5,7 @@ import numpy as np
 
 from finetune.data.packing import Batch, Packer
 from finetune.data.tokens import Tokens
-from finetune.objective.acceptance import count_acceptance
+from finetune.objective.acceptance import Choices, count_acceptance
 from finetune.objective.losses import Measured
 
 VOCAB = 384
@@ -31,5 +31,15 @@ def packed(documents, rows=2, row_tokens=16) -> Batch:
 
 def measured_of(nll_sums, counts) -> Measured:
     """Sums with these losses and nothing drafted."""
-    empty = count_acceptance(packed(DOCUMENTS), jnp.zeros((2, 16), jnp.int32), ())[0]
-    return Measured(jnp.array(nll_sums), jnp.array(counts), empty, jnp.int32(0))
+    nothing = Choices((jnp.zeros((2, 16), jnp.int32),), (jnp.zeros((2, 16)),))
+    empty = count_acceptance(packed(DOCUMENTS), nothing)[0]
+    zeros = jnp.zeros((len(counts) - 1,))
+    of_distributions = (zeros, zeros, jnp.float32(0), jnp.int32(0), jnp.float32(0), jnp.float32(0))
+    sums = (jnp.array(nll_sums), jnp.array(counts), empty, jnp.int32(0))
+    return Measured(*sums, *of_distributions)
+
+
+def choices_of(greedy, drafted) -> Choices:
+    """The main model's greedy choices and each depth's, where the rule needs nothing else."""
+    all_choices = tuple(map(jnp.asarray, (greedy, *drafted)))
+    return Choices(all_choices, tuple(jnp.zeros(each.shape) for each in all_choices))

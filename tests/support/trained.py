@@ -30,6 +30,7 @@ def arguments(settings: RunSettings, out: Path) -> list[str]:
         "--data": settings.data[0],
         "--out": out,
         "--steps": settings.steps,
+        "--objective.ce": settings.objective.ce,
         "--batch.rows": settings.batch.rows,
         "--batch.row-tokens": settings.batch.row_tokens,
         "--optimizer.learning-rate": settings.optimizer.learning_rate,

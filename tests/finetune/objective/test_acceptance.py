@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from packed import measured_of, packed
+from packed import choices_of, measured_of, packed
 
 from finetune.data.packing import Batch
 from finetune.data.tokens import Tokens
@@ -12,7 +12,7 @@ from finetune.objective.acceptance import count_acceptance
 from finetune.run.metrics import add_up, summarise
 
 
-def acceptance_by_loop(batch: Batch, greedy, drafted):
+def acceptance_by_loop(batch: Batch, greedy, drafted, rule="greedy"):
     """The definition of finetune/objective/acceptance.py, round by round.
 
     Counts by name, and [reached, accepted] of the documents of each row.
@@ -37,10 +37,11 @@ def acceptance_by_loop(batch: Batch, greedy, drafted):
                     if not (is_learnt(i + 1) and is_learnt(i + k + 1)):
                         break
                     counts["reached"][k - 1] += 1
-                    if draft[row, i] != greedy[row, i + k]:
+                    wanted = greedy[row, i + k] if rule == "greedy" else tokens[row, i + k + 1]
+                    if draft[row, i] != wanted:
                         break
                     counts["accepted"][k - 1] += 1
-                    if tokens[row, i + k + 1] != greedy[row, i + k]:
+                    if tokens[row, i + k + 1] != wanted:
                         break
                     kept += 1
                 i += kept + 1
@@ -64,16 +65,18 @@ def random_documents(rng) -> list[Tokens]:
     ]
 
 
+@pytest.mark.parametrize("rule", ["greedy", "target"])
 @pytest.mark.parametrize("seed", range(8))
-def test_acceptance_follows_its_definition(seed):
+def test_acceptance_follows_its_definition(seed, rule):
     rng = np.random.default_rng(seed)
     batch = packed(random_documents(rng), rows=8, row_tokens=32)
     greedy, *drafted = rng.integers(0, 2, (4, *batch.tokens_BT.shape))
-    counts, rounds = count_acceptance(batch, jnp.asarray(greedy), tuple(map(jnp.asarray, drafted)))
-    assert [column.tolist() for column in counts] == acceptance_by_loop(batch, greedy, drafted)
+    counts, rounds = count_acceptance(batch, choices_of(greedy, drafted), rule)
+    expected = acceptance_by_loop(batch, greedy, drafted, rule)
+    assert [column.tolist() for column in counts] == expected
     assert counts.accepted_K[1] > 0
-    assert int((rounds.reached_BT > 0).sum()) == counts.reached_K[0]
-    assert int(rounds.accepted_BT.sum()) == counts.accepted_K.sum()
+    assert rounds.reached_KBT.sum((1, 2)).tolist() == counts.reached_K.tolist()
+    assert rounds.accepted_KBT.sum((1, 2)).tolist() == counts.accepted_K.tolist()
 
 
 def test_a_round_begins_behind_what_the_last_one_accepted():
@@ -83,8 +86,8 @@ def test_a_round_begins_behind_what_the_last_one_accepted():
     greedy = batch.tokens_BT + 1
     good = jnp.isin(jnp.arange(10), jnp.array([2, 3]))[None]
     drafted = tuple(jnp.where(good, batch.tokens_BT + 1 + k, 0) for k in (1, 2))
-    counts, rounds = count_acceptance(batch, greedy, drafted)
-    begin = np.flatnonzero(rounds.reached_BT[0])
+    counts, rounds = count_acceptance(batch, choices_of(greedy, drafted))
+    begin = np.flatnonzero(rounds.reached_KBT[0, 0])
     assert begin.tolist() == [0, 1, 2, 5, 6, 7]  # 3 and 4 were accepted: averages would count 3
     assert counts.reached_K.tolist() == [6, 1]
     assert counts.accepted_K.tolist() == [1, 1]
@@ -96,9 +99,9 @@ def test_a_prompt_does_not_count():
     mask = (np.arange(10) >= 6).astype(np.int32)
     batch = packed([Tokens(tokens, mask)], rows=1, row_tokens=10)
     nothing = jnp.zeros_like(batch.tokens_BT)
-    counts, rounds = count_acceptance(batch, nothing, (nothing - 1,))
+    counts, rounds = count_acceptance(batch, choices_of(nothing, [nothing - 1]))
     # token 6 is the main model's own; the first draft is of 7
-    assert np.flatnonzero(rounds.reached_BT[0]).tolist() == [5, 6, 7]
+    assert np.flatnonzero(rounds.reached_KBT[0, 0]).tolist() == [5, 6, 7]
     assert counts.learnt == 4
 
 
@@ -109,7 +112,7 @@ def test_a_perfect_drafter_is_always_accepted():
     greedy = batch.tokens_BT + 1
     drafted = tuple(batch.tokens_BT + 1 + k for k in (1, 2, 3))
     measured = measured_of([1.0] * 4, [1] * 4)._replace(
-        acceptance=count_acceptance(batch, greedy, drafted)[0]
+        acceptance=count_acceptance(batch, choices_of(greedy, drafted))[0]
     )
     summary = summarise(jax.device_get(measured))
     assert summary.reached == [3, 3, 2]  # rounds from 0, 4 and 8; the last ends with the text
@@ -120,7 +123,7 @@ def test_a_perfect_drafter_is_always_accepted():
     assert summary.to_json()["num_draft_tokens"] == 8
     assert summary.to_json()["num_accepted_tokens_per_pos"] == [3, 3, 2]
     nothing = tuple(jnp.full_like(draft, -5) for draft in drafted)
-    counts, _ = count_acceptance(batch, greedy, nothing)
+    counts, _ = count_acceptance(batch, choices_of(greedy, nothing))
     assert counts.reached_K.tolist() == [10, 0, 0]
     assert counts.accepted_K.tolist() == [0, 0, 0]
     refused = summarise(jax.device_get(measured._replace(acceptance=counts)))

@@ -9,6 +9,12 @@ from finetune.objective.intervals import CONFIDENCE, DocumentCounts
 RATE = 0.6
 
 
+def rounds_of(reached_BT, accepted_BT) -> Rounds:
+    """Rounds with two drafts, from how many are reached and accepted."""
+    depths = np.arange(1, 3)[:, None, None]
+    return Rounds(reached_BT >= depths, accepted_BT >= depths)
+
+
 def counted(rng, num_documents: int, num_rounds: int, spread: float, together: bool):
     """Documents of rounds with one draft; its rate varies from document to document by `spread`.
 
@@ -23,7 +29,7 @@ def counted(rng, num_documents: int, num_rounds: int, spread: float, together: b
         if not together:
             segments = np.arange(1, num_rounds + 1)[None]
             documents = [[number * num_rounds + k for k in range(num_rounds)]]
-        counts.add(Rounds(np.ones_like(accepted), accepted), segments, documents)
+        counts.add(Rounds(np.ones_like(accepted)[None], accepted[None]), segments, documents)
     return counts
 
 
@@ -56,19 +62,19 @@ def test_parts_of_a_document_are_one():
     segments = np.repeat([[1] * 6 + [2] * 6], 4, axis=0)
     numbers = [[0, 1], [2, 0], [3, 4], [0, 5]]
     whole, parts = DocumentCounts(2), DocumentCounts(2)
-    whole.add(Rounds(reached, accepted), segments, numbers)
+    whole.add(rounds_of(reached, accepted), segments, numbers)
     for half in (slice(0, 2), slice(2, 4)):
-        parts.add(Rounds(reached[half], accepted[half]), segments[half], numbers[half])
+        parts.add(rounds_of(reached[half], accepted[half]), segments[half], numbers[half])
     assert whole.intervals() == parts.intervals()
     alone = DocumentCounts(2)
-    alone.add(Rounds(reached, accepted), segments, [[2 * r, 2 * r + 1] for r in range(4)])
+    alone.add(rounds_of(reached, accepted), segments, [[2 * r, 2 * r + 1] for r in range(4)])
     assert alone.intervals() != whole.intervals()
 
 
 def test_one_document_says_nothing_about_others():
     counts = DocumentCounts(2)
     ones = np.ones((1, 5), np.int32)
-    counts.add(Rounds(ones, ones), ones, [[3]])
+    counts.add(rounds_of(ones, ones), ones, [[3]])
     assert counts.intervals() == (None, [None, None])
 
 
@@ -76,7 +82,7 @@ def test_a_draft_that_hardly_any_document_reaches_has_no_interval():
     counts = DocumentCounts(2)
     reached = np.ones((3, 5), np.int32)
     reached[0, 0] = 2
-    counts.add(Rounds(reached, reached), np.ones((3, 5), np.int32), [[0], [1], [2]])
+    counts.add(rounds_of(reached, reached), np.ones((3, 5), np.int32), [[0], [1], [2]])
     length, (first, second) = counts.intervals()
     assert length is None
     assert first is not None

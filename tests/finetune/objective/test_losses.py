@@ -11,15 +11,17 @@ from finetune.data.packing import Batch
 from finetune.data.tokens import Tokens
 from finetune.objective import losses
 from finetune.objective.losses import (
+    Asked,
     ExpertLoad,
     context_of,
     mean_losses,
     measure,
-    objective,
     targets,
-    token_loss,
+    through_head,
 )
+from finetune.objective.objectives import objective
 from finetune.run.metrics import add_up, summarise
+from finetune.settings import ObjectiveSettings
 from finetune.state import balance
 from mtp_model import DeepSeekV3, ModelConfig, RouterBias
 from mtp_model.model import abstract_model
@@ -156,8 +158,8 @@ def test_chunks_do_not_change_loss_or_gradient(model, chunk, monkeypatch):
 
     @jax.jit
     def loss_of(h_BTD, lm_head):
-        found = token_loss(lm_head, h_BTD, targets(batch, 0))
-        return found.nll_sum, found.greedy_BT
+        sums, choices = through_head(lm_head, (h_BTD,), (targets(batch, 0),), Asked())
+        return sums.nll_K1[0], choices.greedy[0]
 
     @jax.jit
     def plain(h_BTD, lm_head):
@@ -188,7 +190,7 @@ def test_whole_logits_never_exist(model, monkeypatch):
     batch = packed([document(1, 60), document(2, 50)], rows=rows, row_tokens=length)
 
     def loss_of(h_BTD, lm_head):
-        return token_loss(lm_head, h_BTD, targets(batch, 0)).nll_sum
+        return through_head(lm_head, (h_BTD,), (targets(batch, 0),), Asked())[0].nll_K1[0]
 
     h_BTD = jnp.ones((rows, length, model.config.hidden_size))
     traced = jax.make_jaxpr(jax.grad(loss_of, argnums=(0, 1)))(h_BTD, model.lm_head)
@@ -212,8 +214,9 @@ def equations(jaxpr):
 def test_objective_is_main_plus_lambda_over_depths():
     measured = measured_of([8.0, 9.0, 10.0], [4, 3, 2])
     assert mean_losses(measured).tolist() == [2.0, 3.0, 5.0]
-    assert float(objective(measured, "all", 0.3)) == pytest.approx(2.0 + 0.3 / 2 * (3.0 + 5.0))
-    assert float(objective(measured, "mtp", 0.3)) == pytest.approx((3.0 + 5.0) / 2)
+    text = ObjectiveSettings(ce=1.0)
+    found = [float(objective(measured, mode, text, 0.3)) for mode in ("all", "mtp")]
+    assert found == pytest.approx([2.0 + 0.3 / 2 * (3.0 + 5.0), (3.0 + 5.0) / 2])
 
 
 def test_a_depth_without_targets_has_loss_zero_and_no_number():
@@ -234,7 +237,7 @@ def test_router_biases_move_towards_the_mean_load():
     )
     load = ExpertLoad(
         moe_layers_LE=jnp.array([[4.0, 2.0, 1.0, 1.0], [2.0, 2.0, 2.0, 2.0]]),
-        mtp_KE=jnp.array([[0.0, 8.0, 0.0, 0.0]]),
+        mtp_ME=jnp.array([[0.0, 8.0, 0.0, 0.0]]),
     )
     moved = balance(state, load, rate=0.5)
     assert moved["moe_layers"]["bias"][...].tolist() == [[-0.5, 0, 0.5, 0.5], [0, 0, 0, 0]]
@@ -247,4 +250,4 @@ def test_only_real_tokens_are_counted_as_load(model):
     choices = model.config.num_experts_per_tok
     assert load.moe_layers_LE.sum(axis=1).tolist() == [choices * num_tokens]
     inside = [num_tokens - k * len(DOCUMENTS) for k in (1, 2)]  # depth k ends k tokens earlier
-    assert load.mtp_KE.sum(axis=1).tolist() == [choices * each for each in inside]
+    assert load.mtp_ME.sum(axis=1).tolist() == [choices * each for each in inside]

@@ -1,0 +1,64 @@
+"""What training lowers: a mixture of objectives, each a name with a weight.
+
+p is the main model's distribution at the place of a draft (no gradient goes through it), q_k that
+of depth k. K depths.
+
+* ce: the negative log-likelihood of the text, DeepSeek's own (arXiv 2412.19437, section 2.2).
+* kl: KL(p || q_k).
+* tv: 1 - sum over v of min(p, q_k), the share of drafts that rejection sampling refuses.
+* lk: exp(-3 a) kl + (1 - exp(-3 a)) tv, where a is the batch's mean of sum min(p, q_k): KL where
+  hardly anything is accepted, and TV has no gradient, TV later (arXiv 2602.23881).
+* e2e_tv: one minus the accepted share of whole rounds of K drafts,
+  1 - mean over anchors of (1/K) sum over j of product over k <= j of sum min(p, q_k)
+  (arXiv 2606.12370). Depths are joined in it, so it has no weights by depth.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from finetune.objective.losses import Measured, mean_losses
+from finetune.settings import ObjectiveSettings, TrainMode
+
+LK_ETA = 3.0
+
+
+def objective(
+    measured: Measured, mode: TrainMode, mixture: ObjectiveSettings, mtp_lambda: float
+) -> jax.Array:
+    """L_main + lambda * the mixture; with the main model frozen, the mixture alone.
+
+    A frozen main model's loss is a constant, and lambda would only be a factor.
+    """
+    mtp = mtp_objective(measured, mixture)
+    return mtp if mode == "mtp" else mean_losses(measured)[0] + mtp_lambda * mtp
+
+
+def mtp_objective(measured: Measured, mixture: ObjectiveSettings) -> jax.Array:
+    """The weighted sum of the objectives that the mixture names."""
+    by_depth = _by_depth(measured)
+    decay_K = mixture.depth_decay ** jnp.arange(len(measured.kl_sum_K), dtype=jnp.float32)
+    weight_K = decay_K / jnp.sum(decay_K)
+    total = jnp.zeros((), jnp.float32)
+    for name, weight in mixture.weights().items():
+        if name == "e2e_tv":
+            total += weight * _refused(measured.joint_sum, measured.num_anchors)
+        else:
+            total += weight * jnp.sum(weight_K * by_depth[name])
+    return total
+
+
+def _by_depth(measured: Measured) -> dict[str, Float[Array, "K"]]:
+    """Each objective that goes depth by depth; 0 for a depth without a target."""
+    counts_K = measured.num_targets_K1[1:]
+    kl_K = measured.kl_sum_K / jnp.maximum(counts_K, 1).astype(jnp.float32)
+    tv_K = _refused(measured.overlap_sum_K, counts_K)
+    share_K = jnp.exp(-LK_ETA * (1.0 - jax.lax.stop_gradient(tv_K)))
+    lk_K = share_K * kl_K + (1.0 - share_K) * tv_K
+    return {"ce": mean_losses(measured)[1:], "kl": kl_K, "tv": tv_K, "lk": lk_K}
+
+
+def _refused(accepted_sum: jax.Array, count: jax.Array) -> jax.Array:
+    """One minus a mean; 0 where there is nothing to take it over."""
+    mean = accepted_sum / jnp.maximum(count, 1).astype(jnp.float32)
+    return jnp.where(count > 0, 1.0 - mean, 0.0)
