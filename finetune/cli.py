@@ -17,8 +17,9 @@ import tyro
 from rich.console import Console
 
 from finetune.evaluate import EvaluateSettings, evaluate
+from finetune.generate import GenerateSettings, as_json, generate
 from finetune.run.directory import RunDirectory
-from finetune.run.report import comparison_sections, evaluation_sections
+from finetune.run.report import comparison_sections, evaluation_sections, generation_sections
 from finetune.run.stopping import Stopped, Stopping
 from finetune.settings import RunSettings, SettingsError, blank, read_yaml
 from finetune.train import Result, train
@@ -63,20 +64,24 @@ def _run(argv: Sequence[str], errors: Console) -> int:
         command = parse(argv)
         if isinstance(command, TrainCommand):
             return _train(command, argv, errors)
-        _evaluate(command)
+        if isinstance(command, GenerateSettings):
+            _generate(command)
+        else:
+            _evaluate(command)
     except SettingsError as error:
         errors.print(f"error: {error}", markup=False)
         return WRONG_USAGE
     return 0
 
 
-def parse(argv: Sequence[str]) -> TrainCommand | EvaluateSettings:
+def parse(argv: Sequence[str]) -> TrainCommand | EvaluateSettings | GenerateSettings:
     """The command line over its YAML file over the defaults; exits with 2 for wrong usage."""
     file = _config_file(argv)
     default = TrainCommand(settings=_settings_in(file) if file else blank())
     return tyro.cli(
         Annotated[TrainCommand, tyro.conf.subcommand("train", default=default)]
-        | Annotated[EvaluateSettings, tyro.conf.subcommand("evaluate")],
+        | Annotated[EvaluateSettings, tyro.conf.subcommand("evaluate")]
+        | Annotated[GenerateSettings, tyro.conf.subcommand("generate")],
         prog="finetune-deepseek",
         description="Fine-tune DeepSeek-V3 checkpoints with their Multi-Token Prediction modules.",
         args=list(argv),
@@ -136,6 +141,14 @@ def _evaluate(settings: EvaluateSettings) -> None:
         )
         title = f"{settings.checkpoint}, teacher-forced, {drafts}"
         show(stdout(), evaluation_sections(summary, title))
+
+
+def _generate(settings: GenerateSettings) -> None:
+    counts = generate(settings)
+    if settings.json:
+        print(json.dumps(as_json(settings, counts)))
+    else:
+        show(stdout(), generation_sections(counts, str(settings.out)))
 
 
 def _shown(path: Path) -> Path:

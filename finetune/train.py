@@ -22,6 +22,7 @@ from finetune.data.packing import Batch, Packer, Position
 from finetune.data.run_text import RunText, digest_of, held_out_batches, open_run_text
 from finetune.not_finite import cause, raise_unless_finite
 from finetune.objective.losses import Asked
+from finetune.objective.objectives import forgets
 from finetune.optimizer import learning_rates, make_optimizer
 from finetune.run.checkpoints import (
     Checkpoints,
@@ -118,6 +119,8 @@ def train(
         job = _prepare(settings, computed_in, run, base, text, console, stopping)
         _raise_unless_room(job)
         console.print(_plan(job))
+        if warning := forgets(settings.objective, base.provenance):
+            console.print(warning)
         state = _loop(job)
         measured = first_and_last(run.evaluations)
         record = {"by": "finetune-deepseek train", "settings": as_plain(settings)}

@@ -1,1 +1,0 @@
-"""Text that the main model writes: prompts, the decoder, and the file of answers."""

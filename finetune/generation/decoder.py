@@ -64,8 +64,12 @@ class _State(NamedTuple):
 
 
 def room_for(length: int, num_drafts: int) -> int:
-    """Slots that texts of up to `length` tokens need, S."""
-    return -(-length // PREFILL) * PREFILL + num_drafts + 1
+    """Slots that texts of up to `length` tokens need, S.
+
+    Prompts are a power of two of pieces, so that few shapes are compiled.
+    """
+    pieces = -(-length // PREFILL)
+    return PREFILL * (1 << (pieces - 1).bit_length()) + num_drafts + 1
 
 
 def decode(

@@ -1,4 +1,4 @@
-"""What training lowers: a mixture of objectives, each a name with a weight.
+"""What training lowers, a file of its own for its formulas: objectives by name, with weights.
 
 p is the main model's distribution at the place of a draft (no gradient goes through it), q_k that
 of depth k. K depths.
@@ -12,6 +12,9 @@ of depth k. K depths.
   1 - mean over anchors of (1/K) sum over j of product over k <= j of sum min(p, q_k)
   (arXiv 2606.12370). Depths are joined in it, so it has no weights by depth.
 """
+
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +49,22 @@ def mtp_objective(measured: Measured, mixture: ObjectiveSettings) -> jax.Array:
         else:
             total += weight * jnp.sum(weight_K * by_depth[name])
     return total
+
+
+def forgets(mixture: ObjectiveSettings, provenance: Mapping[str, Any]) -> str | None:
+    """A warning where hard labels follow what taught the modules the main model's distribution.
+
+    provenance: of the checkpoint that is trained; its last training says what its modules learnt.
+    """
+    trained = [each for each in provenance.get("derived", ()) if "settings" in each]
+    learnt = trained[-1]["settings"].get("objective", {}) if trained else {}
+    before = [name for name in ("tv", "lk", "e2e_tv") if learnt.get(name)]
+    if not mixture.ce or not before:
+        return None
+    return (
+        f"warning: ce takes back what {' and '.join(before)} taught these MTP modules (acceptance "
+        "by rejection sampling); without --objective.ce they go on learning what servers accept"
+    )
 
 
 def _by_depth(measured: Measured) -> dict[str, Float[Array, "K"]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from finetune.generation.answers import Counts
 from finetune.objective.intervals import Interval
 from finetune.run.metrics import Summary
 from mtp_model.reporting import Grid, Section
@@ -83,6 +84,20 @@ def _by_name(summary: Summary) -> dict[str, str]:
         "mean accepted length (95 %)": length,
         "greedy share of the text": percent(summary.greedy_share),
     }
+
+
+def generation_sections(counts: Counts, out: str) -> list[Section]:
+    """What was written; with drafts, a row for each."""
+    said = f"{out}: {counts.documents:,} answers, {counts.tokens:,} tokens"
+    accepted = counts.num_accepted_tokens_per_pos
+    if not accepted:
+        return [said]
+    rows = [
+        (f"draft {k}", percent(count / max(counts.num_drafts, 1)), f"{count:,}")
+        for k, count in enumerate(accepted, start=1)
+    ]
+    rounds = f"{counts.tokens_a_round:.3f} tokens a round, {counts.num_drafts:,} rounds"
+    return [said, Grid(("", "accepted", "drafts"), rows), rounds]
 
 
 def evaluation_sentence(step: int, summary: Summary) -> str:

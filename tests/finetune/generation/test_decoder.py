@@ -108,13 +108,13 @@ def sampled(case: Case, num_drafts: int, seed: int) -> np.ndarray:
     rows = Prompts(*(np.repeat(each[:1], count, axis=0) for each in one))
     rows = rows._replace(seed_B=np.arange(count, dtype=np.uint32) + np.uint32(seed * count))
     texts = decode(case.model, rows, Decoding(num_drafts=num_drafts, temperature=0.6))
-    return texts.tokens_BS[:, length - 3 : length - 1]
+    return np.asarray(texts.tokens_BS)[:, length - 3 : length - 1]
 
 
 def share_of_drafts(case: Case) -> float:
     """How many first drafts are accepted where texts are sampled."""
     texts = decode(case.model, case.prompts(2, 20), Decoding(num_drafts=2, temperature=0.6))
-    return texts.accepted_BK[:, 0].sum() / texts.rounds_B.sum()
+    return float(texts.accepted_BK[:, 0].sum() / texts.rounds_B.sum())
 
 
 def same_distribution(one: np.ndarray, other: np.ndarray) -> float:

@@ -9,7 +9,7 @@ from test_losses import SIZES, set_chunk
 
 from finetune.objective import losses
 from finetune.objective.losses import Asked, context_of, measure, targets
-from finetune.objective.objectives import _by_depth, mtp_objective
+from finetune.objective.objectives import _by_depth, forgets, mtp_objective
 from finetune.settings import ObjectiveSettings
 from mtp_model import DeepSeekV3, ModelConfig
 from tools.make_tiny_checkpoint import tiny_config
@@ -20,7 +20,7 @@ RELATIVE = 1e-5
 
 
 def mixture(name: str, **more: float) -> ObjectiveSettings:
-    return ObjectiveSettings(**{name: 1.0}, **more)
+    return ObjectiveSettings(**({name: 1.0} | more))
 
 
 @pytest.fixture(scope="module")
@@ -208,3 +208,17 @@ def test_reused_depths_load_their_module(model, batch):
     assert inside < 3 * tokens
     assert float(found.load.mtp_ME.sum()) == model.config.num_experts_per_tok * inside
     assert model.config.vocab_size == VOCAB
+
+
+def test_hard_labels_after_a_distribution_are_warned_of():
+    def after(*trained):
+        entries = [{"by": "x", "settings": {"objective": dict.fromkeys(t, 1.0)}} for t in trained]
+        return {"derived": [*entries, {"by": "something else"}]}
+
+    ce = mixture("ce")
+    assert "ce takes back what e2e_tv taught" in (forgets(ce, after(["ce"], ["e2e_tv"])) or "")
+    assert "what tv and lk taught" in (forgets(mixture("kl", ce=0.1), after(["tv", "lk"])) or "")
+    for silent in (after(["e2e_tv"], ["ce"]), after(["kl"]), after(), {}):
+        assert forgets(ce, silent) is None
+    assert forgets(mixture("kl"), after(["tv"])) is None
+    assert forgets(ce, {"derived": [{"settings": {"train": "mtp"}}]}) is None  # an earlier version

@@ -1,0 +1,227 @@
+"""`finetune-deepseek generate`: text that the main model itself writes, to train and measure on."""
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from finetune.data.run_text import open_documents
+from finetune.data.tokens import TokenDocuments
+from finetune.generation.answers import Answers, Counts, in_batches
+from finetune.generation.decoder import Decoding, Prompts, decode, room_for
+from finetune.settings import ComputeDtype, SettingsError
+from finetune.weights import compute_dtype
+from mtp_model import DeepSeekV3
+from mtp_model.checkpoint.directory import (
+    COMPLETE,
+    Checkpoint,
+    CheckpointError,
+    open_checkpoint,
+)
+from mtp_model.load import load
+from mtp_model.progress import progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateSettings:
+    """Write the main model's own answers to prompts, as records that training reads.
+
+    Decoding meets what the main model writes. Drafts are measured exactly on such text, and learnt
+    from it. The same command continues a file that was interrupted.
+    """
+
+    checkpoint: str
+    """Checkpoint directory, as `convert-deepseek import` or training writes it; local or gs://."""
+    data: tuple[Path, ...]
+    """Prompts, in the forms that training reads. Of a conversation, or a prompt with its
+    completion, all that comes before the last answer; of plain text its first tokens."""
+    out: Path
+    """File of answers, .jsonl: {"input_ids", "loss_mask"}, the prompt not learnt."""
+    max_new_tokens: int = 256
+    """Tokens of an answer, at most."""
+    prompt_tokens: int = 32
+    """Tokens of plain text that are its prompt."""
+    max_documents: int | None = None
+    """Stop after this many answers (default: all documents)."""
+    temperature: float = 1.0
+    """Of sampling; 0 takes the likeliest token."""
+    seed: int = 0
+    """Decides what is sampled; each document has random numbers of its own."""
+    speculate: int = 0
+    """Tokens that the MTP module drafts a step; the text has the same distribution without."""
+    rows: int = 16
+    """Texts that are written at a time."""
+    compute_dtype: ComputeDtype = "auto"
+    """Precision of activations; auto is float32 on CPU and bfloat16 elsewhere."""
+    json: bool = False
+    """Print one JSON object instead of a table."""
+    overwrite: bool = False
+    """Delete what is in --out, and begin anew."""
+
+
+SHORTEST = 2  # tokens: a decoder needs one to feed and one that follows it
+
+# What decides which answers are written.
+DECIDING = ("max_new_tokens", "prompt_tokens", "temperature", "seed", "speculate")
+
+
+class Prompt(NamedTuple):
+    """The tokens that an answer follows, of a document by its number."""
+
+    document: int
+    ids: np.ndarray  # int32 [n]
+
+
+def check(settings: GenerateSettings) -> None:
+    """Raise SettingsError with everything that is wrong with the values."""
+    least = {"max_new_tokens": 1, "prompt_tokens": 2, "max_documents": 1, "rows": 1}
+    least |= {"speculate": 0, "temperature": 0, "seed": 0}
+    faults = [
+        f"--{name.replace('_', '-')} is {value}, needed {minimum} or more"
+        for name, minimum in least.items()
+        if (value := getattr(settings, name)) is not None and not value >= minimum
+    ]
+    faults += [] if settings.data else ["--data is empty, needed at least one path"]
+    if settings.out.suffix != ".jsonl":
+        faults.append(f"--out is {settings.out}, needed a name that ends with .jsonl")
+    if faults:
+        raise SettingsError("settings that cannot be used", faults)
+
+
+def generate(settings: GenerateSettings) -> Counts:
+    """Write all answers; returns what is in the file.
+
+    Raises SettingsError, CheckpointError, DataError or AnswersError before anything is written.
+    """
+    check(settings)
+    checkpoint = _open(settings)
+    documents = open_documents(settings.checkpoint, settings.data, checkpoint.config)
+    answers = Answers(settings.out, _made_by(settings, checkpoint, documents), settings.overwrite)
+    model = load(settings.checkpoint, compute_dtype=compute_dtype(settings.compute_dtype))
+    how = Decoding(
+        num_drafts=settings.speculate,
+        temperature=settings.temperature,
+        end_ids=documents.encoder.eos,
+    )
+    prompts = prompts_of(documents, settings.prompt_tokens)
+    left = itertools.islice(prompts, answers.counts.documents, settings.max_documents)
+    total = min(len(documents), settings.max_documents or len(documents))
+    with progress("generate", "answers", answers.counts.documents, total) as report:
+        for batch in in_batches(left, settings.rows):
+            _write(model, batch, how, settings, answers, report, total)
+    answers.finish()
+    return answers.counts
+
+
+def prompts_of(documents: TokenDocuments, prompt_tokens: int) -> Iterator[Prompt]:
+    """A prompt of each document that has one of at least two tokens, in their order.
+
+    Of a conversation, or a prompt with its completion, it is all that comes before the last answer;
+    of plain text, which is learnt from its start, the first `prompt_tokens`.
+    """
+    for document in range(len(documents)):
+        tokens = documents[document]
+        length = _before_last_answer(tokens.loss_mask)
+        ids = tokens.ids[: prompt_tokens if length == 0 else length]
+        if len(ids) >= SHORTEST:
+            yield Prompt(document, ids)
+
+
+def _before_last_answer(loss_mask: np.ndarray) -> int:
+    """Where the last stretch of learnt tokens begins; 0 for one that begins the document."""
+    learnt = np.flatnonzero(loss_mask)
+    if not learnt.size:
+        return len(loss_mask)
+    unlearnt = np.flatnonzero(loss_mask[: learnt[-1]] == 0)
+    return int(unlearnt[-1]) + 1 if unlearnt.size else 0
+
+
+def _open(settings: GenerateSettings) -> Checkpoint:
+    """A checkpoint with a main model, and a module where one is to draft."""
+    checkpoint = open_checkpoint(settings.checkpoint)
+    scope, modules = checkpoint.provenance["scope"], checkpoint.config.num_nextn_predict_layers
+    if scope == "mtp":
+        raise CheckpointError(
+            f"{settings.checkpoint} was imported with --scope mtp: it has no main model to write "
+            "text; import it again with --scope all --overwrite, or to another place"
+        )
+    modules = 0 if scope == "main" else modules
+    if settings.speculate and not modules:
+        raise CheckpointError(
+            f"{settings.checkpoint} has no MTP module to draft; leave out --speculate"
+        )
+    if settings.speculate > 1 and modules > 1:
+        raise CheckpointError(
+            f"{settings.checkpoint} has {modules} MTP modules, and --speculate is "
+            f"{settings.speculate}: more than one draft a step needs a checkpoint with one module; "
+            "use --speculate 1"
+        )
+    return checkpoint
+
+
+def _made_by(
+    settings: GenerateSettings, checkpoint: Checkpoint, documents: TokenDocuments
+) -> dict[str, Any]:
+    """What decides which answers are written: a file is continued with the same only."""
+    return {
+        "by": "finetune-deepseek generate",
+        "checkpoint": (checkpoint.path / COMPLETE).digest(),
+        "data": documents.corpus.digest,
+        **{name: getattr(settings, name) for name in DECIDING},
+        "computed_in": compute_dtype(settings.compute_dtype),
+    }
+
+
+def _write(
+    model: DeepSeekV3,
+    batch: list[Prompt],
+    how: Decoding,
+    settings: GenerateSettings,
+    answers: Answers,
+    report: Any,
+    total: int,
+) -> None:
+    """The answers to one batch of prompts."""
+    began, before = time.perf_counter(), answers.counts
+
+    def written(tokens: int) -> None:
+        rate = tokens / (time.perf_counter() - began)
+        report(before.documents, total, f"{before.tokens + tokens:,} tokens, {rate:,.0f} tokens/s")
+
+    prompts = _padded(batch, settings)
+    texts = decode(model, prompts, how, written)
+    ids = [texts.tokens_BS[row, : texts.length_B[row]] for row in range(len(batch))]
+    lengths = prompts.length_B[: len(batch)]
+    tokens = sum(map(len, ids)) - int(lengths.sum())
+    counts = before.plus(
+        len(batch),
+        tokens,
+        int(texts.rounds_B.sum()),
+        texts.accepted_BK.sum(axis=0).tolist(),
+    )
+    answers.add([*zip(map(np.asarray, ids), lengths.tolist(), strict=True)], counts)
+    written(tokens)
+
+
+def _padded(batch: list[Prompt], settings: GenerateSettings) -> Prompts:
+    """Prompts as arrays; rows that there are no prompts for have ended already."""
+    rows = [*batch, *[batch[-1]] * (settings.rows - len(batch))]
+    length_B = np.array([len(each.ids) for each in rows], np.int32)
+    end_B = length_B + np.int32(settings.max_new_tokens)
+    end_B[len(batch) :] = 0
+    tokens_BS = np.zeros((len(rows), room_for(int(end_B.max()), settings.speculate)), np.int32)
+    for row, each in enumerate(rows):
+        tokens_BS[row, : len(each.ids)] = each.ids
+    documents_B = np.array([each.document for each in rows], np.uint32)
+    seed_B = documents_B + np.uint32(settings.seed * 0x9E3779B9 % 2**32)
+    return Prompts(tokens_BS, length_B, end_B, seed_B)
+
+
+def as_json(settings: GenerateSettings, counts: Counts) -> dict[str, Any]:
+    """What was written, for programs."""
+    return {"out": str(settings.out), **dataclasses.asdict(counts)}

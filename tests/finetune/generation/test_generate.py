@@ -1,0 +1,198 @@
+"""`finetune-deepseek generate`: answers to prompts, whole, resumable, and read by training."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from advice import done, follows
+from imported import import_tiny
+from trained import SIZES
+
+from finetune import cli, generate
+from finetune.data.tokens import Tokens
+from finetune.evaluate import EvaluateSettings, evaluate
+from finetune.generate import GenerateSettings, _before_last_answer, prompts_of
+from finetune.generation.answers import AnswersError
+from mtp_model.checkpoint.directory import CheckpointError
+
+NEW = 12
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return import_tiny(tmp_path_factory.mktemp("model"), dtype="fp8", sizes=SIZES)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Prompts with completions, plain texts, a text that is too short for a prompt."""
+    rng = np.random.default_rng(0)
+    rows = [
+        {"input_ids": rng.integers(3, 384, n).tolist(), "loss_mask": [0] * p + [1] * (n - p)}
+        for n, p in ((9, 4), (30, 0), (7, 5), (1, 0), (12, 0), (20, 11), (8, 2))
+    ]
+    file = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture
+def settings(checkpoint, data, tmp_path) -> GenerateSettings:
+    return GenerateSettings(
+        checkpoint=str(checkpoint),
+        data=(data,),
+        out=tmp_path / "answers.jsonl",
+        max_new_tokens=NEW,
+        prompt_tokens=6,
+        rows=2,
+        compute_dtype="float32",
+    )
+
+
+def records(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_answers_follow_their_prompts(settings, data):
+    counts = generate.generate(settings)
+    found, asked = records(settings.out), records(data)
+    prompts = [4, 6, 5, 6, 11, 2]  # the fourth document has no prompt
+    assert [each["loss_mask"].count(0) for each in found] == prompts
+    del asked[3]
+    for record, source, length in zip(found, asked, prompts, strict=True):
+        assert record["input_ids"][:length] == source["input_ids"][:length]
+        assert len(record["input_ids"]) == len(record["loss_mask"]) <= length + NEW
+        assert record["loss_mask"] == sorted(record["loss_mask"])
+    assert counts.documents == 6
+    assert counts.tokens == sum(sum(each["loss_mask"]) for each in found)
+    assert not settings.out.with_name("answers.jsonl.partial").exists()
+
+
+def test_a_greedy_answer_is_the_main_models_own(settings, checkpoint):
+    """As `evaluate` says; a sampled one is not, and is what the main model samples."""
+    for temperature, low, high in ((0.0, 1.0, 1.0), (1.0, 0.0, 0.5)):
+        made = dataclasses.replace(settings, temperature=temperature, overwrite=True)
+        generate.generate(made)
+        measured = evaluate(
+            EvaluateSettings(checkpoint=str(checkpoint), data=(made.out,), row_tokens=64, rows=2)
+        )
+        assert measured.greedy_share is not None
+        assert low <= measured.greedy_share <= high
+
+
+def test_speculation_writes_the_same_greedy_text(settings):
+    plain = dataclasses.replace(settings, temperature=0)
+    generate.generate(plain)
+    drafted = dataclasses.replace(plain, out=plain.out.with_name("b.jsonl"), speculate=3)
+    counts = generate.generate(drafted)
+    assert records(drafted.out) == records(plain.out)
+    assert len(counts.num_accepted_tokens_per_pos) == 3
+    # each round gives one token more than it accepts, but where the text's end is in between
+    most = counts.num_drafts + sum(counts.num_accepted_tokens_per_pos)
+    assert most - counts.documents <= counts.tokens <= most
+
+
+@follows(
+    "was begun with other settings or another checkpoint or data; ",
+    "give the same ones to continue it, another --out, or --overwrite",
+    " is there already; give another --out, or --overwrite",
+)
+def test_an_interrupted_file_is_continued(settings, monkeypatch):
+    """Stopped in the second batch, with a half-written line behind what was counted."""
+    generate.generate(settings)
+    whole = settings.out.read_bytes()
+    settings = dataclasses.replace(settings, overwrite=True)
+    batches = []
+
+    def broken(*args):
+        batches.append(args)
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    real = generate.decode
+    monkeypatch.setattr(generate, "decode", broken)
+    with pytest.raises(KeyboardInterrupt):
+        generate.generate(settings)
+    monkeypatch.undo()
+    partial = settings.out.with_name("answers.jsonl.partial")
+    assert not settings.out.exists()
+    assert len(records(partial)) == 2
+    with partial.open("a") as file:
+        file.write('{"input_ids": [1, 2')
+    settings = dataclasses.replace(settings, overwrite=False)
+    other = dataclasses.replace(settings, seed=1)
+    with pytest.raises(AnswersError, match="begun with other settings"):
+        generate.generate(other)
+    generate.generate(dataclasses.replace(other, out=settings.out.with_name("other.jsonl")))
+    generate.generate(settings)
+    assert settings.out.read_bytes() == whole
+    with pytest.raises(AnswersError, match="is there already; give another --out, or --overwrite"):
+        generate.generate(settings)
+    assert settings.out.read_bytes() == whole
+    generate.generate(dataclasses.replace(other, overwrite=True))
+    assert settings.out.read_bytes() != whole
+
+
+def test_wrong_usage_is_said(settings, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["generate", "--checkpoint", "c"])
+    arguments = ["--checkpoint", settings.checkpoint, "--data", str(settings.data[0])]
+    wrong = ["generate", *arguments, "--out", str(tmp_path / "a.txt"), "--rows", "0"]
+    assert cli.run(wrong) == 2
+    said = capsys.readouterr().err
+    assert "--rows is 0, needed 1 or more" in said
+    assert "a.txt, needed a name that ends with .jsonl" in said
+
+
+def told(settings: GenerateSettings) -> str:
+    with pytest.raises(CheckpointError) as error:
+        generate.generate(settings)
+    assert not settings.out.exists()
+    return str(error.value)
+
+
+@follows(
+    "text; import it again with --scope all --overwrite, or to another place",
+    "has no MTP module to draft; leave out --speculate",
+)
+def test_a_checkpoint_without_a_part_says_what_to_do(settings, tmp_path):
+    """One without a main model, imported again; one without a module, told not to draft."""
+    source, destination = tmp_path / "source", tmp_path / "checkpoint"
+    import_tiny(tmp_path, sizes=SIZES, import_options={"scope": "mtp"})
+    mine = dataclasses.replace(settings, checkpoint=str(destination), max_documents=2)
+    assert "import it again with --scope all --overwrite" in told(mine)
+    done("import", source, destination, "--scope", "all", "--overwrite")
+    assert generate.generate(mine).documents == 2
+
+    alone = import_tiny(tmp_path / "alone", sizes=SIZES, num_mtp=0, num_files=2)
+    without = dataclasses.replace(
+        mine, checkpoint=str(alone), speculate=1, out=tmp_path / "alone.jsonl"
+    )
+    assert "has no MTP module to draft; leave out --speculate" in told(without)
+    counts = generate.generate(dataclasses.replace(without, speculate=0))
+    assert counts.documents == 2
+    assert counts.num_accepted_tokens_per_pos == []
+
+
+@follows("more than one draft a step needs a checkpoint with one module; ", "use --speculate 1")
+def test_two_modules_draft_one_token(settings, tmp_path):
+    two = import_tiny(tmp_path / "two", sizes=SIZES, num_mtp=2)
+    mine = dataclasses.replace(settings, checkpoint=str(two), max_documents=2, speculate=2)
+    assert "use --speculate 1" in told(mine)
+    counts = generate.generate(dataclasses.replace(mine, speculate=1))
+    assert counts.documents == 2
+    assert len(counts.num_accepted_tokens_per_pos) == 1
+
+
+def test_the_prompt_is_all_before_the_last_answer():
+    mask = np.array([0, 0, 1, 1, 0, 0, 1, 1], np.int32)
+    assert _before_last_answer(mask) == 6
+    assert _before_last_answer(mask[:4]) == 2
+    assert _before_last_answer(mask[2:4]) == 0
+    assert _before_last_answer(mask[:2]) == 2
+    document = Tokens(np.arange(8, dtype=np.int32), mask)
+    (prompt,) = prompts_of([document], 3)  # pyright: ignore[reportArgumentType]
+    assert prompt.ids.tolist() == [0, 1, 2, 3, 4, 5]
