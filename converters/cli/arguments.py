@@ -108,17 +108,22 @@ class Export:
 
 @dataclass(frozen=True, kw_only=True)
 class Verify:
-    """Prove that exporting CKPT gives SRC's tensors byte for byte; CKPT alone: its digests."""
+    """Prove that exporting CKPT gives SRC's tensors byte for byte; CKPT alone: its digests.
+
+    Of any two checkpoints (of either kind, or drafts): what differs; 0 if nothing does.
+    """
 
     src: Annotated[
         Positional[str],
-        arg(metavar="SRC|CKPT", help="safetensors checkpoint to compare CKPT with, or CKPT alone"),
+        arg(
+            metavar="SRC|CKPT", help="any checkpoint to compare with; a checkpoint directory alone"
+        ),
     ]
-    ckpt: Annotated[Positional[str | None], arg(metavar="[CKPT]", help="checkpoint directory")] = (
-        None
-    )
+    ckpt: Annotated[
+        Positional[str | None], arg(metavar="[CKPT|SRC]", help="the other: of either kind")
+    ] = None
     scope: Literal["all", "main", "mtp"] = "all"
-    """what is compared, of what CKPT holds"""
+    """what is compared, of what both hold"""
     mtp_from: _MtpFrom = None
     logits: bool = False
     """compare float32 logits with a torch reference on SRC, a layer in memory; needs torch"""

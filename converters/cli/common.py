@@ -38,15 +38,20 @@ def checkpoint_of(src: str, mtp_from: str | None, *, follow_links: bool) -> Sour
     source = source_of(src, follow_links=follow_links)
     if mtp_from is None:
         return open_safetensors(source)
-    return open_joined(source, find_module(_module_source(mtp_from, follow_links=follow_links)))
+    return open_joined(source, find_module(any_source(mtp_from, follow_links=follow_links)))
 
 
-def _module_source(src: str, *, follow_links: bool) -> Source:
-    """What `--mtp-from` names: any source, or a checkpoint directory."""
-    place = as_place(src) if is_address(src) or Path(src).is_dir() else None
-    if place and ((place / COMPLETE).is_file() or (place / UNFINISHED).is_dir()):
-        return DirectorySource(open_checkpoint(place))
+def any_source(src: str, *, follow_links: bool) -> Source:
+    """Any source, or a checkpoint directory as one."""
+    if is_directory(src):
+        return DirectorySource(open_checkpoint(as_place(src)))
     return source_of(src, follow_links=follow_links)
+
+
+def is_directory(src: str) -> bool:
+    """Whether the user's words stand for a checkpoint directory, complete or not."""
+    place = as_place(src) if is_address(src) or Path(src).is_dir() else None
+    return bool(place and ((place / COMPLETE).is_file() or (place / UNFINISHED).is_dir()))
 
 
 def print_result(sections: Iterable[Section], plain: dict[str, Any], *, as_json: bool) -> None:

@@ -1,17 +1,19 @@
-"""`convert-deepseek verify`: whether an export would give a source's bytes, and its logits."""
+"""`convert-deepseek verify`: whether an export would give a source's bytes and its logits; and what
+differs between any two checkpoints."""
 
 from pathlib import Path
 
 from converters.cli.arguments import Verify
-from converters.cli.common import checkpoint_of, print_result
+from converters.cli.common import any_source, checkpoint_of, is_directory, print_result
 from converters.format.listing import SourceCheckpoint
+from converters.verifying.compare import compare, open_side
 from converters.verifying.digests import check_digests
 from converters.verifying.layers import UNFINISHED
 from converters.verifying.logits import LogitsCheck, check_logits
-from converters.verifying.report import clear_report, verification, write_report
+from converters.verifying.report import clear_report, comparison, verification, write_report
 from converters.verifying.verify import Verification, check_storage
 from mtp_model.checkpoint.directory import Checkpoint, open_checkpoint
-from mtp_model.problems import Problem, ProblemsError
+from mtp_model.problems import Problem, ProblemsError, UserError
 from mtp_model.progress import progress
 
 
@@ -20,6 +22,8 @@ def run_verify(command: Verify) -> int:
     if command.report:
         Path(command.report).mkdir(parents=True, exist_ok=True)  # fails now, not after an hour
         clear_report(command.report)
+    if command.ckpt and (is_directory(command.src) or not is_directory(command.ckpt)):
+        return _compare(command, command.src, command.ckpt)
     ckpt = command.ckpt or command.src
     checkpoint = open_checkpoint(ckpt)
     opened = None
@@ -43,6 +47,22 @@ def run_verify(command: Verify) -> int:
         logits=logits,
     )
     print_result(verification(found), found.to_dict(), as_json=command.json)
+    if command.report:
+        write_report(command.report, found)
+    return 0 if found.holds else 1
+
+
+def _compare(command: Verify, a: str, b: str) -> int:
+    """Any two checkpoints; 1 unless nothing differs."""
+    if command.logits or command.mtp_from:
+        raise UserError(
+            f"{b} is not a checkpoint directory beside the safetensors that it was imported from, "
+            "which --logits and --mtp-from compare: verify SRC CKPT"
+        )
+    sides = [open_side(any_source(src, follow_links=command.follow_links)) for src in (a, b)]
+    with progress("tensors") as report:
+        found = compare(*sides, scope=command.scope, workers=command.workers, progress=report)
+    print_result(comparison(found), found.to_dict(), as_json=command.json)
     if command.report:
         write_report(command.report, found)
     return 0 if found.holds else 1

@@ -5,7 +5,7 @@ when they are read.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from converters.sources.source import Buffer, Fingerprint, Source, byte_view, ra
 from mtp_model.checkpoint.directory import COMPLETE, Checkpoint
 from mtp_model.files.place import Place
 from mtp_model.files.untrusted_json import shown
+from mtp_model.model import Scope
 from mtp_model.problems import Problem, ProblemsError, raise_if_any
 
 
@@ -44,6 +45,15 @@ class DirectorySource(Source):
         self._complete = (checkpoint.path / COMPLETE).digest()
         sizes = {file: header.size for file, header in self._headers.items()}
         self._sizes = dict(sorted({**sizes, CONFIG_FILE: len(self._config)}.items()))
+
+    @property
+    def scope(self) -> Scope:
+        return self._checkpoint.provenance["scope"]
+
+    @property
+    def held(self) -> Collection[str]:
+        """The tensors that can be read."""
+        return self._encoder.slots.keys()
 
     @property
     def folder(self) -> Place:

@@ -340,8 +340,10 @@ GROUPS = (
     "MTP modules",
     "copies",
     "buffers",
+    "others",
 )
-"""The main model's parts, then the MTP modules whole, what they repeat of it, and no weights."""
+"""The main model's parts, then the MTP modules whole, what they repeat of it, no weights, and what
+no network of ours has."""
 
 _NORMS = {
     "norm",
@@ -368,9 +370,26 @@ def group_of(slot: Slot) -> str:
         return "buffers"
     if parts[0] == "mtp":
         return "MTP modules"
-    if parts[-2] in _NORMS:
+    return _group_of_parts(parts)
+
+
+def group_of_name(name: str, *, is_mtp: bool) -> str:
+    """The same of any tensor by its name alone, in the checkpoint or below its MTP module."""
+    parts = name.split(".")
+    copies = {tuple(row.name.split(".")[3:]) for row in TABLE if row.copy_of}
+    if is_mtp and any(tuple(parts[-len(copy) :]) == copy for copy in copies):
+        return "copies"
+    if "rotary_emb" in parts:
+        return "buffers"
+    return "MTP modules" if is_mtp else _group_of_parts(parts)
+
+
+def _group_of_parts(parts: list[str]) -> str:
+    if len(parts) > 1 and parts[-2] in _NORMS:
         return "norms"
     for part in parts:
         if part in _BY_MODULE:
             return _BY_MODULE[part]
-    return "attention" if "self_attn" in parts else "dense MLP"
+    if "self_attn" in parts:
+        return "attention"
+    return "dense MLP" if "mlp" in parts else "others"

@@ -1,9 +1,18 @@
 """What `verify` says, and the folder of --report: report.json, report.md, logits.png."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from converters.verifying.compare import (
+    MAIN,
+    MAIN_GROUPS,
+    MTP,
+    MTP_GROUPS,
+    ChangedTensor,
+    ComparedPart,
+    Comparison,
+)
 from converters.verifying.logits import DepthCheck, LogitsCheck
 from converters.verifying.verify import Part, StorageCheck, Verification
 from mtp_model.files.untrusted_json import shown
@@ -22,17 +31,22 @@ from mtp_model.reporting import (
 
 REPORT_JSON, REPORT_MD, LOGITS_PNG = "report.json", "report.md", "logits.png"
 _MOST_NAMES = 12
+_MOST_CHANGED = 10
 _SMALLEST = 1e-10  # what a difference of exactly 0 is drawn as, on a logarithmic axis
 
 
-def write_report(folder: str | Path, found: Verification) -> None:
+def write_report(folder: str | Path, found: Verification | Comparison) -> None:
     """Write the report into `folder`, which is made when missing; files in it are replaced."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / REPORT_JSON).write_text(to_json(found.to_dict()) + "\n", encoding="utf-8")
     when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    text = f"# Verification of {found.checkpoint}\n\n{when}\n\n" + markdown(verification(found))
-    if found.logits:
+    if isinstance(found, Comparison):
+        title, sections = f"Comparison of {found.a} and {found.b}", comparison(found)
+    else:
+        title, sections = f"Verification of {found.checkpoint}", verification(found)
+    text = f"# {title}\n\n{when}\n\n" + markdown(sections)
+    if isinstance(found, Verification) and found.logits:
         _draw(found.logits, folder / LOGITS_PNG)
         text += f"\n![difference by position]({LOGITS_PNG})\n"
     (folder / REPORT_MD).write_text(text, encoding="utf-8")
@@ -108,10 +122,7 @@ def _part_row(name: str, part: Part) -> tuple[str, ...]:
 def _differing(storage: StorageCheck) -> Iterator[Section]:
     names = [d.name for d in storage.differences if not d.replaced]
     if names:
-        lines = [
-            f"  {name} ({n:,} tensors)" if n > 1 else f"  {name}" for name, n in group_names(names)
-        ]
-        yield "\n".join(["differing:", *cut(lines, _MOST_NAMES)])
+        yield "\n".join(["differing:", *_alike(names)])
     stale = [f"  {d.name}" for d in storage.differences if d.replaced]
     if stale:
         why = "stale in the source, export writes the main model's (import --copies main):"
@@ -166,12 +177,21 @@ def _verdicts(found: Verification) -> Iterator[str]:
         total = found.storage.total
         if total.differing:
             yield f"FAILED: {total.differing:,} of {total.tensors:,} tensors differ from the source"
+            yield from _changed_halves(found.storage.parts)
         else:
             yield f"export writes the source's bytes for all {total.tensors:,} tensors"
         if found.storage.files:
             yield f"FAILED: {plural(len(found.storage.files), 'file')} would be written otherwise"
     if found.logits:
         yield _logits_verdict(found.logits)
+
+
+def _changed_halves(parts: Mapping[str, Part]) -> Iterator[str]:
+    """Of the main model and its MTP modules, where both were compared: which of them differ."""
+    if "attention" in parts and "MTP modules" in parts:
+        for half, groups in ((MTP, MTP_GROUPS), (MAIN, MAIN_GROUPS)):
+            differs = any(part.differing for group, part in parts.items() if group in groups)
+            yield _said_of(half, differs, None)
 
 
 def _logits_verdict(logits: LogitsCheck) -> str:
@@ -185,3 +205,62 @@ def _logits_verdict(logits: LogitsCheck) -> str:
         f"by {layer.alone:.1e}, allowed {logits.tolerance:.0e}; see which of its tensors differ, "
         "and import again"
     )
+
+
+def comparison(found: Comparison) -> Iterator[Section]:
+    """What `verify A B` prints of two checkpoints."""
+    yield Facts([("A", found.a), ("B", found.b)])
+    columns = ("part", "tensors", "bytes in A", "identical", "equal values", "differing")
+    errors = ("max error", "rms error", "only in A", "only in B")
+    yield Grid((*columns, *errors), [_compared_row(n, part) for n, part in found.parts.items()])
+    worst = found.differences[:_MOST_CHANGED]
+    if worst:
+        yield f"the {plural(len(worst), 'tensor')} that differ most, of {len(found.differences):,}:"
+        columns = ("tensor", "A", "B", "values changed", "max error", "rms error")
+        yield Grid(columns, [_changed_row(tensor) for tensor in worst])
+    for where, names in (("only in A:", found.only_in_a), ("only in B:", found.only_in_b)):
+        if names:
+            yield "\n".join([where, *_alike(names)])
+    if found.config:
+        yield "\n".join(["config.json:", *(f"  {line}" for line in found.config)])
+    halves = ((MTP, found.mtp_changed), (MAIN, found.main_changed))
+    said = (_said_of(half, changed, found.not_compared.get(half)) for half, changed in halves)
+    yield Facts([("result", "; ".join(said))])
+
+
+def _compared_row(name: str, part: ComparedPart) -> tuple[str, ...]:
+    counts = (part.identical, part.equal, part.differing)
+    errors = (part.max_error, part.rms_error) if part.differing else ()
+    return (
+        name,
+        f"{part.tensors:,}",
+        human_bytes(part.bytes),
+        *(f"{count:,}" for count in counts),
+        *(f"{error:.1e}" for error in errors or ()),
+        *(("",) * (2 - len(errors))),
+        f"{part.only_in_a:,}",
+        f"{part.only_in_b:,}",
+    )
+
+
+def _changed_row(tensor: ChangedTensor) -> tuple[str, ...]:
+    name = f"{tensor.name} ({tensor.in_b} in B)" if tensor.in_b else tensor.name
+    changed = "" if tensor.changed is None else f"{tensor.changed:,} of {tensor.values:,}"
+    errors = (f"{tensor.max_error:.1e}", f"{tensor.rms_error:.1e}")
+    formats = (tensor.a, tensor.b)
+    if tensor.changed is not None:  # the shapes are the same: dtypes say enough
+        formats = tuple(found.partition(" ")[0] for found in formats)
+    return shown(name), *formats, changed, *errors
+
+
+def _alike(names: Sequence[str]) -> list[str]:
+    lines = [
+        f"  {shown(n)} ({c:,} tensors)" if c > 1 else f"  {shown(n)}" for n, c in group_names(names)
+    ]
+    return cut(lines, _MOST_NAMES)
+
+
+def _said_of(half: str, changed: bool | None, why_not: str | None) -> str:
+    if why_not:
+        return f"{half} not compared: {why_not}"
+    return f"{half} changed: {'yes' if changed else 'no'}"

@@ -1,21 +1,25 @@
-"""Compares one tensor of a source, and its scales, with what export writes for it."""
+"""Compares single tensors: of a source with what export writes for it, and of two checkpoints."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from converters.exporting.encode import EncodedRows, Encoder
-from converters.format.fp8 import Fp8Error, dequantise_into
-from converters.format.header import DTYPES
+from converters.format import fp8
+from converters.format.header import DTYPES, TensorInfo
 from converters.format.listing import Listing
 from converters.format.mapping import Slot, group_of
-from converters.sources.source import Read
+from converters.sources.source import Read, Source
 from mtp_model.config import ModelConfig
 from mtp_model.files.memory import ThreadMemory
 
 _PIECE_BYTES = 16 << 20  # of each side
+_PIECE_VALUES = 4 << 20  # of each of two checkpoints: 16 MiB of float32
+_LINE_BYTES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +129,7 @@ class TensorComparer:
         blocks = slice(start // height, -(-(start + codes.shape[1]) // height))
         values = np.empty(codes.shape, np.float32)
         for side in range(2):
-            dequantise_into(values[side], codes[side], grids[side, blocks], self._block)
+            fp8.dequantise_into(values[side], codes[side], grids[side, blocks], self._block)
         return values
 
     def _difference(self, slot: Slot, values: Iterable[np.ndarray]) -> Difference:
@@ -146,9 +150,155 @@ def _worst(values: Iterable[np.ndarray]) -> float:
             with np.errstate(invalid="ignore"):  # infinity less infinity is not finite either
                 worst.append(np.abs(ours - theirs).max())
             peak.append(np.abs(theirs).max())
-    except Fp8Error:
+    except fp8.Fp8Error:
         return float("inf")
     largest, of = float(np.max(worst)), float(np.max(peak))
     if not math.isfinite(largest + of):
         return float("inf")
     return largest / max(of, float(np.finfo(np.float32).tiny))
+
+
+class Stored(NamedTuple):
+    """A weight as a side stores it. block: of its scales, (1, 1) without any."""
+
+    tensor: TensorInfo
+    scale: TensorInfo | None
+    block: fp8.Block
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.nbytes + (self.scale.nbytes if self.scale else 0)
+
+    @property
+    def format(self) -> str:
+        return f"{self.tensor.dtype} {list(self.tensor.shape)}"
+
+    @property
+    def reads(self) -> list[Read]:
+        return [(t.file, t.begin, t.nbytes) for t in (self.tensor, self.scale) if t]
+
+
+class Errors:
+    """How far the values of B are from A's, summed piece by piece."""
+
+    def __init__(self, *, is_change: bool):
+        """is_change: whether the tensor differs even if all its values are the same."""
+        self._is_change = is_change
+        self.changed = 0
+        self.largest, self.peak = 0.0, 0.0
+        self.squares, self.of = 0.0, 0.0
+
+    @property
+    def differs(self) -> bool:
+        return self._is_change or self.changed > 0
+
+    @property
+    def max_error(self) -> float:
+        return ratio(self.largest, self.peak)
+
+    @property
+    def rms_error(self) -> float:
+        return math.sqrt(ratio(self.squares, self.of))
+
+    def add(self, a: np.ndarray, b: np.ndarray) -> None:
+        """Two pieces of float32."""
+        with np.errstate(invalid="ignore", over="ignore"):
+            difference = np.subtract(b, a)
+            self.changed += int(np.count_nonzero(difference))  # NaN counts
+            self.largest = _larger(self.largest, np.abs(difference).max(initial=0))
+            self.peak = _larger(self.peak, np.abs(a).max(initial=0))
+            self.squares += float(np.square(difference, dtype=np.float64).sum())
+            self.of += float(np.square(a, dtype=np.float64).sum())
+
+
+def _bytes(scales: np.ndarray | None) -> bytes | None:
+    return None if scales is None else scales.tobytes()
+
+
+def _larger(a: float, b: Any) -> float:
+    return float(np.maximum(a, b))  # NaN stays
+
+
+def ratio(error: float, of: float) -> float:
+    """Infinite where one of them is no finite number."""
+    if not math.isfinite(error + of):
+        return math.inf
+    return error / max(of, float(np.finfo(np.float32).tiny)) if error else 0.0
+
+
+class PairComparer:
+    """The weights of two checkpoints; several threads may ask."""
+
+    def __init__(self, a: Source, b: Source):
+        self._sources = (a, b)
+        self._memory = ThreadMemory()
+
+    def compare(self, a: Stored, b: Stored) -> Errors | None:
+        """None where all bytes are the same, scales included."""
+        stored = (a, b)
+        tensors = stored[0].tensor, stored[1].tensor
+        if tensors[0].shape != tensors[1].shape:
+            errors = Errors(is_change=True)
+            errors.largest = errors.squares = math.inf
+            return errors
+        scales = [
+            self._scales(side, weight) for side, weight in zip(self._sources, stored, strict=True)
+        ]
+        is_same = tensors[0].dtype == tensors[1].dtype and stored[0].block == stored[1].block
+        is_same = is_same and _bytes(scales[0]) == _bytes(scales[1])
+        if is_same and all(np.array_equal(x, y) for _, x, y in self._pieces(stored)):
+            return None
+        errors = Errors(is_change=is_same and scales[0] is None)
+        for rows, x, y in self._pieces(stored):
+            errors.add(
+                _values(x, rows, stored[0], scales[0], tensors[1].dtype),
+                _values(y, rows, stored[1], scales[1], tensors[0].dtype),
+            )
+        return errors
+
+    def _scales(self, source: Source, stored: Stored) -> np.ndarray | None:
+        if stored.scale is None:
+            return None
+        scales = np.empty(stored.scale.shape, np.float32)
+        source.read_into(stored.scale.file, stored.scale.begin, scales)
+        return scales
+
+    def _pieces(
+        self, stored: tuple[Stored, Stored]
+    ) -> Iterator[tuple[range, np.ndarray, np.ndarray]]:
+        """Rows, whole rows of both sides' blocks, and their bytes (uint8) of both sides."""
+        shape = stored[0].tensor.shape or (1,)
+        height = math.lcm(*(weight.block[0] for weight in stored))
+        step = max(_PIECE_VALUES // max(math.prod(shape[1:]), 1) // height, 1) * height
+        for start in range(0, shape[0], step):
+            rows = range(start, min(start + step, shape[0]))
+            sizes = [weight.tensor.nbytes // shape[0] for weight in stored]
+            lengths = [len(rows) * size for size in sizes]
+            second = -(-lengths[0] // _LINE_BYTES) * _LINE_BYTES
+            memory = self._memory.take(second + lengths[1])
+            pieces = memory[: lengths[0]], memory[second : second + lengths[1]]
+            for source, weight, size, piece in zip(
+                self._sources, stored, sizes, pieces, strict=True
+            ):
+                begin = weight.tensor.begin + start * size
+                source.read_into(weight.tensor.file, begin, piece)
+            yield rows, *pieces
+
+
+def _values(
+    raw: np.ndarray, rows: range, stored: Stored, scales: np.ndarray | None, other: str
+) -> np.ndarray:
+    """Float32 values of rows of a tensor, as they are compared with one of dtype `other`."""
+    codes = raw.view(DTYPES[stored.tensor.dtype]).reshape(
+        len(rows), math.prod(stored.tensor.shape[1:])
+    )
+    if scales is None:
+        return codes.astype(np.float32)
+    height = stored.block[0]
+    blocks = scales[rows.start // height : -(-rows.stop // height)]
+    values = np.empty(codes.shape, ml_dtypes.bfloat16 if other == "BF16" else np.float32)
+    try:
+        fp8.dequantise_into(values, codes, blocks, stored.block)
+    except fp8.Fp8Error:  # a scale that is no finite number
+        values[...] = np.nan
+    return values.astype(np.float32, copy=False)

@@ -34,7 +34,9 @@ from mtp_model.progress import OnProgress
 from mtp_model.threads import in_threads
 
 # What the same network may be stored with in one place and without in the other.
-_STORAGE_FIELDS = ("dtype", "weight_block_size", "power_of_two_scales", "mtp_hidden_state")
+STORAGE_FIELDS = frozenset(
+    {"dtype", "weight_block_size", "power_of_two_scales", "mtp_hidden_state"}
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +141,7 @@ def _differences(
     """Of these tensors and their scales, in the source's order."""
     total, done = sum(map(comparer.nbytes, slots)), 0
     found: list[Difference] = []
-    with _fetched_ahead(source, {slot.name: comparer.reads(slot) for slot in slots}) as finish:
+    with fetched_ahead(source, {slot.name: comparer.reads(slot) for slot in slots}) as finish:
 
         def compare_one(slot: Slot) -> tuple[int, list[Difference]]:
             differences = comparer.differences(slot)
@@ -156,7 +158,7 @@ def _differences(
 
 
 @contextmanager
-def _fetched_ahead(source: Source, reads: Mapping[str, Sequence[Read]]) -> Iterator[Finish]:
+def fetched_ahead(source: Source, reads: Mapping[str, Sequence[Read]]) -> Iterator[Finish]:
     """`Source.staged` in a temporary folder; CheckpointError where its disk has no room."""
     with TemporaryDirectory(prefix="convert-deepseek-") as folder:
         needed = source.room_needed(reads, Path(folder))
@@ -183,7 +185,7 @@ def _comparable(
 
 def _other_network(source: ModelConfig, checkpoint: ModelConfig) -> Iterator[Problem]:
     theirs, ours = dataclasses.asdict(source), dataclasses.asdict(checkpoint)
-    for key in theirs.keys() - _STORAGE_FIELDS:
+    for key in theirs.keys() - STORAGE_FIELDS:
         if theirs[key] != ours[key]:
             yield Problem("config", key, f"is {theirs[key]}, the checkpoint's is {ours[key]}")
     blocks = source.weight_block_size, checkpoint.weight_block_size
