@@ -26,7 +26,7 @@ from rich.table import Table
 from tools.demo_text import Domain, train_tokenizer, write_domains
 from tools.make_tiny_checkpoint import stored_tensors, tiny_config, weight_shapes, write_weights
 
-MINUTES = 5  # what the whole demo may take on two quiet cores
+MINUTES = 4  # what the whole demo may take on two quiet cores
 SIZES = {
     "hidden_size": 192,
     "vocab_size": 2048,
@@ -49,8 +49,9 @@ SIZES = {
     "weight_block_size": [128, 128],
 }
 NUM_FILES = 5
-PRETRAIN_STEPS, MAIN_STEPS, MTP_STEPS = 400, 150, 150
+PRETRAIN_STEPS, MAIN_STEPS, MTP_STEPS = 400, 150, 75
 EVALUATION_ROWS = 256
+DRAFTS = 3  # tokens that a server drafts with the one module, again and again
 BATCH = ["--batch.rows", "16", "--batch.row-tokens", "128"]
 NO_EVALUATION = ["--evaluation.holdout-every", "0"]
 
@@ -155,7 +156,8 @@ def use_the_product(out: Path, prose: Domain, steps: int, rows: int) -> dict[str
         finetune(
             *("train", "--checkpoint", checkpoint, "--data", prose.train),
             *("--eval-data", prose.held_out, "--out", run, "--steps", steps, *BATCH),
-            *("--optimizer.learning-rate", "1e-3", "--evaluation.every", max(1, steps // 3)),
+            *("--optimizer.learning-rate", "2e-3", "--evaluation.every", max(1, steps // 3)),
+            *("--draft-tokens", DRAFTS),
         )
         after = acceptance(run / "final", prose, rows)
     with step("5. Export it in the format it came in, and verify again"):
@@ -174,7 +176,7 @@ def use_the_product(out: Path, prose: Domain, steps: int, rows: int) -> dict[str
 
 def acceptance(checkpoint: Path, domain: Domain, rows: int) -> dict[str, Any]:
     command = ("evaluate", "--checkpoint", checkpoint, "--data", domain.held_out, "--json")
-    shape = ("--draft-tokens", 3, "--rows", 16, "--row-tokens", 128, "--max-rows", rows)
+    shape = ("--draft-tokens", DRAFTS, "--rows", 16, "--row-tokens", 128, "--max-rows", rows)
     return json.loads(run_command("finetune-deepseek", *command, *shape, capture=True))
 
 
