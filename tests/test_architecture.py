@@ -59,6 +59,7 @@ SMALL = {
     "converters/cli/inspect_command.py": "a command a file",
     "converters/cli/import_command.py": "a command a file",
     "converters/cli/verify_command.py": "a command a file",
+    "converters/cli/new_mtp_command.py": "a command a file",
     "converters/sources/open.py": "what the protocol's users open must not import each source",
     "converters/verifying/files.py": "reads no tensor, the rest of verify reads all",
     "finetune/objective/acceptance.py": "a definition, apart from the losses",

@@ -140,7 +140,22 @@ class Verify:
         return self.logits or self.scope != "all" or self.mtp_from is not None
 
 
-Command = Inspect | Import | Export | Verify
+@dataclass(frozen=True, kw_only=True)
+class NewMtp:
+    """Make MTP modules for a checkpoint that lacks them, to import with --mtp-from and train."""
+
+    src: _Src
+    dst: Annotated[
+        Positional[str], arg(metavar="DRAFT", help="folder to write: mtp.safetensors, config.json")
+    ]
+    modules: Annotated[int, arg(metavar="N")] = 1
+    """MTP modules in all; new ones begin as copies of the first, else of the last main layer"""
+    overwrite: Annotated[bool, arg(help="replace the module that DRAFT holds")] = False
+    follow_links: _FollowLinks = False
+    json: _Json = False
+
+
+Command = Inspect | Import | Export | Verify | NewMtp
 
 
 def parse(argv: Sequence[str]) -> Command:
@@ -149,7 +164,8 @@ def parse(argv: Sequence[str]) -> Command:
         Annotated[Inspect, subcommand("inspect")]
         | Annotated[Import, subcommand("import")]
         | Annotated[Export, subcommand("export")]
-        | Annotated[Verify, subcommand("verify")],
+        | Annotated[Verify, subcommand("verify")]
+        | Annotated[NewMtp, subcommand("new-mtp")],
         prog=PROG,
         description=f"Convert DeepSeek-V3-family checkpoints. `{PROG} --version`: its version.",
         args=list(argv),
@@ -165,6 +181,8 @@ def parse(argv: Sequence[str]) -> Command:
 def _usage_fault(command: Command) -> str | None:
     if getattr(command, "workers", 1) < 1:
         return "--workers needs to be 1 or more"
+    if isinstance(command, NewMtp) and command.modules < 1:
+        return f"--modules is {command.modules}, needed 1 or more"
     if isinstance(command, Import) and not command.share:
         return f"--worker {command.worker} is no share; needed I/N with I from 1 to N, as 2/4"
     if isinstance(command, Import) and command.mtp_from is not None and command.scope == "main":

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from converters.cli.arguments import PROG, Command, Export, Import, Inspect, parse
+from converters.cli.arguments import PROG, Command, Export, Import, Inspect, NewMtp, parse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,6 +42,10 @@ def _function_of(command: Command) -> Callable[[Any], int]:
         from converters.cli.export_command import run_export
 
         return run_export
+    if isinstance(command, NewMtp):
+        from converters.cli.new_mtp_command import run_new_mtp
+
+        return run_new_mtp
     from converters.cli.verify_command import run_verify
 
     return run_verify

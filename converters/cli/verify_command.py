@@ -30,6 +30,8 @@ def run_verify(command: Verify) -> int:
     if command.ckpt:
         links = command.follow_links
         opened = checkpoint_of(command.src, command.mtp_from, follow_links=links)
+        if command.logits:
+            _raise_unless_files(opened)
     with progress("digests") as report:
         digests = check_digests(checkpoint, workers=command.workers, progress=report)
     storage, logits = None, None
@@ -70,9 +72,17 @@ def _compare(command: Verify, a: str, b: str) -> int:
 
 def _logits(source: SourceCheckpoint, checkpoint: Checkpoint, command: Verify) -> LogitsCheck:
     """The comparison of logits; with a report's folder, one that was stopped there goes on."""
-    if source.source.is_far:
-        detail = "is not on this machine; --logits needs a local folder, download it first"
-        raise ProblemsError(source.source.name, [Problem("source", "SRC", detail)])
     saved = Path(command.report) / UNFINISHED if command.report else None
     with progress("logits", unit="layers") as report:
         return check_logits(source, checkpoint, text=command.text, saved=saved, progress=report)
+
+
+def _raise_unless_files(source: SourceCheckpoint) -> None:
+    """The reference reads safetensors files by itself, so they have to be in a folder."""
+    detail = None
+    if source.source.is_far:
+        detail = "is not on this machine; --logits needs a local folder, download it first"
+    elif source.taken:
+        detail = "is of two sources, and --logits reads one folder; export CKPT, and verify that"
+    if detail:
+        raise ProblemsError(source.source.name, [Problem("source", "SRC", detail)])

@@ -154,13 +154,19 @@ def open_joined(main: Source, module: FoundModule) -> SourceCheckpoint:
     )
 
 
+def announcing_modules(config: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """A config.json that says so many MTP modules, by all names that it has for their number."""
+    said = {_ANNOUNCES: count}
+    said |= {alias: count for alias, key in ALIASES.items() if key == _ANNOUNCES}
+    changed = {key: said.get(key, value) for key, value in config.items()}
+    changed.setdefault(_ANNOUNCES, count)
+    return changed
+
+
 def _announcing(config: Mapping[str, Any], module: FoundModule) -> dict[str, Any]:
     """config.json of the main model with what it has to say of the module."""
-    said = {_ANNOUNCES: len(module.layers)}
-    said |= {alias: len(module.layers) for alias, key in ALIASES.items() if key == _ANNOUNCES}
+    changed = announcing_modules(config, len(module.layers))
     state = module.config.get("mtp_hidden_state")  # what the module was trained to be fed
-    changed = {key: said.get(key, value) for key, value in config.items()}
-    changed.setdefault(_ANNOUNCES, len(module.layers))
     changed.pop("mtp_hidden_state", None)
     return changed if state is None else {**changed, "mtp_hidden_state": state}
 

@@ -1,0 +1,125 @@
+"""Fresh MTP modules: a draft that import takes, that computes what it should, and is trained."""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from advice import done, follows, told
+from safetensors import deserialize
+
+from mtp_model import make_context
+from mtp_model.block import take_layer
+from mtp_model.load import load
+from tools.make_tiny_checkpoint import make_tiny_checkpoint
+
+SIZES = {"num_hidden_layers": 3, "first_k_dense_replace": 1}
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    """The bytes of every tensor in the folder's files."""
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        content = file.read_bytes()
+        for name, tensor in deserialize(content):
+            found[name] = bytes(tensor["data"])
+    return found
+
+
+def made(folder: Path, num_mtp: int = 0, dtype="fp8", **sizes) -> Path:
+    make_tiny_checkpoint(folder, dtype=dtype, num_mtp=num_mtp, sizes=SIZES | sizes, num_files=2)
+    return folder
+
+
+@follows("is of two sources, and --logits reads one folder; export CKPT, and verify that")
+@pytest.mark.parametrize("dtype", ["fp8", "bf16"])
+def test_a_checkpoint_gets_the_module_that_it_lacks(tmp_path, dtype, capsys):
+    """From its last layer; imported, verified, and exported as released ones are."""
+    source, draft, checkpoint = made(tmp_path / "src", dtype=dtype), tmp_path / "d", tmp_path / "c"
+    done("new-mtp", source, draft)
+    assert sorted(path.name for path in draft.iterdir()) == ["config.json", "mtp.safetensors"]
+    done("import", source, checkpoint, "--mtp-from", draft)
+    done("verify", source, checkpoint, "--mtp-from", draft)
+    joined = ("verify", source, checkpoint, "--mtp-from", draft, "--logits")
+    assert "export CKPT, and verify that" in told(capsys, *joined)
+    done("export", checkpoint, tmp_path / "out")
+    done("verify", tmp_path / "out", checkpoint, "--logits")
+    exported = tmp_path / "out"
+    for file in source.glob("*.safetensors"):
+        assert (exported / file.name).read_bytes() == file.read_bytes()
+    assert (exported / "mtp.safetensors").read_bytes() == (draft / "mtp.safetensors").read_bytes()
+    assert json.loads((exported / "config.json").read_text())["num_nextn_predict_layers"] == 1
+    index = json.loads((exported / "model.safetensors.index.json").read_text())["weight_map"]
+    assert index["model.layers.3.eh_proj.weight"] == "mtp.safetensors"
+
+
+def test_a_new_module_is_the_last_layer_on_the_sum_of_its_inputs(tmp_path):
+    source = made(tmp_path / "src", dtype="f32")
+    done("new-mtp", source, tmp_path / "d")
+    done("import", source, tmp_path / "c", "--mtp-from", tmp_path / "d")
+    model = load(tmp_path / "c")
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 384, (1, 12)), jnp.int32)
+    context = make_context(jnp.ones_like(tokens))
+    main = model.main(tokens, context)
+    found = model.draft(main.state_BTD, tokens, context).hidden[0]
+
+    def normed(x):
+        return x / np.sqrt(
+            np.mean(np.square(x), axis=-1, keepdims=True) + model.config.rms_norm_eps
+        )
+
+    following = model.embed(jnp.roll(tokens, -1, axis=1))
+    x = jnp.asarray(normed(np.asarray(main.state_BTD)) + normed(np.asarray(following)))
+    last = take_layer(model.moe_layers, 1)
+    expected = model.norm(last(x, context).x_BTD)
+    np.testing.assert_allclose(found[:, :-1], expected[:, :-1], rtol=2e-4, atol=2e-5)
+    other = model.norm(take_layer(model.moe_layers, 0)(x, context).x_BTD)
+    assert float(jnp.abs(found - other)[:, :-1].max()) > 0.1  # negative control
+
+
+def test_new_modules_begin_as_the_first(tmp_path):
+    """The one that is there stays as it is, byte for byte."""
+    source, draft = made(tmp_path / "src", num_mtp=1), tmp_path / "d"
+    done("new-mtp", source, draft, "--modules", 3)
+    tensors = bytes_of(draft)
+    there = bytes_of(source)
+    first = {name for name in there if ".layers.3." in name}
+    assert {f".{n}." for name in tensors for n in "345" if f"layers.{n}." in name} == {
+        ".3.", ".4.", ".5.",
+    }  # fmt: skip
+    for name in first:
+        for layer in (3, 4, 5):
+            copy = tensors[name.replace(".3.", f".{layer}.", 1)]
+            assert copy == there[name]
+    done("import", source, tmp_path / "c", "--mtp-from", draft)
+    assert load(tmp_path / "c").config.num_nextn_predict_layers == 3
+
+
+@follows(
+    "; ask for more, or use those it has",
+    " holds a module; name another place or --overwrite it",
+    "place, or empty it",
+)
+def test_what_cannot_be_made_is_said(tmp_path, capsys):
+    source, draft = made(tmp_path / "src", num_mtp=1), tmp_path / "d"
+    said = told(capsys, "new-mtp", source, draft)
+    assert "has 1 already, asked for 1 in all; ask for more, or use those it has" in said
+    assert not draft.exists()
+    done("new-mtp", source, draft, "--modules", 2)
+    before = (draft / "mtp.safetensors").read_bytes()
+    assert "--overwrite it" in told(capsys, "new-mtp", source, draft, "--modules", 3)
+    assert (draft / "mtp.safetensors").read_bytes() == before
+    done("new-mtp", source, draft, "--modules", 3, "--overwrite")
+    assert (draft / "mtp.safetensors").stat().st_size > len(before)
+    (draft / "notes.txt").write_text("mine")
+    refused = told(capsys, "new-mtp", source, draft, "--modules", 2, "--overwrite")
+    assert "holds other files (as notes.txt); nothing in it was touched" in refused
+    (draft / "notes.txt").unlink()
+    done("new-mtp", source, draft, "--modules", 2, "--overwrite")
+    assert (draft / "mtp.safetensors").read_bytes() == before
+
+    dense = made(tmp_path / "dense", num_hidden_layers=2, first_k_dense_replace=2)
+    assert "is dense" in told(capsys, "new-mtp", dense, tmp_path / "e")
+    with pytest.raises(SystemExit):
+        done("new-mtp", source, draft, "--modules", 0)
