@@ -64,8 +64,6 @@ class GenerateSettings:
     """Delete what is in --out, and begin anew."""
 
 
-SHORTEST = 2  # tokens: a decoder needs one to feed and one that follows it
-
 # What decides which answers are written.
 DECIDING = ("max_new_tokens", "prompt_tokens", "temperature", "seed", "speculate")
 
@@ -119,7 +117,7 @@ def generate(settings: GenerateSettings) -> Counts:
 
 
 def prompts_of(documents: TokenDocuments, prompt_tokens: int) -> Iterator[Prompt]:
-    """A prompt of each document that has one of at least two tokens, in their order.
+    """A prompt of each document that has one, in their order.
 
     Of a conversation, or a prompt with its completion, it is all that comes before the last answer;
     of plain text, which is learnt from its start, the first `prompt_tokens`.
@@ -128,7 +126,7 @@ def prompts_of(documents: TokenDocuments, prompt_tokens: int) -> Iterator[Prompt
         tokens = documents[document]
         length = _before_last_answer(tokens.loss_mask)
         ids = tokens.ids[: prompt_tokens if length == 0 else length]
-        if len(ids) >= SHORTEST:
+        if len(ids):
             yield Prompt(document, ids)
 
 

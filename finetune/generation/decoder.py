@@ -5,7 +5,8 @@ and the drafts, and what it accepts and its own next token are added. K = 0 is p
 comes out is what the main model alone would write: greedily the same tokens (temperature 0), else
 tokens of the same distribution (speculative sampling, arXiv 2211.17192).
 
-In a round at row i of a text the main model has been fed t[0..i], and t[i+1] is known.
+In a round at row i of a text the main model has been fed t[0..i], and t[i+1] is known. The first
+is at the prompt's last row, when the main model has written one token: as serving engines do.
 B texts, S slots, K drafts, P = K + 1 rows that a round adds at most, D hidden, V vocab.
 """
 
@@ -36,7 +37,7 @@ class Decoding:
 
 
 class Prompts(NamedTuple):
-    """Prompts of a batch, at least two tokens each."""
+    """Prompts of a batch, at least a token each."""
 
     tokens_BS: np.ndarray  # int32, any number behind each prompt; S is room for the whole text
     length_B: np.ndarray  # int32
@@ -83,7 +84,7 @@ def decode(
     report: hears how many tokens were written so far.
     """
     tokens_BS, length_B, end_B, seed_B = map(jnp.asarray, prompts)
-    state = _start(model, tokens_BS, length_B, end_B, how)
+    state = _start(model, tokens_BS, length_B, end_B, seed_B, how)
     while not bool(state.ended_B.all()):
         state = _rounds(model, state, end_B, seed_B, how)
         if report is not None:
@@ -92,35 +93,48 @@ def decode(
 
 
 @partial(jax.jit, static_argnames="how")
-def _start(model: DeepSeekV3, tokens_BS, length_B, end_B, how: Decoding) -> _State:
-    """Feed the prompts: the main model all but the last token, the module what follows from it."""
+def _start(model: DeepSeekV3, tokens_BS, length_B, end_B, seed_B, how: Decoding) -> _State:
+    """Feed the prompts, and write the first token of each answer, which no draft comes before."""
     rows, slots = tokens_BS.shape
-    last_B = length_B - 2
-    zeros_B = jnp.zeros_like(length_B)
-    size = (rows, 1, model.config.hidden_size)
+    last_B = length_B - 1
+    nothing = jnp.zeros((rows, 1, model.config.hidden_size), model.compute_dtype)
 
     def piece(number, carry):
-        caches, state_B1D = carry
+        caches, *last_rows = carry
         begin = number * PREFILL
         fed_BT = jax.lax.dynamic_slice_in_dim(tokens_BS, begin, PREFILL, axis=1)
         places_BT = jnp.broadcast_to(begin + jnp.arange(PREFILL)[None], fed_BT.shape)
         fed = feed(model, fed_BT, places_BT, caches)
         caches = fed.caches
-        if how.num_drafts:
+        if how.num_drafts:  # the last row's next token is not known yet: the first round feeds it
             next_BT = jax.lax.dynamic_slice_in_dim(tokens_BS, begin + 1, PREFILL, axis=1)
             caches = draft(model, fed.state_BTD, next_BT, places_BT, caches).caches
-        here_B = (last_B >= begin) & (last_B < begin + PREFILL)
-        found_B1D = _row(fed.state_BTD, jnp.clip(last_B - begin, 0, PREFILL - 1))
-        return caches, jnp.where(here_B[:, None, None], found_B1D, state_B1D)
+        here_B = ((last_B >= begin) & (last_B < begin + PREFILL))[:, None, None]
+        row_B = jnp.clip(last_B - begin, 0, PREFILL - 1)
+        found = (_row(fed.hidden_BTD, row_B), _row(fed.state_BTD, row_B))
+        return caches, *(
+            jnp.where(here_B, new, old) for new, old in zip(found, last_rows, strict=True)
+        )
 
     caches = empty_caches(model, rows, slots)
     pieces = (jnp.max(last_B) + PREFILL) // PREFILL
-    first = (caches, jnp.zeros(size, model.compute_dtype))
-    caches, state_B1D = jax.lax.fori_loop(0, pieces, piece, first)
+    caches, hidden_B1D, state_B1D = jax.lax.fori_loop(0, pieces, piece, (caches, nothing, nothing))
+    chance = _Chance(seed_B, how.temperature)
+    log_p_BV = chance.log_p(model.lm_head.logits(hidden_B1D[:, 0]))
+    token_B = chance.token(log_p_BV, length_B, NEXT)
+    begun_B = length_B < end_B  # the others were at their end before
+    place_B = jnp.where(begun_B, length_B, slots)
+    tokens_BS = tokens_BS.at[jnp.arange(rows), place_B].set(token_B, mode="drop")
+    length_B = length_B + begun_B.astype(jnp.int32)
+    is_end_B = jnp.isin(token_B, jnp.array(how.end_ids, jnp.int32))
+    texts = Texts(
+        tokens_BS,
+        length_B,
+        rounds_B=jnp.zeros_like(length_B),
+        accepted_BK=jnp.zeros((rows, how.num_drafts), jnp.int32),
+    )
     state_BPD = jnp.pad(state_B1D, [(0, 0), (0, how.num_drafts), (0, 0)])
-    accepted_BK = jnp.zeros((rows, how.num_drafts), jnp.int32)
-    texts = Texts(tokens_BS, length_B, zeros_B, accepted_BK)
-    return _State(texts, length_B >= end_B, caches, last_B, state_BPD)
+    return _State(texts, is_end_B | (length_B >= end_B), caches, last_B, state_BPD)
 
 
 @partial(jax.jit, static_argnames="how", donate_argnums=1)

@@ -67,7 +67,7 @@ def test_greedy_text_is_the_references(case: Case, num_drafts, monkeypatch):
     assert told[-1] == len(LENGTHS) * LENGTH - LENGTHS.sum()
     if num_drafts:
         rounds = [
-            BruteForce(case.reference, text).decode(int(n) - 1, num_drafts)
+            BruteForce(case.reference, text).decode(int(n), num_drafts)
             for text, n in zip(case.texts, LENGTHS, strict=True)
         ]
         assert texts.rounds_B.tolist() == [len(each) for each in rounds]

@@ -27,7 +27,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Prompts with completions, plain texts, a text that is too short for a prompt."""
+    """Prompts with completions, and plain texts, one of them shorter than a prompt."""
     rng = np.random.default_rng(0)
     rows = [
         {"input_ids": rng.integers(3, 384, n).tolist(), "loss_mask": [0] * p + [1] * (n - p)}
@@ -58,14 +58,13 @@ def records(file: Path) -> list[dict]:
 def test_answers_follow_their_prompts(settings, data):
     counts = generate.generate(settings)
     found, asked = records(settings.out), records(data)
-    prompts = [4, 6, 5, 6, 11, 2]  # the fourth document has no prompt
+    prompts = [4, 6, 5, 1, 6, 11, 2]
     assert [each["loss_mask"].count(0) for each in found] == prompts
-    del asked[3]
     for record, source, length in zip(found, asked, prompts, strict=True):
         assert record["input_ids"][:length] == source["input_ids"][:length]
         assert len(record["input_ids"]) == len(record["loss_mask"]) <= length + NEW
         assert record["loss_mask"] == sorted(record["loss_mask"])
-    assert counts.documents == 6
+    assert counts.documents == 7
     assert counts.tokens == sum(sum(each["loss_mask"]) for each in found)
     assert not settings.out.with_name("answers.jsonl.partial").exists()
 
@@ -90,7 +89,7 @@ def test_speculation_writes_the_same_greedy_text(settings):
     assert records(drafted.out) == records(plain.out)
     assert len(counts.num_accepted_tokens_per_pos) == 3
     # each round gives one token more than it accepts, but where the text's end is in between
-    most = counts.num_drafts + sum(counts.num_accepted_tokens_per_pos)
+    most = counts.documents + counts.num_drafts + sum(counts.num_accepted_tokens_per_pos)
     assert most - counts.documents <= counts.tokens <= most
 
 

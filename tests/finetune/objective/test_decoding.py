@@ -16,8 +16,10 @@ from imported import import_folder
 
 from converters.verifying.torch_reference import open_reference
 from finetune.evaluate import EvaluateSettings, evaluate
+from finetune.generate import GenerateSettings, generate
 
 PROMPT, LENGTH, NUM_TEXTS = 6, 72, 40
+EOS = 1
 
 
 class Case:
@@ -26,6 +28,7 @@ class Case:
     def __init__(self, folder: Path, num_mtp: int):
         make_drafting_checkpoint(folder / "source", num_mtp)
         import_folder(folder / "source", folder / "checkpoint")
+        self.num_mtp = num_mtp
         self.checkpoint, self.data = folder / "checkpoint", folder / "texts.jsonl"
         self.reference = open_reference(folder / "source")
         self.reference.get = functools.cache(self.reference.get)
@@ -36,11 +39,11 @@ class Case:
         rows = [{"input_ids": text, "loss_mask": mask} for text in self.texts.tolist()]
         self.data.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def evaluate(self, num_drafts: int):
+    def evaluate(self, num_drafts: int, data: Path | None = None):
         return evaluate(
             EvaluateSettings(
                 checkpoint=str(self.checkpoint),
-                data=(self.data,),
+                data=(data or self.data,),
                 draft_tokens=num_drafts,
                 row_tokens=LENGTH,
             )
@@ -75,6 +78,30 @@ def test_evaluate_counts_what_a_decoder_gets(case: Case, num_drafts):
     assert length is not None
     assert length.low < served < length.high
     assert summary.mean_accepted_length == pytest.approx(served, abs=0.02)
+
+
+@pytest.mark.parametrize("num_drafts", [1, 3])
+def test_evaluate_counts_what_generate_counted(case: Case, num_drafts, tmp_path):
+    """Exactly, on the text that it wrote greedily."""
+    if num_drafts > 1 and case.num_mtp > 1:
+        pytest.skip("generate drafts one token with two modules")
+    made = GenerateSettings(
+        checkpoint=str(case.checkpoint),
+        data=(case.data,),
+        out=tmp_path / "answers.jsonl",
+        max_new_tokens=LENGTH - PROMPT,
+        temperature=0,
+        speculate=num_drafts,
+    )
+    counts = generate(made)
+    written = [json.loads(line)["input_ids"] for line in made.out.read_text().splitlines()]
+    for text, found in zip(case.texts.tolist(), written, strict=True):
+        assert found == text[: len(found)]
+        assert len(found) == LENGTH or found[-1] == EOS
+    summary = case.evaluate(num_drafts, made.out)
+    assert summary.to_json()["num_drafts"] == counts.num_drafts
+    assert summary.accepted == counts.num_accepted_tokens_per_pos
+    assert summary.accepted[-1] > 0
 
 
 def _with_room(rounds: list[list[bool]], num_drafts: int) -> Iterator[list[bool]]:
