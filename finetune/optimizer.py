@@ -54,6 +54,15 @@ def make_optimizer(
     )
 
 
+def steps_taken(opt_state: optax.OptState) -> jax.Array:
+    """Steps that moved the weights so far, int32: what the learning rate follows."""
+
+    def is_of_the_rate(path: tuple, _: Any) -> bool:
+        return getattr(path[-1], "tuple_name", None) == "ScaleByScheduleState"
+
+    return optax.tree.get(opt_state, "count", filtering=is_of_the_rate)
+
+
 def initial(optimizer: optax.GradientTransformation, trainable: nnx.State) -> optax.OptState:
     """The optimizer's state before the first step; moments are placed as their parameters are."""
     placements = _placements(jax.eval_shape(optimizer.init, trainable), trainable)

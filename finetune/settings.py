@@ -19,6 +19,7 @@ from finetune.data.kinds import NAMES
 from mtp_model.problems import UserError
 
 TrainMode = Literal["mtp", "all"]
+LambdaSchedule = Literal["constant", "linear", "step"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 DataPaths = Annotated[
     tuple[Path, ...],
@@ -151,6 +152,14 @@ class RunSettings:
     """Held-out text, in the same forms as --data."""
     mtp_lambda: float = 0.1
     """With --train all, the loss is main + lambda * what the MTP modules learn."""
+    mtp_lambda_schedule: LambdaSchedule = "constant"
+    """How lambda goes from --mtp-lambda to --mtp-lambda-end: not at all, linearly, or in one step
+    after two thirds of the steps (DeepSeek-V3: 0.3, then 0.1)."""
+    mtp_lambda_end: float = 0.1
+    """Lambda of the last step, unless it is constant."""
+    detach_main: bool = False
+    """With --train all, what the MTP modules learn moves them alone: the main model, its embedding
+    and its head learn from the main loss only."""
     draft_tokens: int = 0
     """MTP depths that are trained and measured; more than there are modules reuse them as a decoder
     does. 0: as many as there are modules."""
@@ -181,6 +190,7 @@ POSITIVE = (
 )
 NOT_NEGATIVE = (
     "mtp_lambda",
+    "mtp_lambda_end",
     "draft_tokens",
     "objective.ce",
     "objective.kl",
@@ -366,7 +376,7 @@ def _converted(value: Any, hint: Any) -> Any:
     if typing.get_origin(hint) is Literal:
         if value in typing.get_args(hint):
             return value
-    elif hint in (int, str) and type(value) is hint:
+    elif hint in (int, str, bool) and type(value) is hint:
         return value
     raise TypeError
 
@@ -380,4 +390,10 @@ def _described(hint: Any) -> str:
         return " or ".join(typing.get_args(hint))
     if isinstance(hint, types.GenericAlias):
         return "a path or a list of paths"
-    return {int: "a whole number", float: "a number", str: "a path", Path: "a path"}[hint]
+    return {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "a path",
+        Path: "a path",
+    }[hint]

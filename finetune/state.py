@@ -15,9 +15,9 @@ from flax import nnx
 
 from finetune.data.packing import Batch
 from finetune.objective.acceptance import Rounds
-from finetune.objective.losses import Asked, ExpertLoad, Measured, context_of, measure
-from finetune.objective.objectives import objective
-from finetune.optimizer import initial
+from finetune.objective.losses import Asked, ExpertLoad, Measured, context_of, main_loss, measure
+from finetune.objective.objectives import lambdas, objective
+from finetune.optimizer import initial, steps_taken
 from finetune.settings import RunSettings, TrainMode
 from mtp_model import DeepSeekV3, RouterBias
 
@@ -87,16 +87,21 @@ def make_train_step(
 ) -> jax.stages.Wrapped:
     """The jitted step: (state, frozen, batch) -> (state, what was measured); donates the state."""
     mode, mixture = settings.train, settings.objective.or_default(settings.train)
-    asked = asked_by(settings)
+    asked, mtp_lambda = asked_by(settings), lambdas(settings)
 
     def step(state: TrainState, frozen: nnx.State, batch: Batch):
         def loss_of(trainable: nnx.State):
             model = nnx.merge(graphdef, trainable, state.biases, frozen)
             main = model.main(batch.tokens_BT, context_of(batch))
-            if mode == "mtp":  # no gradient enters the main model
+            own_loss = None
+            if mode == "all" and settings.detach_main:
+                own_loss = main_loss(model, batch, main)
+                model = nnx.merge(graphdef, _held(trainable), state.biases, frozen)
+            if mode == "mtp" or settings.detach_main:  # no gradient enters the main model
                 main = jax.lax.stop_gradient(main)
             measured, load, *_ = measure(model, batch, main, asked)
-            loss = objective(measured, mode, mixture, settings.mtp_lambda)
+            weight = mtp_lambda(steps_taken(state.opt_state) + 1)
+            loss = objective(measured, mode, mixture, weight, own_loss)
             return loss, (measured, load)
 
         grad_of = jax.value_and_grad(loss_of, has_aux=True)
@@ -114,6 +119,15 @@ def make_train_step(
         return _where(learnt & finite, moved, state), result
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _held(trainable: nnx.State) -> nnx.State:
+    """Parameters of which only those of the MTP modules have a gradient."""
+
+    def held(path: tuple, leaf: nnx.Variable) -> nnx.Variable:
+        return leaf if path[0] == "mtp" else leaf.replace(jax.lax.stop_gradient(leaf[...]))
+
+    return nnx.map_state(held, trainable)
 
 
 def _targets(measured: Measured, mode: TrainMode) -> jax.Array:

@@ -251,6 +251,13 @@ def measure(
     return Measurement(measured, load, rounds, choices)
 
 
+def main_loss(model: DeepSeekV3, batch: Batch, main: MainStates) -> jax.Array:
+    """Mean cross entropy of the main model alone; 0 without a target."""
+    target = targets(batch, 0)
+    sums, _ = through_head(model.lm_head, (main.hidden_BTD,), (target,), ONE_DRAFT_EACH)
+    return sums.nll_K1[0] / jnp.maximum(jnp.sum(target.valid_BT), 1).astype(jnp.float32)
+
+
 def _by_module(load_KE: Float[Array, "K E"], model: DeepSeekV3) -> Float[Array, "M E"]:
     """The load of each MTP module: of all depths that it was used for."""
     count = max(1, model.config.num_nextn_predict_layers)

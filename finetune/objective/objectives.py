@@ -13,7 +13,7 @@ of depth k. K depths.
   (arXiv 2606.12370). Depths are joined in it, so it has no weights by depth.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -21,20 +21,43 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from finetune.objective.losses import Measured, mean_losses
-from finetune.settings import ObjectiveSettings, TrainMode
+from finetune.settings import ObjectiveSettings, RunSettings, TrainMode
 
 LK_ETA = 3.0
 
 
 def objective(
-    measured: Measured, mode: TrainMode, mixture: ObjectiveSettings, mtp_lambda: float
+    measured: Measured,
+    mode: TrainMode,
+    mixture: ObjectiveSettings,
+    mtp_lambda: jax.Array | float,
+    main_loss: jax.Array | None = None,
 ) -> jax.Array:
     """L_main + lambda * the mixture; with the main model frozen, the mixture alone.
 
-    A frozen main model's loss is a constant, and lambda would only be a factor.
+    A frozen main model's loss is a constant, and lambda would only be a factor. main_loss: instead
+    of the measured one, where gradients of the two go to different parts of the model.
     """
     mtp = mtp_objective(measured, mixture)
-    return mtp if mode == "mtp" else mean_losses(measured)[0] + mtp_lambda * mtp
+    if mode == "mtp":
+        return mtp
+    return (mean_losses(measured)[0] if main_loss is None else main_loss) + mtp_lambda * mtp
+
+
+def lambdas(settings: RunSettings) -> Callable[[jax.Array], jax.Array]:
+    """Lambda of a step, counted from 1."""
+    first, last, steps = settings.mtp_lambda, settings.mtp_lambda_end, settings.steps
+
+    def linear(step: jax.Array) -> jax.Array:
+        return first + (last - first) * (step.astype(jnp.float32) - 1) / max(steps - 1, 1)
+
+    def at_once(step: jax.Array) -> jax.Array:
+        return jnp.where(3 * step <= 2 * steps, first, last)
+
+    def constant(step: jax.Array) -> jax.Array:
+        return jnp.full_like(step, first, jnp.float32)
+
+    return {"linear": linear, "step": at_once, "constant": constant}[settings.mtp_lambda_schedule]
 
 
 def mtp_objective(measured: Measured, mixture: ObjectiveSettings) -> jax.Array:

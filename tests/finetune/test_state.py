@@ -1,0 +1,85 @@
+"""One step of training: which loss moves which part, and how lambda goes over the steps."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from finetune.data.packing import Batch
+from finetune.objective.objectives import lambdas
+from finetune.settings import ObjectiveSettings, RunSettings
+from finetune.state import TrainState, make_train_step, start
+from finetune.weights import load_for_training
+
+
+@pytest.fixture(scope="module")
+def batch() -> Batch:
+    tokens = np.random.default_rng(0).integers(3, 300, (2, 16)).astype(np.int32)
+    ones = np.ones_like(tokens)
+    return Batch(tokens, ones, np.broadcast_to(np.arange(16, dtype=np.int32), (2, 16)), ones)
+
+
+def gradients(settings: RunSettings, checkpoint: Path, batch: Batch) -> dict[str, np.ndarray]:
+    """By leaf, read off a step of gradient descent of rate 1 that starts from nothing moved."""
+    split = load_for_training(str(checkpoint), "all", "float32")
+    rate = optax.chain(optax.scale_by_schedule(lambda _: -1.0))
+    step = make_train_step(split.graphdef, rate, settings)
+    before = jax.device_get(split.trainable)
+    state, _ = step(start(split, rate), split.frozen, batch)
+    assert isinstance(state, TrainState)
+    after = jax.device_get(state.trainable)
+    pairs = zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True)
+    return {jax.tree_util.keystr(path): old - new for (path, old), new in pairs}
+
+
+def test_a_detached_main_model_learns_from_its_own_loss_only(settings, checkpoint, batch):
+    """Its gradient is that without MTP, and the modules' is that of training together."""
+    every = dataclasses.replace(
+        settings, train="all", objective=ObjectiveSettings(ce=1.0), mtp_lambda=0.5
+    )
+    together = gradients(every, checkpoint, batch)
+    detached = gradients(dataclasses.replace(every, detach_main=True), checkpoint, batch)
+    alone = gradients(dataclasses.replace(every, mtp_lambda=0.0), checkpoint, batch)
+    modules = {name for name in together if "mtp" in name}
+    assert modules
+    for name, expected in alone.items():
+        wanted = together[name] if name in modules else expected
+        scale = np.abs(wanted).max()
+        np.testing.assert_allclose(detached[name], wanted, atol=2e-5 * scale + 1e-9, err_msg=name)
+    differs = [n for n in alone if not np.allclose(together[n], detached[n], rtol=1e-3, atol=1e-7)]
+    assert {name for name in differs if "lm_head" in name or "embed_tokens" in name}
+    assert not modules & set(differs)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.3] * 6),
+        ("linear", [0.3, 0.26, 0.22, 0.18, 0.14, 0.1]),
+        ("step", [0.3, 0.3, 0.3, 0.3, 0.1, 0.1]),
+    ],
+)
+def test_lambda_follows_its_schedule(settings, checkpoint, batch, schedule, expected):
+    """By its definition, and in the loss of each step."""
+    run = dataclasses.replace(
+        settings, train="all", steps=6, mtp_lambda=0.3, mtp_lambda_schedule=schedule
+    )
+    of_step = lambdas(run)
+    found = [float(of_step(jax.numpy.int32(step))) for step in range(1, 7)]
+    assert found == pytest.approx(expected, rel=1e-6)
+    if schedule != "step":
+        return
+    split = load_for_training(str(checkpoint), "all", "float32")
+    still = optax.scale_by_schedule(lambda _: 0.0)
+    step = make_train_step(split.graphdef, still, run)
+    state, losses = start(split, still), []
+    means = np.zeros(2)
+    for _ in expected:
+        state, result = step(state, split.frozen, batch)
+        losses.append(float(result.loss))
+        means = np.asarray(result.measured.nll_sum_K1) / np.asarray(result.measured.num_targets_K1)
+    main, mtp = means
+    assert losses == pytest.approx([main + weight * mtp for weight in expected], rel=1e-5)
