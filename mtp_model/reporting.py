@@ -1,10 +1,13 @@
-"""How results look: tables for people, Markdown for files, JSON for programs."""
+"""How results look: tables for people, Markdown and HTML for files, JSON for
+programs."""
 
+import io
 import json
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from html import escape
 from typing import Any
 
 from rich import box
@@ -35,6 +38,14 @@ class Grid:
 
 Section = Facts | Grid | str
 """One piece of a report; a string is text of one or more lines."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An SVG element for `html`, and its title, which says what is drawn."""
+
+    title: str
+    svg: str
 
 
 def stdout() -> Console:
@@ -89,6 +100,73 @@ def _markdown(section: Section) -> str:
         return "\n".join(f"* {name}: {value}" for name, value in section.pairs)
     rule = ["---", *("--:" for _ in section.columns[1:])]
     return "\n".join(f"| {' | '.join(row)} |" for row in (section.columns, rule, *section.rows))
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width">
+<meta name="color-scheme" content="light dark">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark }}
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 70rem }}
+body {{ margin: 2rem auto; padding: 0 1rem }}
+h1 {{ font-size: 1.4rem }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1rem 0 }}
+th, td {{ padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #8886 }}
+th:first-child, td:first-child {{ text-align: left }}
+pre {{ white-space: pre-wrap }}
+dt {{ float: left; clear: left; min-width: 7rem; opacity: .7 }}
+figure {{ margin: 1.5rem 0; overflow-x: auto }}
+svg {{ max-width: 100%; height: auto }}
+</style>
+<h1>{title}</h1>
+{body}
+</html>
+"""
+
+
+def html(title: str, sections: Iterable[Section | Picture]) -> str:
+    """A page of these sections that needs nothing beside it, in the reader's light or dark."""
+    return _PAGE.format(title=escape(title), body="\n".join(map(_html, sections)))
+
+
+def _html(section: Section | Picture) -> str:
+    if isinstance(section, str):
+        return f"<pre>{escape(section)}</pre>"
+    if isinstance(section, Facts):
+        pairs = (f"<dt>{escape(n)}</dt><dd>{escape(value)}</dd>" for n, value in section.pairs)
+        return f"<dl>{''.join(pairs)}</dl>"
+    if isinstance(section, Picture):
+        caption = f"<figcaption>{escape(section.title)}</figcaption>"
+        return f"<figure>{caption}{section.svg}</figure>"
+    head = "".join(f"<th>{escape(column)}</th>" for column in section.columns)
+    rows = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in section.rows)
+    body = "\n".join(f"<tr>{row}</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table>"
+
+
+_INK = "#0b0c0d"  # no other colour of a drawing: becomes the text's, dark on light or the reverse
+
+
+def drawing(title: str, draw: Callable[[Any], None], size: tuple[float, float]) -> Picture:
+    """What `draw` does with the axes of a new figure. size: in inches."""
+    import matplotlib as mpl  # takes half a second to import
+    from matplotlib.figure import Figure
+
+    inks = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+    style: dict[Any, Any] = dict.fromkeys(inks, _INK)
+    style |= {"svg.fonttype": "none", "svg.hashsalt": "deepseek-mtp", "legend.frameon": False}
+    with mpl.rc_context(style):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure.subplots())
+        file = io.StringIO()
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+    text = file.getvalue()
+    return Picture(title, text[text.index("<svg") :].replace(_INK, "currentColor"))
 
 
 def to_json(value: Mapping[str, Any]) -> str:

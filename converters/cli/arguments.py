@@ -130,7 +130,7 @@ class Verify:
     text: Annotated[str | None, arg(metavar="TEXT")] = None
     """for --logits: compare on this text by SRC's tokenizer, instead of built-in tokens"""
     report: Annotated[str | None, arg(metavar="DIR")] = None
-    """write report.json, report.md and a picture there; --logits goes on where it was stopped"""
+    """write report.json, .md and .html there; --logits goes on where it was stopped"""
     workers: _Workers = 3
     follow_links: _FollowLinks = False
     json: _Json = False

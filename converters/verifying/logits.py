@@ -43,6 +43,7 @@ LENGTH = 48
 # Rows of the batch, as lengths of documents: one document; three packed ones and padding.
 DOCUMENTS = ((LENGTH,), (19, 7, 16))
 MOST_TOKENS = 512  # of a text: their logits of V3 need half of what its head does
+_SAMPLE = 200  # pairs of logits of a depth, for who draws them
 _HEAD = "lm_head"
 _TOKENIZER = "tokenizer.json"
 
@@ -70,6 +71,9 @@ class DepthCheck:
     argmax_agreement: float
     top5_agreement: float
     by_position: tuple[float | None, ...]
+    kl_by_row: tuple[float, ...]
+    sample: tuple[tuple[float, float], ...]
+    """Some logits, as (reference, ours)."""
 
     @property
     def holds(self) -> bool:
@@ -314,7 +318,15 @@ def _compare(depth: int, ours: np.ndarray, theirs: np.ndarray, valid: np.ndarray
             float(worst) if any_valid else None
             for worst, any_valid in zip(difference_BT.max(0), np.any(valid, axis=0), strict=True)
         ),
+        kl_by_row=tuple(kl.tolist()),
+        sample=_sample(a, b),
     )
+
+
+def _sample(ours: np.ndarray, theirs: np.ndarray) -> tuple[tuple[float, float], ...]:
+    """Pairs of logits, evenly from all of [N, V]."""
+    chosen = np.linspace(0, ours.size - 1, min(_SAMPLE, ours.size)).astype(int)
+    return tuple(zip(theirs.ravel()[chosen].tolist(), ours.ravel()[chosen].tolist(), strict=True))
 
 
 def _cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:

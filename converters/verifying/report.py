@@ -1,8 +1,12 @@
-"""What `verify` says, and the folder of --report: report.json, report.md, logits.png."""
+"""What `verify` says, and the folder of --report: report.json, report.md, report.html and a
+picture."""
 
+import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from converters.verifying.compare import (
     MAIN,
@@ -20,8 +24,11 @@ from mtp_model.problems import group_names
 from mtp_model.reporting import (
     Facts,
     Grid,
+    Picture,
     Section,
     cut,
+    drawing,
+    html,
     human_bytes,
     markdown,
     plural,
@@ -29,50 +36,112 @@ from mtp_model.reporting import (
     to_json,
 )
 
-REPORT_JSON, REPORT_MD, LOGITS_PNG = "report.json", "report.md", "logits.png"
+REPORT_JSON, REPORT_MD, REPORT_HTML = "report.json", "report.md", "report.html"
+LOGITS_PNG = "logits.png"
+REPORT_VERSION = 1  # of report.json; a key that is new does not change it
 _MOST_NAMES = 12
 _MOST_CHANGED = 10
 _SMALLEST = 1e-10  # what a difference of exactly 0 is drawn as, on a logarithmic axis
+_SMALLEST_KL = 1e-18
+_MOST_LABELS = 32
 
 
 def write_report(folder: str | Path, found: Verification | Comparison) -> None:
     """Write the report into `folder`, which is made when missing; files in it are replaced."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / REPORT_JSON).write_text(to_json(found.to_dict()) + "\n", encoding="utf-8")
+    plain = {"report_version": REPORT_VERSION, **found.to_dict()}
+    (folder / REPORT_JSON).write_text(to_json(plain) + "\n", encoding="utf-8")
     when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     if isinstance(found, Comparison):
-        title, sections = f"Comparison of {found.a} and {found.b}", comparison(found)
+        title, sections = f"Comparison of {found.a} and {found.b}", [*comparison(found)]
     else:
-        title, sections = f"Verification of {found.checkpoint}", verification(found)
+        title, sections = f"Verification of {found.checkpoint}", [*verification(found)]
     text = f"# {title}\n\n{when}\n\n" + markdown(sections)
+    pictures = []
     if isinstance(found, Verification) and found.logits:
         _draw(found.logits, folder / LOGITS_PNG)
         text += f"\n![difference by position]({LOGITS_PNG})\n"
+        pictures = _pictures(found.logits)
     (folder / REPORT_MD).write_text(text, encoding="utf-8")
+    page = html(title, [when, *sections, *pictures])
+    (folder / REPORT_HTML).write_text(page, encoding="utf-8")
 
 
 def clear_report(folder: str | Path) -> None:
     """Remove an earlier report: while a new one is on its way, nothing there looks finished."""
-    for name in (REPORT_JSON, REPORT_MD, LOGITS_PNG):
+    for name in (REPORT_JSON, REPORT_MD, REPORT_HTML, LOGITS_PNG):
         (Path(folder) / name).unlink(missing_ok=True)
 
 
 def _draw(logits: LogitsCheck, file: Path) -> None:
-    """A line for each depth: largest difference at each position, and what is allowed."""
     from matplotlib.figure import Figure  # takes half a second to import
 
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
+    _draw_positions(axes, logits, "black")
+    axes.set_title("float32 logits against the torch reference")
+    figure.savefig(file, dpi=120)
+
+
+def _pictures(logits: LogitsCheck) -> list[Picture]:
+    """What report.html shows of a comparison of logits."""
+    wide, square = (9, 3.5), (5, 5)
+    pictures = [
+        drawing("error by layer", lambda axes: _draw_layers(axes, logits), wide),
+        drawing("error by position", lambda axes: _draw_positions(axes, logits, "gray"), wide),
+        drawing("divergence of our distribution", lambda axes: _draw_kl(axes, logits), wide),
+    ]
+    for depth in logits.depths:
+        title = f"logits of the {_name(depth)}, some of all"
+        pictures.append(drawing(title, functools.partial(_draw_sample, depth=depth), square))
+    return pictures
+
+
+def _draw_layers(axes: Any, logits: LogitsCheck) -> None:
+    """Both errors of every part of the network, and what is allowed of it alone."""
+    names = [layer.name.removeprefix("model.") for layer in logits.layers]
+    for error, label in (("alone", "alone"), ("after", "after all before it")):
+        values = [max(getattr(layer, error), _SMALLEST) for layer in logits.layers]
+        axes.semilogy(range(len(names)), values, ".-", label=label)
+    axes.axhline(logits.tolerance, color="gray", linestyle="--", label="allowed alone")
+    step = -(-len(names) // _MOST_LABELS)
+    axes.set_xticks(range(0, len(names), step), names[::step], rotation=45, ha="right")
+    axes.set_ylabel("|ours - reference| / |reference|")
+    axes.legend()
+
+
+def _draw_positions(axes: Any, logits: LogitsCheck, allowed: str) -> None:
+    """A line for each depth: largest difference at each position, and what is allowed."""
     for depth in logits.depths:
         positions, differences = _points(depth)
         axes.semilogy(positions, differences, ".-", label=_name(depth))
-    axes.axhline(logits.tolerance, color="black", linestyle="--", label="allowed")
+    axes.axhline(logits.tolerance, color=allowed, linestyle="--", label="allowed")
     axes.set_xlabel("position (tokens)")
     axes.set_ylabel("max |ours - reference| / max |reference|")
-    axes.set_title("float32 logits against the torch reference")
     axes.legend()
-    figure.savefig(file, dpi=120)
+
+
+def _draw_kl(axes: Any, logits: LogitsCheck) -> None:
+    """How many positions have how much, by powers of ten; those without a number are counted."""
+    powers, labels = [], []
+    for depth in logits.depths:
+        finite = [kl for kl in depth.kl_by_row if math.isfinite(kl)]
+        missing = len(depth.kl_by_row) - len(finite)
+        powers.append([math.log10(max(kl, _SMALLEST_KL)) for kl in finite])
+        labels.append(f"{_name(depth)}, {missing} not finite" if missing else _name(depth))
+    axes.hist(powers, bins=40, label=labels)
+    axes.set_xlabel("KL(reference || ours), log10 of nats")
+    axes.set_ylabel("positions")
+    axes.legend()
+
+
+def _draw_sample(axes: Any, depth: DepthCheck) -> None:
+    theirs, ours = zip(*depth.sample, strict=True)
+    axes.plot(theirs, ours, ".", alpha=0.6)
+    axes.axline((0, 0), slope=1, color="gray", linewidth=0.8)
+    axes.set_xlabel("reference")
+    axes.set_ylabel("ours")
 
 
 def _points(depth: DepthCheck) -> tuple[list[int], list[float]]:

@@ -319,7 +319,12 @@ def test_verify_logits(
     assert status == 0
     assert "MTP depth 1" in out
     assert "logits agree" in out
-    assert {file.name for file in report.iterdir()} == {"report.json", "report.md", "logits.png"}
+    assert {file.name for file in report.iterdir()} == {
+        "report.json",
+        "report.md",
+        "report.html",
+        "logits.png",
+    }
 
 
 @pytest.mark.parametrize(

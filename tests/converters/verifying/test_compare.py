@@ -250,7 +250,8 @@ def test_a_bucket_and_the_hub(made: Path, tmp_path: Path, capsys, gcs: GcsServer
 
 def test_a_report_is_written(made: Path, tmp_path: Path, capsys):
     found = compared(capsys, made / "tuned", made / "ckpt", "--report", tmp_path / "report")
-    assert json.loads((tmp_path / "report/report.json").read_text()) == found
+    report = json.loads((tmp_path / "report/report.json").read_text())
+    assert report == {"report_version": 1, **found}
     text = (tmp_path / "report/report.md").read_text()
     assert "MTP module changed: yes; main model changed: no" in text
 

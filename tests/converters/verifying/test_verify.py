@@ -25,8 +25,7 @@ from converters.verifying.logits import (
     check_logits,
     seeded_batch,
 )
-from converters.verifying.report import write_report
-from converters.verifying.verify import StorageCheck, Verification
+from converters.verifying.verify import StorageCheck
 from mtp_model.checkpoint.derived import ChangedLeaf, write_derived
 from mtp_model.checkpoint.directory import Checkpoint, CheckpointError, open_checkpoint
 from mtp_model.problems import ProblemsError, UserError
@@ -374,23 +373,3 @@ def test_logits_without_torch_say_what_to_install(kept: Pair, monkeypatch: pytes
     monkeypatch.delattr(converters.verifying, "torch_reference", raising=False)
     with pytest.raises(UserError, match=r"pip install 'deepseek-mtp\[verify\]'"):
         logits(*kept)
-
-
-def test_report_folder(kept: Pair, kept_logits: LogitsCheck, tmp_path: Path):
-    checkpoint = open_checkpoint(kept[1])
-    found = Verification(
-        source=str(kept[0]),
-        checkpoint=str(kept[1]),
-        digests=check_digests(checkpoint),
-        storage=storage(*kept),
-        logits=kept_logits,
-    )
-    write_report(tmp_path / "report", found)
-    content = json.loads((tmp_path / "report" / "report.json").read_text())
-    assert content["holds"] is True
-    assert content["storage"]["parts"]["MTP modules"]["differing"] == 0
-    assert content["logits"]["depths"][1]["rows"] == 86
-    text = (tmp_path / "report" / "report.md").read_text()
-    assert "| total | 331 |" in text
-    assert "![difference by position](logits.png)" in text
-    assert (tmp_path / "report" / "logits.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,61 @@
+"""A page of results needs nothing beside it, and runs nothing that a name says."""
+
+import re
+from html.parser import HTMLParser
+
+from mtp_model.reporting import Facts, Grid, drawing, html
+
+SPITEFUL = "<script>alert('x')</script><img src=http://example.org>"
+
+
+class Reader(HTMLParser):
+    """Every element of a page with its attributes, and its text."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def drawn(axes) -> None:
+    axes.plot([0, 1], [2, 3], label="a line")
+    axes.legend()
+
+
+def test_names_are_shown_and_not_run():
+    sections = [SPITEFUL, Facts([(SPITEFUL, SPITEFUL)]), Grid((SPITEFUL,), [(SPITEFUL,)])]
+    page = Reader(html(SPITEFUL, sections))
+    assert page.text.count(SPITEFUL) == 7
+    assert not {tag for tag, _ in page.elements} & {"script", "img"}
+    assert "script" in {tag for tag, _ in Reader(SPITEFUL).elements}  # the control
+
+
+def test_a_page_asks_for_nothing_from_elsewhere():
+    page = Reader(html("page", [drawing("a drawing", drawn, (4, 3))]))
+    asked = [
+        value
+        for tag, attributes in page.elements
+        for name, value in attributes.items()
+        if name in ("src", "href", "xlink:href") and not (value or "").startswith("#")
+    ]
+    assert not asked
+    assert not {tag for tag, _ in page.elements} & {"link", "script", "image", "iframe"}
+    policy = [a["content"] for tag, a in page.elements if tag == "meta" and "http-equiv" in a]
+    assert policy == ["default-src 'none'; style-src 'unsafe-inline'"]
+    assert "a line" in page.text
+
+
+def test_a_drawing_has_the_readers_own_ink():
+    """In dark and in light: no black, no white; lines keep their colours."""
+    svg = drawing("a drawing", drawn, (4, 3)).svg
+    colours = set(re.findall(r"#[0-9a-f]{6}\b", svg))
+    assert colours == {"#1f77b4"}
+    assert "fill: currentColor" in svg
+    assert svg == drawing("a drawing", drawn, (4, 3)).svg
