@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 from rich.console import Console
 
 from finetune.run import metrics
@@ -49,8 +50,10 @@ def command(point: str, count: int, signals: str, argv: list[str]) -> list[str]:
 
 
 def environment(argv: list[str]) -> dict[str, str]:
-    """For processes that train one run after the other, and compile once."""
+    """For processes that train one run after the other, and compile once, if they have to."""
     compiled = Path(argv[argv.index("--out") + 1]).with_name("compiled")
+    if not compiled.exists():  # a folder of their own: one that is killed leaves half a file
+        shutil.copytree(jax.config.jax_compilation_cache_dir, compiled)
     return os.environ | {
         "PYTHONPATH": str(Path(__file__).parents[2]),
         "JAX_COMPILATION_CACHE_DIR": str(compiled),

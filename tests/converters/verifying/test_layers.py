@@ -29,15 +29,6 @@ PARTS = ["model.embed_tokens", *(f"model.layers.{i}" for i in range(4)), "model.
 PARTS += ["model.layers.4", "model.layers.5", "lm_head"]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Small torch products are many times faster so beside other work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """Two MTP modules, FP8 kept."""

@@ -12,7 +12,6 @@ from verified import Pair, opened
 
 pytest.importorskip("torch")
 
-import torch
 
 from converters.cli.main import main
 from converters.verifying.logits import check_logits, text_batch
@@ -20,15 +19,6 @@ from mtp_model.checkpoint.directory import open_checkpoint
 from mtp_model.files.untrusted_json import parse
 
 TEXT = "return items or\n  default  # naïve 数"
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Small torch products are many times faster so beside other work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

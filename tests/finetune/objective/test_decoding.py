@@ -51,11 +51,8 @@ class Case:
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one module", "two modules"])
-def case(request, tmp_path_factory) -> Iterator[Case]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # of a thousand small products each; threads would wait for each other
-    yield Case(tmp_path_factory.mktemp("drafting"), request.param)
-    torch.set_num_threads(threads)
+def case(request, tmp_path_factory) -> Case:
+    return Case(tmp_path_factory.mktemp("drafting"), request.param)
 
 
 @pytest.mark.parametrize("num_drafts", [1, 2, 3, 4])
