@@ -153,6 +153,7 @@ def use_the_product(out: Path, prose: Domain, steps: int, rows: int) -> dict[str
         convert("verify", released, checkpoint, "--logits", "--report", out / "report-import")
     with step("4. Fine-tune the MTP module on prose; the main model is frozen"):
         before = acceptance(checkpoint, prose, rows)
+        sampled = [acceptance(checkpoint, prose, rows, "rejection")]
         finetune(
             *("train", "--checkpoint", checkpoint, "--data", prose.train),
             *("--eval-data", prose.held_out, "--out", run, "--steps", steps, *BATCH),
@@ -160,6 +161,7 @@ def use_the_product(out: Path, prose: Domain, steps: int, rows: int) -> dict[str
             *("--draft-tokens", DRAFTS),
         )
         after = acceptance(run / "final", prose, rows)
+        sampled.append(acceptance(run / "final", prose, rows, "rejection"))
     with step("5. Export it in the format it came in, and verify again"):
         convert("export", run / "final", out / "exported")
         convert(
@@ -169,15 +171,19 @@ def use_the_product(out: Path, prose: Domain, steps: int, rows: int) -> dict[str
     return {
         "before": before,
         "after": after,
+        "sampled": sampled,
         "logits": [worst_difference(out / name) for name in ("report-import", "report-export")],
         "bytes": compare_bytes(released, out / "exported"),
     }
 
 
-def acceptance(checkpoint: Path, domain: Domain, rows: int) -> dict[str, Any]:
+def acceptance(
+    checkpoint: Path, domain: Domain, rows: int, sampling: str = "greedy"
+) -> dict[str, Any]:
     command = ("evaluate", "--checkpoint", checkpoint, "--data", domain.held_out, "--json")
     shape = ("--draft-tokens", DRAFTS, "--rows", 16, "--row-tokens", 128, "--max-rows", rows)
-    return json.loads(run_command("finetune-deepseek", *command, *shape, capture=True))
+    rule = ("--sampling", sampling)
+    return json.loads(run_command("finetune-deepseek", *command, *shape, *rule, capture=True))
 
 
 def compare_bytes(before: Path, after: Path) -> dict[str, dict[str, int]]:
@@ -214,7 +220,11 @@ def report(out: Path, on_code: dict, results: dict[str, Any], seconds: float) ->
         table.add_column(column, justify="right" if column else "left")
     for k, (old, new) in enumerate(zip(before["acceptance"], after["acceptance"], strict=True)):
         table.add_row(f"draft {k + 1} accepted", percent(old), percent(new))
-    for name in ("mean_accepted_length", "main_loss", "mtp_loss"):
+    greedy = [number(each["mean_accepted_length"]) for each in (before, after)]
+    table.add_row("mean accepted length, greedy", *greedy)
+    lengths = [number(each["mean_accepted_length"]) for each in results["sampled"]]
+    table.add_row("mean accepted length, sampled", *lengths)
+    for name in ("main_loss", "mtp_loss"):
         table.add_row(name.replace("_", " "), number(before[name]), number(after[name]))
     table.add_row("logits against plain torch", *(f"{d:.1e}" for d in results["logits"]))
     for part, counts in results["bytes"].items():
