@@ -26,7 +26,7 @@ from rich.table import Table
 from tools.demo_text import Domain, train_tokenizer, write_domains
 from tools.make_tiny_checkpoint import stored_tensors, tiny_config, weight_shapes, write_weights
 
-MINUTES = 4  # what the whole demo may take on two quiet cores
+MINUTES = 8  # what the whole demo may take on two quiet cores
 SIZES = {
     "hidden_size": 192,
     "vocab_size": 2048,
@@ -49,7 +49,7 @@ SIZES = {
     "weight_block_size": [128, 128],
 }
 NUM_FILES = 5
-PRETRAIN_STEPS, MAIN_STEPS, MTP_STEPS = 400, 150, 75
+PRETRAIN_STEPS, MAIN_STEPS, MTP_STEPS = 250, 100, 60
 EVALUATION_ROWS = 256
 DRAFTS = 3  # tokens that a server drafts with the one module, again and again
 BATCH = ["--batch.rows", "16", "--batch.row-tokens", "128"]
