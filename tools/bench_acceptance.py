@@ -10,16 +10,14 @@ same checkpoint. One seed: differences below about 0.05 say little. What is ther
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
 
-SETTINGS = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_llvm_disable_expensive_passes=true"}
+from tools.demo import run_command
+
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -116,11 +114,8 @@ def length(checkpoint: Path, data: Path, rule: str, drafts: int) -> float:
 
 
 def finetune(*words: object) -> str:
-    command = [str(Path(sys.executable).parent / "finetune-deepseek"), *map(str, words)]
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, text=True, check=True, env=SETTINGS | os.environ
-    )
-    return done.stdout
+    """What the command prints."""
+    return run_command("finetune-deepseek", *words, capture=True)
 
 
 if __name__ == "__main__":

@@ -18,28 +18,19 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from tools.bench_data import RELEASED_SIZES
 from tools.make_tiny_checkpoint import TINY_CONFIG, tiny_config, write_json, write_safetensors
 from tools.released_format import NUMPY_DTYPES, Shape, is_quantised, weight_shapes
 
 FP8, BF16 = NUMPY_DTYPES["F8_E4M3"], NUMPY_DTYPES["BF16"]
 SIZES: dict[str, Any] = {
-    "hidden_size": 7168,
-    "intermediate_size": 18432,
-    "moe_intermediate_size": 2048,
+    **RELEASED_SIZES,
     "n_routed_experts": 256,
     "n_group": 8,
     "topk_group": 4,
     "num_experts_per_tok": 8,
-    "num_attention_heads": 128,
-    "num_key_value_heads": 128,
-    "q_lora_rank": 1536,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
     "vocab_size": 129280,
     "num_hidden_layers": 2,
-    "first_k_dense_replace": 1,
     "max_position_embeddings": 163840,
     "rope_theta": 10000,
     "rope_scaling": {

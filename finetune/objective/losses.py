@@ -92,7 +92,6 @@ class Measurement(NamedTuple):
     measured: Measured
     load: ExpertLoad
     rounds: Rounds
-    choices: Choices
 
 
 def targets(batch: Batch, k: int) -> Targets:
@@ -248,7 +247,7 @@ def measure(
         text_nll_sum=text_nll,
     )
     load = ExpertLoad(main.expert_load_LE, _by_module(drafts.expert_load_LE, model))
-    return Measurement(measured, load, rounds, choices)
+    return Measurement(measured, load, rounds)
 
 
 def main_loss(model: DeepSeekV3, batch: Batch, main: MainStates) -> jax.Array:

@@ -93,7 +93,8 @@ class RunDirectory:
 
     def raise_unless_usable(self, settings: RunSettings, overwrite: bool) -> None:
         """RunError unless a run with these settings may start or go on here. Touches nothing."""
-        if not self.config.is_file():
+        saved = self.saved_settings()
+        if saved is None:
             if self.path.exists() and not (self.path.is_dir() and self._is_empty()):
                 raise RunError(
                     f"{self.path} is not empty and no run; nothing in it was touched; "
@@ -102,7 +103,6 @@ class RunDirectory:
             return
         if overwrite:
             return
-        saved = _by_text(read_yaml(self.config))
         changed = forbidden_changes(saved, settings)
         found, wanted = self.computed_in(), settings.compute_dtype
         if wanted not in ("auto", found):

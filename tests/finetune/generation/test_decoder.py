@@ -45,10 +45,7 @@ class Case:
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield Case(tmp_path_factory.mktemp("decoder"))
-    torch.set_num_threads(threads)
+    return Case(tmp_path_factory.mktemp("decoder"))
 
 
 def written(texts: Texts) -> list[list[int]]:
