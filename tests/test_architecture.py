@@ -30,9 +30,9 @@ NETWORK = (
     "sharding"
 ).split()
 ONLY_IN = {
-    "torch": ("converters/verifying/torch_",),
-    "transformers": ("converters/verifying/torch_",),
-    "safetensors": ("converters/verifying/torch_",),
+    "torch": ("converters/verifying/logits/torch_",),
+    "transformers": ("converters/verifying/logits/torch_",),
+    "safetensors": ("converters/verifying/logits/torch_",),
     "tensorstore": ("mtp_model/files/", "mtp_model/load.py"),
     "google": ("mtp_model/files/",),
     "google_crc32c": ("mtp_model/files/",),
@@ -63,7 +63,7 @@ SMALL = {
     "converters/sources/open.py": "what the protocol's users open must not import each source",
     "converters/verifying/files.py": "reads no tensor, the rest of verify reads all",
     "finetune/objective/acceptance.py": "a definition, apart from the losses",
-    "converters/verifying/torch_weights.py": "the reference gets its weights from whoever has them",
+    "converters/verifying/logits/torch_weights.py": "the reference gets weights from who has them",
     "converters/format/writer.py": "the other half of header.py, for tools and tests too",
     "mtp_model/files/shared_file.py": "only this room opens descriptors",
     "mtp_model/rope.py": "a part of the network that papers describe on its own",

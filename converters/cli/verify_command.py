@@ -8,8 +8,8 @@ from converters.cli.common import any_source, checkpoint_of, is_directory, print
 from converters.format.listing import SourceCheckpoint
 from converters.verifying.compare import compare, open_side
 from converters.verifying.digests import check_digests
-from converters.verifying.layers import UNFINISHED
-from converters.verifying.logits import LogitsCheck, check_logits
+from converters.verifying.logits.check import LogitsCheck, check_logits
+from converters.verifying.logits.layers import UNFINISHED
 from converters.verifying.report import clear_report, comparison, verification, write_report
 from converters.verifying.verify import Verification, check_storage
 from mtp_model.checkpoint.directory import Checkpoint, open_checkpoint

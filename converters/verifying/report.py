@@ -17,7 +17,7 @@ from converters.verifying.compare import (
     ComparedPart,
     Comparison,
 )
-from converters.verifying.logits import DepthCheck, LogitsCheck
+from converters.verifying.logits.check import DepthCheck, LogitsCheck
 from converters.verifying.verify import Part, StorageCheck, Verification
 from mtp_model.files.untrusted_json import shown
 from mtp_model.problems import group_names

@@ -23,7 +23,7 @@ from converters.format.mapping import GROUPS, Slot, group_of
 from converters.sources.source import Finish, Read, Source
 from converters.verifying.digests import DEFAULT_WORKERS, DigestCheck
 from converters.verifying.files import differing_files, plan_of_source
-from converters.verifying.logits import LogitsCheck
+from converters.verifying.logits.check import LogitsCheck
 from converters.verifying.tensors import Difference, TensorComparer
 from mtp_model.checkpoint.directory import Checkpoint
 from mtp_model.config import ModelConfig

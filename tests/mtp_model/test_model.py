@@ -23,9 +23,9 @@ from imported import (
     relative_error,
 )
 
-from converters.verifying import torch_reference as reference
-from converters.verifying.torch_config import as_read
-from converters.verifying.torch_reference import TorchReference, open_reference, under
+from converters.verifying.logits import torch_reference as reference
+from converters.verifying.logits.torch_config import as_read
+from converters.verifying.logits.torch_reference import TorchReference, open_reference, under
 from mtp_model import attention
 from mtp_model.block import take_layer
 from mtp_model.context import make_context

@@ -10,7 +10,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from converters.verifying.torch_reference import (
+from converters.verifying.logits.torch_reference import (
     TorchReference,
     mtp_input,
     mtp_output,

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import DeepseekV3ForCausalLM
 from transformers.modeling_layers import MtpModel
 
-from converters.verifying.torch_reference import TorchReference, open_reference
+from converters.verifying.logits.torch_reference import TorchReference, open_reference
 
 TOLERANCE = 1e-5  # max |a - b| / max |b|
 CONTROL = 100 * TOLERANCE  # what every deliberate mistake has to exceed

@@ -25,7 +25,7 @@ from verified import opened
 
 from converters.cli.main import main as convert
 from converters.exporting.exporter import export_checkpoint
-from converters.verifying.logits import check_logits
+from converters.verifying.logits.check import check_logits
 from finetune.cli import run as finetune
 from mtp_model.checkpoint.directory import open_checkpoint
 

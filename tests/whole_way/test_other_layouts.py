@@ -31,7 +31,7 @@ from verified import opened
 from converters.cli.main import main as convert
 from converters.exporting.exporter import export_checkpoint
 from converters.format.fit import fit
-from converters.verifying.logits import check_logits
+from converters.verifying.logits.check import check_logits
 from mtp_model.checkpoint.derived import ChangedLeaf, write_derived
 from mtp_model.checkpoint.directory import open_checkpoint
 from tools.make_tiny_checkpoint import TINY_CONFIG, make_tiny_checkpoint

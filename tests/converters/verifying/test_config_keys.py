@@ -17,7 +17,7 @@ import torch
 from imported import assert_close, assert_far, import_folder, load_float32
 from transformers_pair import pair_of, transformers_mtp
 
-from converters.verifying.torch_config import as_read
+from converters.verifying.logits.torch_config import as_read
 from mtp_model.config import ConfigError, ModelConfig
 from mtp_model.problems import UserError
 from tools.make_tiny_checkpoint import TINY_CONFIG, make_tiny_checkpoint

@@ -18,10 +18,10 @@ import torch
 from converters.cli.main import main
 from converters.exporting.encode import Encoder, held_slots
 from converters.verifying import jax_parts
-from converters.verifying.jax_parts import ExportedLeaves, JaxParts
-from converters.verifying.layers import UNFINISHED, walk
-from converters.verifying.logits import LogitsCheck, check_logits, seeded_batch
-from converters.verifying.torch_reference import TorchParts, open_reference
+from converters.verifying.logits.check import LogitsCheck, check_logits, seeded_batch
+from converters.verifying.logits.jax_parts import ExportedLeaves, JaxParts
+from converters.verifying.logits.layers import UNFINISHED, walk
+from converters.verifying.logits.torch_reference import TorchParts, open_reference
 from mtp_model.checkpoint.directory import Checkpoint, open_checkpoint
 from mtp_model.problems import UserError
 

@@ -10,7 +10,7 @@ from imported import import_tiny
 from verified import Pair, opened, storage
 
 from converters.verifying.digests import check_digests
-from converters.verifying.logits import LENGTH, TOLERANCE, LogitsCheck, check_logits
+from converters.verifying.logits.check import LENGTH, TOLERANCE, LogitsCheck, check_logits
 from converters.verifying.report import write_report
 from converters.verifying.verify import Verification
 from mtp_model.checkpoint.directory import open_checkpoint

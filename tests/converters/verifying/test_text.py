@@ -14,7 +14,7 @@ pytest.importorskip("torch")
 
 
 from converters.cli.main import main
-from converters.verifying.logits import check_logits, text_batch
+from converters.verifying.logits.check import check_logits, text_batch
 from mtp_model.checkpoint.directory import open_checkpoint
 from mtp_model.files.untrusted_json import parse
 

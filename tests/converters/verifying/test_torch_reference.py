@@ -25,9 +25,9 @@ from transformers_pair import (
     transformers_mtp,
 )
 
-from converters.verifying import torch_reference
-from converters.verifying.torch_config import as_read
-from converters.verifying.torch_reference import TorchReference, open_reference, under
+from converters.verifying.logits import torch_reference
+from converters.verifying.logits.torch_config import as_read
+from converters.verifying.logits.torch_reference import TorchReference, open_reference, under
 from tools.make_tiny_checkpoint import make_tiny_checkpoint
 
 DEPTHS = 2

@@ -16,9 +16,9 @@ pytest.importorskip("torch")
 import torch
 from torch import Tensor
 
-from converters.verifying import torch_reference
-from converters.verifying.torch_config import as_read
-from converters.verifying.torch_reference import TorchReference, open_reference
+from converters.verifying.logits import torch_reference
+from converters.verifying.logits.torch_config import as_read
+from converters.verifying.logits.torch_reference import TorchReference, open_reference
 from mtp_model.problems import UserError
 from tools.make_tiny_checkpoint import make_tiny_checkpoint
 
@@ -184,6 +184,6 @@ def test_errors_say_what_is_wrong(reference: TorchReference):
 
 def test_missing_torch_names_the_extra(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    monkeypatch.delitem(sys.modules, "converters.verifying.torch_reference")
+    monkeypatch.delitem(sys.modules, "converters.verifying.logits.torch_reference")
     with pytest.raises(UserError, match=r"pip install 'deepseek-mtp\[verify\]'"):
-        importlib.import_module("converters.verifying.torch_reference")
+        importlib.import_module("converters.verifying.logits.torch_reference")

@@ -13,11 +13,11 @@ import pytest
 from imported import import_folder, import_tiny
 from verified import Pair, opened, storage
 
-import converters.verifying
+import converters.verifying.logits
 from converters.exporting.encode import EncodedRows
 from converters.exporting.exporter import export_checkpoint
 from converters.verifying.digests import check_digests
-from converters.verifying.logits import (
+from converters.verifying.logits.check import (
     DOCUMENTS,
     LENGTH,
     TOLERANCE,
@@ -362,14 +362,14 @@ def test_positions_without_a_defined_input_are_not_compared(kept_logits: LogitsC
 
 @pytest.mark.usefixtures("_torch")
 def test_logits_that_do_not_fit_into_memory_say_so(kept: Pair, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("converters.verifying.logits.os.sysconf", lambda _: 100)
+    monkeypatch.setattr("converters.verifying.logits.check.os.sysconf", lambda _: 100)
     with pytest.raises(CheckpointError, match=r"need 537.06 MB of memory, .* has 10.00 kB"):
         logits(*kept)
 
 
 def test_logits_without_torch_say_what_to_install(kept: Pair, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    monkeypatch.delitem(sys.modules, "converters.verifying.torch_reference", raising=False)
-    monkeypatch.delattr(converters.verifying, "torch_reference", raising=False)
+    monkeypatch.delitem(sys.modules, "converters.verifying.logits.torch_reference", raising=False)
+    monkeypatch.delattr(converters.verifying.logits, "torch_reference", raising=False)
     with pytest.raises(UserError, match=r"pip install 'deepseek-mtp\[verify\]'"):
         logits(*kept)

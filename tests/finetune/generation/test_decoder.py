@@ -13,7 +13,7 @@ pytest.importorskip("torch")
 import torch
 from drafting import BruteForce, greedy_texts, make_drafting_checkpoint
 
-from converters.verifying.torch_reference import open_reference
+from converters.verifying.logits.torch_reference import open_reference
 from finetune.generation import decoder
 from finetune.generation.decoder import Decoding, Prompts, Texts, decode, room_for
 from mtp_model.load import load

@@ -14,7 +14,7 @@ import torch
 from drafting import BruteForce, greedy_texts, make_drafting_checkpoint
 from imported import import_folder
 
-from converters.verifying.torch_reference import open_reference
+from converters.verifying.logits.torch_reference import open_reference
 from finetune.evaluate import EvaluateSettings, evaluate
 from finetune.generate import GenerateSettings, generate
 

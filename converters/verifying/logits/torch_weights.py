@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from converters.verifying.torch_config import Config
+from converters.verifying.logits.torch_config import Config
 
 Get = Callable[[str], Tensor]
 

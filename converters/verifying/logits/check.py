@@ -17,8 +17,8 @@ from converters.exporting.encode import Encoder, held_slots
 from converters.format.header import DTYPES
 from converters.format.listing import SourceCheckpoint
 from converters.format.mapping import Slot
-from converters.verifying.jax_parts import EXPERTS_BYTES, ExportedLeaves, JaxParts
-from converters.verifying.layers import (
+from converters.verifying.logits.jax_parts import EXPERTS_BYTES, ExportedLeaves, JaxParts
+from converters.verifying.logits.layers import (
     LayerCheck,
     Parts,
     SavedWalk,
@@ -35,7 +35,7 @@ from mtp_model.progress import OnProgress
 from mtp_model.reporting import human_bytes, plural
 
 if TYPE_CHECKING:
-    from converters.verifying.torch_reference import Get
+    from converters.verifying.logits.torch_reference import Get
 
 TOLERANCE = 1e-5  # max |a - b| / max |b| of logits, |a - b| / |b| of a state, float32
 SEED = 20_241_226
@@ -121,7 +121,7 @@ def check_logits(
     tokens, segments = (
         seeded_batch(config.vocab_size) if text is None else text_batch(text, source, config)
     )
-    from converters.verifying import torch_reference  # here: it needs the extra `verify`
+    from converters.verifying.logits import torch_reference  # here: it needs the extra `verify`
 
     scope, files = checkpoint.provenance["scope"], source.tensors
     held = held_slots(checkpoint)

@@ -23,8 +23,8 @@ try:
     from torch import Tensor
     from torch.nn import functional
 
-    from converters.verifying.torch_config import Config, as_read
-    from converters.verifying.torch_weights import Get, weights_of
+    from converters.verifying.logits.torch_config import Config, as_read
+    from converters.verifying.logits.torch_weights import Get, weights_of
 except ImportError as error:
     raise UserError("needs torch, safetensors: pip install 'deepseek-mtp[verify]'") from error
 
