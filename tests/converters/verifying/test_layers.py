@@ -17,7 +17,7 @@ import torch
 
 from converters.cli.main import main
 from converters.exporting.encode import Encoder, held_slots
-from converters.verifying import jax_parts
+from converters.verifying.logits import jax_parts
 from converters.verifying.logits.check import LogitsCheck, check_logits, seeded_batch
 from converters.verifying.logits.jax_parts import ExportedLeaves, JaxParts
 from converters.verifying.logits.layers import UNFINISHED, walk
