@@ -54,6 +54,20 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_logits_at_export() -> Iterator[None]:
+    """The logits that each `export` compares take seconds: test_export_gate.py compares them."""
+    from converters.verifying import export_gate  # imports what is checked: after the hook
+    from mtp_model.problems import UserError
+
+    def left_out(*_args: object, **_options: object) -> None:
+        raise UserError("left out by the tests")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export_gate, "check_logits", left_out)
+        yield
+
+
 @pytest.fixture(scope="session")
 def _torch() -> None:
     """For tests that need torch: they are skipped where it is missing (`make test-newest`)."""

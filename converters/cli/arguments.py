@@ -44,6 +44,10 @@ _BASE = (
     "gs:// copies that move no bytes. SRC also "
     "gives the tensors that CKPT of --scope mtp or main does not hold"
 )
+_NO_VERIFY = (
+    "do not check what was written: headers, config and copies, that only trained weights changed, "
+    "and logits on a few layers (on all of a small model)"
+)
 _PUSH = (
     "then upload DST to this model on the Hub, made private where there is none; the token comes "
     "from HF_TOKEN or `hf auth login`"
@@ -100,6 +104,7 @@ class Export:
     base: Annotated[str | None, arg(metavar="SRC", help=_BASE)] = None
     mtp_from: _MtpFrom = None
     push: Annotated[str | None, arg(metavar="ORG/NAME", help=_PUSH)] = None
+    verify: Annotated[bool, arg(help=_NO_VERIFY)] = True
     workers: _Workers = 3
     overwrite: _Overwrite = False
     follow_links: _FollowLinks = False

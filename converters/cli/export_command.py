@@ -13,7 +13,15 @@ from converters.exporting.destination import forget_record
 from converters.exporting.exporter import export_checkpoint
 from converters.exporting.result import ExportSummary
 from converters.format.listing import SUFFIX, list_checkpoint
+from converters.publishing.serving import (
+    PRE_NORM,
+    RECYCLING,
+    SAMPLING,
+    num_drafts,
+    serve_lines,
+)
 from mtp_model.checkpoint.directory import Checkpoint, open_checkpoint
+from mtp_model.files.open import is_address
 from mtp_model.problems import Problem, ProblemsError
 from mtp_model.progress import progress
 from mtp_model.reporting import (
@@ -22,17 +30,19 @@ from mtp_model.reporting import (
     Section,
     human_bytes,
     plural,
+    problem_report,
 )
 
 if TYPE_CHECKING:
     from converters.publishing.push import Pushed
+    from converters.verifying.export_gate import ExportCheck
 
 _MOST_NAMES = 12
 _MOST_REQUANTISED = 8
 
 
 def run_export(command: Export) -> int:
-    """Export, push if asked to, and tell what differs from the source."""
+    """Export, check what was written, push if asked to; 1 where the check does not hold."""
     checkpoint = open_checkpoint(command.ckpt)
     base = None
     follow_links = command.follow_links
@@ -53,16 +63,38 @@ def run_export(command: Export) -> int:
             progress=report,
         )
     seconds = time.monotonic() - began_s
-    pushed = _push(Path(command.dst), command.push, checkpoint) if command.push else None
+    checked = _check(checkpoint, summary, command) if command.verify else None
+    holds = checked is None or checked.holds
+    pushed = _push(Path(command.dst), command.push, checkpoint) if command.push and holds else None
+    model = command.push or (command.dst if not is_address(command.dst) else "DIR")
+    drafts = num_drafts(checkpoint.provenance, checkpoint.config_dict) if holds else 0
     plain = {
         **dataclasses.asdict(summary),
         "changed": summary.changed,
         "requantised": [dataclasses.asdict(cost) for cost in summary.requantised],
         "seconds": seconds,
+        "verified": checked.to_dict() if checked else None,
         "pushed": dataclasses.asdict(pushed) if pushed else None,
+        "serve": list(serve_lines(model, drafts)) if drafts else [],
     }
-    print_result(exported(summary, seconds, pushed), plain, as_json=command.json)
-    return 0
+    sections = [*exported(summary, seconds, pushed), *verified(checked)]
+    sections += serving(checkpoint, model) if holds else ()
+    print_result(sections, plain, as_json=command.json)
+    return 0 if holds else 1
+
+
+def _check(checkpoint: Checkpoint, summary: ExportSummary, command: Export) -> "ExportCheck":
+    """What was written, before it is shown or pushed."""
+    import jax
+
+    # Both sides of the logits run on this machine's cores: an accelerator may be busy.
+    jax.config.update("jax_platforms", "cpu")
+    from converters.verifying.export_gate import check_export
+
+    with progress("logits", unit="layers") as report:
+        return check_export(
+            checkpoint, summary, keeps_dtypes=command.dtype == "keep", progress=report
+        )
 
 
 def _push(folder: Path, repo_id: str, checkpoint: Checkpoint) -> "Pushed":
@@ -122,6 +154,58 @@ def _export_facts(
         if pushed.others:
             others = f"{plural(len(pushed.others), 'file')} there are not of this checkpoint"
             yield "note", f"{others}: {', '.join(pushed.others[:_MOST_NAMES])}"
+
+
+def verified(checked: "ExportCheck | None") -> Iterator[Section]:
+    """What `export` prints of its own check."""
+    if checked is None:
+        yield Facts([("verified", "no (--no-verify)")])
+        return
+    from converters.verifying.report import logits_sections, logits_verdict
+
+    pairs = [("verified", _storage_verdict(checked))]
+    if checked.logits:
+        ran = [layer.name for layer in checked.logits.layers]
+        where = f"on {', '.join(ran)}" if checked.logits.layers_left_out else "on every layer"
+        pairs.append(("logits", f"{logits_verdict(checked.logits)} ({where})"))
+    else:
+        pairs.append(("logits", f"NOT checked: {checked.logits_left_out}"))
+    yield Facts([*pairs, *(("WARNING", warning) for warning in checked.warnings)])
+    if checked.problems:
+        yield problem_report("what was written", checked.problems)
+    if checked.logits and not checked.logits.holds:
+        yield from logits_sections(checked.logits)
+
+
+def _storage_verdict(checked: "ExportCheck") -> str:
+    if checked.problems:
+        return f"FAILED: {plural(len(checked.problems), 'problem')}; do not use what was written"
+    parts = [f"headers, config and {plural(checked.tensors, 'tensor')} agree"]
+    if checked.copies:
+        parts.append("copies are the main model's")
+    if checked.main_changed is not None:
+        rounded = f", {checked.rounded:,} only rounded by the import's --dtype"
+        changed = f"{checked.main_changed:,} tensors" if checked.main_changed else "no"
+        parts.append(f"main model changed: {changed}{rounded if checked.rounded else ''}")
+    if checked.mtp_changed is not None and checked.mtp_tensors:
+        changed = f"{checked.mtp_changed:,} of {checked.mtp_tensors:,} tensors"
+        parts.append(f"MTP module changed: {changed if checked.mtp_changed else 'no'}")
+    return "; ".join(parts)
+
+
+def serving(checkpoint: Checkpoint, model: str) -> Iterator[Section]:
+    """How to serve what was exported with its MTP module; nothing where it has none."""
+    drafts = num_drafts(checkpoint.provenance, checkpoint.config_dict)
+    if not drafts:
+        return
+    vllm, sglang = serve_lines(model, drafts)
+    yield "\n".join(["to serve it with its MTP module (vLLM 0.11 or newer, SGLang):", vllm, sglang])
+    notes = [SAMPLING]
+    if drafts > checkpoint.config.num_nextn_predict_layers:
+        notes.append(RECYCLING)
+    if checkpoint.config.mtp_hidden_state == "pre_norm":
+        notes.append(PRE_NORM)
+    yield Facts([("note", note) for note in notes])
 
 
 def _files_over_base(summary: ExportSummary) -> Grid:

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from converters.publishing.serving import SAMPLING, num_drafts, serve_lines
 from converters.sources.source import HUB_ID
 
 BEGIN = "<!-- deepseek-mtp: from here to the end mark, the next push writes this anew -->"
@@ -56,8 +57,8 @@ def _hub_source(provenance: Mapping[str, Any], source: str = "source") -> tuple[
 def _section(repo_id: str, provenance: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     parts = [f"# {repo_id.split('/')[-1]}", _origin(provenance), _table(provenance, config)]
     parts += _acceptance(provenance.get("derived", []))
-    if depths := int(config.get("num_nextn_predict_layers") or 0):
-        parts.append(_serving(repo_id, depths))
+    if drafts := num_drafts(provenance, config):
+        parts.append(_serving(repo_id, drafts))
     return "\n\n".join(parts)
 
 
@@ -124,16 +125,16 @@ def _number(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.3f}"
 
 
-def _serving(repo_id: str, depths: int) -> str:
-    tokens = "one token" if depths == 1 else f"{depths} tokens"
-    return f"""Serve it with its MTP module drafting {tokens} a step:
+def _serving(repo_id: str, drafts: int) -> str:
+    tokens = "one token" if drafts == 1 else f"{drafts} tokens"
+    commands = "\n".join(serve_lines(repo_id, drafts))
+    return f"""Serve it with its MTP module drafting {tokens} a step (vLLM 0.11 or newer):
 
 ```
-vllm serve {repo_id} --speculative-config '{{"method": "mtp", "num_speculative_tokens": {depths}}}'
-python3 -m sglang.launch_server --model-path {repo_id} --speculative-algorithm EAGLE \\
-  --speculative-num-steps {depths} --speculative-eagle-topk 1 \\
-  --speculative-num-draft-tokens {depths + 1}
-```"""
+{commands}
+```
+
+{SAMPLING[0].upper()}{SAMPLING[1:]}."""
 
 
 def _split(text: str) -> tuple[str, str]:

@@ -165,7 +165,7 @@ def verification(found: Verification) -> Iterator[Section]:
         if found.storage.files:
             yield problem_report(found.source or found.checkpoint, found.storage.files)
     if found.logits:
-        yield from _logits(found.logits)
+        yield from logits_sections(found.logits)
     yield Facts([("result", "; ".join(_verdicts(found)))])
 
 
@@ -198,7 +198,7 @@ def _differing(storage: StorageCheck) -> Iterator[Section]:
         yield "\n".join([why, *stale])
 
 
-def _logits(logits: LogitsCheck) -> Iterator[Section]:
+def logits_sections(logits: LogitsCheck) -> Iterator[Section]:
     rows = [
         (
             _name(d),
@@ -219,7 +219,7 @@ def _logits(logits: LogitsCheck) -> Iterator[Section]:
     yield Grid(("logits", "positions", *differences, "same argmax", "same top 5"), rows)
     yield _layers(logits)
     if logits.rounded_leaves:
-        leaves = plural(len(logits.rounded_leaves), "trained leaf", "trained leaves")
+        leaves = plural(len(logits.rounded_leaves), "leaf", "leaves")
         yield f"{leaves} of CKPT, finer than SRC: compared as export rounds and quantises them."
 
 
@@ -252,7 +252,7 @@ def _verdicts(found: Verification) -> Iterator[str]:
         if found.storage.files:
             yield f"FAILED: {plural(len(found.storage.files), 'file')} would be written otherwise"
     if found.logits:
-        yield _logits_verdict(found.logits)
+        yield logits_verdict(found.logits)
 
 
 def _changed_halves(parts: Mapping[str, Part]) -> Iterator[str]:
@@ -263,7 +263,7 @@ def _changed_halves(parts: Mapping[str, Part]) -> Iterator[str]:
             yield _said_of(half, differs, None)
 
 
-def _logits_verdict(logits: LogitsCheck) -> str:
+def logits_verdict(logits: LogitsCheck) -> str:
     if logits.holds:
         return "logits agree"
     if logits.first_wrong is None:

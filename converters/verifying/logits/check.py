@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from converters.exporting.encode import Encoder, held_slots
+from converters.exporting.plan import make_plan
 from converters.format.header import DTYPES
 from converters.format.listing import SourceCheckpoint
 from converters.format.mapping import Slot
@@ -30,6 +31,7 @@ from converters.verifying.logits.layers import (
 from mtp_model.checkpoint.directory import Checkpoint, CheckpointError, digest_of_json
 from mtp_model.config import ModelConfig
 from mtp_model.files.untrusted_json import shown
+from mtp_model.model import Scope
 from mtp_model.problems import Problem, ProblemsError
 from mtp_model.progress import OnProgress
 from mtp_model.reporting import human_bytes, plural
@@ -40,8 +42,10 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-5  # max |a - b| / max |b| of logits, |a - b| / |b| of a state, float32
 SEED = 20_241_226
 LENGTH = 48
+Documents = tuple[tuple[int, ...], ...]
 # Rows of the batch, as lengths of documents: one document; three packed ones and padding.
 DOCUMENTS = ((LENGTH,), (19, 7, 16))
+SPOT_DOCUMENTS = ((12,), (5, 4))  # few tokens choose few experts, and reading these takes the time
 MOST_TOKENS = 512  # of a text: their logits of V3 need half of what its head does
 _SAMPLE = 200  # pairs of logits of a depth, for who draws them
 _HEAD = "lm_head"
@@ -89,11 +93,13 @@ class LogitsCheck:
     """What was given to both; None for the built-in tokens."""
     tokens: int
     rounded_leaves: tuple[str, ...]
-    """Trained leaves, kept finer than the source's dtypes: compared as export writes them."""
+    """Leaves that are kept finer than the source's dtypes: compared as export writes them."""
     depths: tuple[DepthCheck, ...]
     layers: tuple[LayerCheck, ...]
     first_wrong: str | None
     """The first part that, given the reference's state, gives another one than the reference."""
+    layers_left_out: int = 0
+    """Layers of the main model that a spot check did not run."""
 
     @property
     def holds(self) -> bool:
@@ -105,21 +111,25 @@ def check_logits(
     checkpoint: Checkpoint,
     *,
     text: str | None = None,
+    spot: bool = False,
     saved: Path | None = None,
     progress: OnProgress | None = None,
 ) -> LogitsCheck:
     """Compare main model and every MTP depth, as far as the checkpoint directory holds them.
 
     source: a local folder. text: what is compared on, by the source's tokenizer; None: built-in
-    tokens. saved: a file that is written after each layer, from which the same
-    comparison goes on, and which is gone once it has ended.
+    tokens. spot: of the main model's layers run only those of _spot_layers, on few tokens: nothing
+    of the size of the model is read. saved: a file that is written after each layer, from which
+    the same comparison goes on, and which is gone once it has ended.
     Raises CheckpointError where the machine has too little memory, ProblemsError for a text that
     is none of this model's, UserError without torch.
     """
     _raise_unless_it_fits(checkpoint)
     config = checkpoint.config
     tokens, segments = (
-        seeded_batch(config.vocab_size) if text is None else text_batch(text, source, config)
+        seeded_batch(config.vocab_size, SPOT_DOCUMENTS if spot else DOCUMENTS)
+        if text is None
+        else text_batch(text, source, config)
     )
     from converters.verifying.logits import torch_reference  # here: it needs the extra `verify`
 
@@ -135,10 +145,11 @@ def check_logits(
     ours = JaxParts(checkpoint, exported, tokens, segments)
     theirs = torch_reference.TorchParts(reference, tokens, segments)
     kept = SavedWalk(saved, _identity(source, checkpoint, tokens)) if saved else None
-    done = walk(ours, theirs, config, scope, segments, saved=kept, progress=progress)
+    layers = _spot_layers(config, scope) if spot else range(config.num_hidden_layers)
+    done = walk(ours, theirs, config, scope, segments, layers=layers, saved=kept, progress=progress)
     depths, head = _compare_heads(done, ours, theirs, segments)
-    layers = (*done.checks, head)
-    wrong = (layer.name for layer in layers if not layer.alone <= TOLERANCE)
+    checks = (*done.checks, head)
+    wrong = (check.name for check in checks if not check.alone <= TOLERANCE)
     if saved:
         saved.unlink(missing_ok=True)
     return LogitsCheck(
@@ -147,9 +158,17 @@ def check_logits(
         tokens=int(np.count_nonzero(segments)),
         depths=depths,
         rounded_leaves=tuple(sorted(finer)),
-        layers=layers,
+        layers=checks,
         first_wrong=next(wrong, None),
+        layers_left_out=config.num_hidden_layers - len(layers),
     )
+
+
+def _spot_layers(config: ModelConfig, scope: Scope) -> list[int]:
+    """The first layer; the first with experts too, where no MTP module stands for its kind."""
+    dense = config.num_dense_layers
+    no_module = scope == "main" or not config.num_nextn_predict_layers
+    return sorted({0, dense} if no_module and dense < config.num_hidden_layers else {0})
 
 
 def _identity(source: SourceCheckpoint, checkpoint: Checkpoint, tokens: np.ndarray) -> object:
@@ -199,28 +218,38 @@ def _by_depth(side: Parts, hidden: np.ndarray) -> np.ndarray:
 def _finer_leaves(
     checkpoint: Checkpoint, held: Mapping[str, Slot], dtypes: Mapping[str, str]
 ) -> frozenset[str]:
-    """Leaves that training changed and that are kept finer than export writes them.
+    """Leaves that are kept finer than they are written: trained ones, and those of an export whose
+    dtypes are not the import's source's.
 
     Export quantises and rounds them on the way out; so has who compares with what it wrote.
     held: the checkpoint's tensors. dtypes: of what export writes, by tensor name.
     """
-    derived = checkpoint.provenance.get("derived", ())
-    trained = {path for derivation in derived for path in derivation["changed"]}
+    trained = trained_leaves(checkpoint)
+    imported = make_plan(checkpoint, "keep", has_base=True).dtypes
     return frozenset(
         slot.path
         for name, slot in held.items()
-        if slot.path in trained
-        and name in dtypes
+        if name in dtypes
         and checkpoint.leaves[slot.path].dtype != DTYPES[dtypes[name]]
+        and (slot.path in trained or imported[name] != dtypes[name])
     )
 
 
-def seeded_batch(vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+def trained_leaves(checkpoint: Checkpoint) -> frozenset[str]:
+    """Paths of the leaves that training wrote."""
+    derived = checkpoint.provenance.get("derived", ())
+    return frozenset(path for derivation in derived for path in derivation["changed"])
+
+
+def seeded_batch(
+    vocab_size: int, documents: Documents = DOCUMENTS
+) -> tuple[np.ndarray, np.ndarray]:
     """Random tokens and their segment ids, int32 [B, T]; segment 0 is padding."""
     rng = np.random.default_rng(SEED)
-    tokens = rng.integers(vocab_size, size=(len(DOCUMENTS), LENGTH), dtype=np.int32)
+    shape = len(documents), max(map(sum, documents))
+    tokens = rng.integers(vocab_size, size=shape, dtype=np.int32)
     segments = np.zeros_like(tokens)
-    for row, lengths in enumerate(DOCUMENTS):
+    for row, lengths in enumerate(documents):
         ids = np.repeat(np.arange(1, 1 + len(lengths), dtype=np.int32), lengths)
         segments[row, : len(ids)] = ids
     return tokens, segments
@@ -268,13 +297,16 @@ def _fault_of(ids: list[int], config: ModelConfig) -> str | None:
     return None
 
 
-def _raise_unless_it_fits(checkpoint: Checkpoint) -> None:
+def memory_needed(config: ModelConfig) -> int:
     """An estimate: the largest matrices as stored and in float32. For V3's layers it says 11.7 GB,
     11.0 GB were measured."""
-    config = checkpoint.config
     dense = 3 * config.hidden_size * config.intermediate_size if config.num_dense_layers else 0
     head = config.vocab_size * config.hidden_size
-    needed = 2 * EXPERTS_BYTES + 12 * max(head, dense)
+    return 2 * EXPERTS_BYTES + 12 * max(head, dense)
+
+
+def _raise_unless_it_fits(checkpoint: Checkpoint) -> None:
+    needed = memory_needed(checkpoint.config)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
         raise CheckpointError(

@@ -7,7 +7,7 @@ After each part the states are saved, a few megabytes, so that a run that was st
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -84,10 +84,10 @@ class _Step:
     depth: int = 0
 
 
-def _steps(config: ModelConfig, scope: Scope) -> Iterator[_Step]:
+def _steps(config: ModelConfig, scope: Scope, chosen: Collection[int]) -> Iterator[_Step]:
     layers = config.num_hidden_layers
     yield _Step("model.embed_tokens", "embed")
-    for index in range(layers):
+    for index in sorted(chosen):
         yield _Step(f"model.layers.{index}", "layer", (index,))
     yield _Step("model.norm", "norm")
     if scope != "main":
@@ -102,12 +102,17 @@ def walk(
     scope: Scope,
     segments: np.ndarray,
     *,
+    layers: Collection[int] | None = None,
     saved: "SavedWalk | None" = None,
     progress: OnProgress | None = None,
 ) -> Walk:
-    """Run all parts but the head, from where `saved` was left."""
+    """Run all parts but the head, from where `saved` was left.
+
+    layers: those of the main model that are run, one fed by the one before it; None: all.
+    """
     now = (saved and saved.read()) or Walk()
-    steps = list(_steps(config, scope))
+    chosen = range(config.num_hidden_layers) if layers is None else layers
+    steps = list(_steps(config, scope, chosen))
     for step in steps[now.done :]:
         if progress:
             progress(now.done, len(steps))

@@ -86,7 +86,11 @@ def test_commands_export_to_addresses(
     gcs: GcsServer, url: str, src: Path, ckpt: Checkpoint, capsys: pytest.CaptureFixture[str]
 ):
     assert main(["export", str(ckpt.path), f"{url}/out"]) == 0
-    assert f"{url}/out" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"{url}/out" in told
+    assert f"NOT checked: {url}/out is not on this machine" in told
+    assert "tensors agree; copies are the main model's" in told
+    assert "vllm serve DIR " in told
     assert main(["verify", f"{url}/out", str(ckpt.path)]) == 0
     assert main(["inspect", f"{url}/out"]) == 0
     capsys.readouterr()
