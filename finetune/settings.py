@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -169,6 +169,9 @@ class RunSettings:
     """Decides the order of the documents."""
     compute_dtype: ComputeDtype = "auto"
     """Precision of activations; auto is float32 on CPU and bfloat16 elsewhere."""
+    remat: Literal["auto", "layer", "none"] = "auto"
+    """What the backward pass computes again instead of keeping it: layer, what is inside each, or
+    none; auto is none on CPU where about 4 GiB or less are kept, else layer."""
     batch: BatchSettings = field(default_factory=BatchSettings)
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
@@ -210,6 +213,7 @@ MAY_CHANGE = (
     "steps",
     "eval_data",
     "compute_dtype",  # compared by what it stood for when the run began
+    "remat",  # what is computed is the same
     "evaluation.every",
     "evaluation.rows",
     "checkpoints.every",
@@ -372,17 +376,14 @@ def _converted(value: Any, hint: Any) -> Any:
         return Path(value)
     if typing.get_origin(hint) is tuple:
         inner = typing.get_args(hint)[0]
-        return tuple(_converted(each, inner) for each in _sequence(value))
+        values = value if isinstance(value, list) else [value]
+        return tuple(_converted(each, inner) for each in values)
     if typing.get_origin(hint) is Literal:
         if value in typing.get_args(hint):
             return value
     elif hint in (int, str, bool) and type(value) is hint:
         return value
     raise TypeError
-
-
-def _sequence(value: Any) -> Iterator[Any]:
-    yield from value if isinstance(value, list) else [value]
 
 
 def _described(hint: Any) -> str:

@@ -51,6 +51,7 @@ from finetune.weights import (
     load_for_training,
     matrices,
     open_trainable,
+    recomputes_layers,
     write_final,
 )
 from mtp_model import ModelConfig
@@ -116,7 +117,7 @@ def train(
     text = open_run_text(settings, config)
     console.print(text.description)
     with run.claim(settings, computed_in, overwrite):
-        job = _prepare(settings, computed_in, run, base, text, console, stopping)
+        job = _prepare(settings, computed_in, run, base, config, text, console, stopping)
         _raise_unless_room(job)
         console.print(_plan(job))
         if warning := forgets(settings.objective, base.provenance):
@@ -148,12 +149,14 @@ def _prepare(
     computed_in: ComputeDtype,
     run: RunDirectory,
     base: Checkpoint,
+    config: ModelConfig,
     text: RunText,
     console: Console,
     stopping: Stopping,
 ) -> _Job:
     held_out = held_out_batches(text.held_out, settings) if text.held_out else []
-    split = load_for_training(settings.checkpoint, settings.train, computed_in)
+    remat = recomputes_layers(settings, config)
+    split = load_for_training(settings.checkpoint, settings.train, computed_in, remat)
     raise_unless_finite(split, settings.checkpoint)
     optimizer = make_optimizer(settings.optimizer, settings.steps, matrices(base).__contains__)
     asked = asked_by(settings)

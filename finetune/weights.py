@@ -9,13 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from finetune.settings import ComputeDtype, TrainMode
+from finetune.settings import ComputeDtype, RunSettings, TrainMode
 from finetune.state import TRAINABLE, Split, TrainState
 from mtp_model import ModelConfig
+from mtp_model.attention import keeps_scores
 from mtp_model.checkpoint.derived import ChangedLeaf, write_derived
 from mtp_model.checkpoint.directory import Checkpoint, CheckpointError, open_checkpoint
 from mtp_model.load import cast_weights, load
 from mtp_model.model import leaf_name
+
+KEPT_BYTES_ON_CPU = 4 << 30  # --remat auto keeps up to this
 
 
 def open_trainable(path: str) -> tuple[Checkpoint, ModelConfig]:
@@ -44,12 +47,42 @@ def compute_dtype(choice: ComputeDtype) -> ComputeDtype:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def load_for_training(path: str, mode: TrainMode, dtype: str) -> Split:
+def recomputes_layers(settings: RunSettings, config: ModelConfig) -> bool:
+    """Whether the backward pass computes what is inside a layer again: what `--remat` says.
+
+    `auto` looks at nothing that changes between the processes of a run on one kind of machine:
+    the run goes on with the same bits.
+    """
+    if settings.remat != "auto":
+        return settings.remat == "layer"
+    return jax.default_backend() != "cpu" or _kept_bytes(settings, config) > KEPT_BYTES_ON_CPU
+
+
+def _kept_bytes(settings: RunSettings, config: ModelConfig) -> int:
+    """About what is kept for a backward pass that computes no layer again, in float32.
+
+    Counted are the values that a layer makes of a token, each as often as it is kept.
+    """
+    c, batch = config, settings.batch
+    heads = c.num_attention_heads
+    attention = 3 * heads * (c.qk_head_dim + c.v_head_dim)
+    if keeps_scores(batch.rows, batch.row_tokens, heads):
+        attention += 2 * heads * batch.row_tokens
+    served = c.num_experts_per_tok * (4 * c.moe_intermediate_size + 4 * c.hidden_size)
+    moe = served + 4 * c.n_shared_experts * c.moe_intermediate_size
+    depths = settings.draft_tokens or c.num_nextn_predict_layers
+    layers = {"mtp": 0, "all": c.num_dense_layers + c.num_moe_layers}[settings.train] + depths
+    a_layer = 8 * c.hidden_size + attention + max(moe, 4 * c.intermediate_size)
+    return 4 * batch.rows * batch.row_tokens * layers * a_layer
+
+
+def load_for_training(path: str, mode: TrainMode, dtype: str, remat: bool = True) -> Split:
     """The model with float32 trainable parameters; what is frozen stays as stored, FP8 too.
 
     An FP8 weight cannot move by less than its own rounding: trained ones are dequantised.
     """
     model = load(path, compute_dtype=dtype)
+    model.remat = remat
     cast_weights(model, jnp.float32, only=TRAINABLE[mode])
     return Split.of(model, mode)
 

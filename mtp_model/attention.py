@@ -4,6 +4,8 @@ Source: DeepSeek-V3 report (arXiv 2412.19437) section 2.1.1.
 B batch, T position, S key position, D hidden, N heads, H head size, C kv-lora, R rotary size.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -13,8 +15,16 @@ from mtp_model.config import ModelConfig
 from mtp_model.context import Context, KeysValues, LatentCache
 from mtp_model.layers import Linear, RMSNorm
 from mtp_model.rope import rotate, softmax_scale
+from mtp_model.sharding import BATCH_AXES, axis_size
 
 QUERY_CHUNK = 512  # scores exist for this many queries at a time: [B, N, 512, S] float32
+KEPT_SCORES_BYTES = 64 << 20  # a layer's float32 scores up to this are kept for the backward pass
+
+
+def keeps_scores(rows: int, length: int, num_heads: int) -> bool:
+    """Whether a layer's scores [B, N, T, T] are kept for the backward pass, on one device."""
+    rows_here = max(1, rows // math.prod(map(axis_size, BATCH_AXES)))
+    return 4 * rows_here * num_heads * length**2 <= KEPT_SCORES_BYTES
 
 
 def _attend_chunk(q_BNTH, keys: KeysValues, own: KeysValues | None, places, scale):
@@ -53,7 +63,8 @@ def attend(
 
     Every layer attends through this function: another way to compute attention is chosen here.
     Queries go chunk by chunk and each chunk's scores are recomputed in the backward pass, so
-    that [T, T] never exists. A row attends at least to itself, padding too: no NaN.
+    that [T, T] never exists, unless all of it is small. A row attends at least to itself, padding
+    too: no NaN.
     """
     segment_ids_BT = context.segment_ids_BT
     length = q_BTNH.shape[1]
@@ -74,12 +85,13 @@ def attend(
     rows = jnp.minimum(jnp.arange(count * chunk), length - 1).reshape(count, chunk)
     chunks = (*jax.tree.map(in_chunks, (q_BTNH, own, segment_ids_BT)), rows)
 
-    @jax.checkpoint
     def attend_chunk(chunk_of):
         q, own_of, segments, rows_T = chunk_of
         places = (segments, segment_ids_BT, rows_T)
         return _attend_chunk(q.swapaxes(1, 2), keys, own_of, places, scale)
 
+    if not keeps_scores(q_BTNH.shape[0], length, q_BTNH.shape[2]):
+        attend_chunk = jax.checkpoint(attend_chunk)
     if count == 1:
         return attend_chunk(jax.tree.map(lambda x: x[0], chunks))
     out = jnp.moveaxis(jax.lax.map(attend_chunk, chunks), 0, 1)

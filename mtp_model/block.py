@@ -66,16 +66,17 @@ def stack(count: int, make: Callable[[nnx.Rngs], M], rngs: nnx.Rngs) -> M:
     return build(rngs)
 
 
-def run_stack(layers: DecoderLayer, x_BTD, context: Context):
-    """Run stacked layers one after the other; activations inside a layer are recomputed in the
-    backward pass. Returns the residual stream and the loads [layers, E]."""
+def run_stack(layers: DecoderLayer, x_BTD, context: Context, remat: bool):
+    """Run stacked layers one after the other. Returns the residual stream and loads [layers, E].
 
-    @jax.checkpoint
+    remat: activations inside a layer are computed again in the backward pass, not kept for it.
+    """
+
     def step(x_BTD, layer: DecoderLayer):
         out = layer(x_BTD, context)
         return out.x_BTD, out.expert_load_E
 
-    return jax.lax.scan(step, x_BTD, layers)
+    return jax.lax.scan(jax.checkpoint(step) if remat else step, x_BTD, layers)
 
 
 def take_layer(layers: M, index: int) -> M:

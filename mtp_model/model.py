@@ -18,12 +18,7 @@ from mtp_model.block import DecoderLayer, run_stack, stack, take_layer
 from mtp_model.config import ModelConfig
 from mtp_model.context import Context, EarlierUses, Ids, KeysValues, make_context
 from mtp_model.layers import Embedding, RMSNorm
-from mtp_model.mtp import (
-    DraftStep,
-    MultiTokenPredictor,
-    run_module,
-    shift_within_segments,
-)
+from mtp_model.mtp import DraftStep, MultiTokenPredictor, shift_within_segments
 from mtp_model.sharding import spread_batch, stored_spec
 
 Scope = Literal["all", "main", "mtp"]
@@ -58,6 +53,8 @@ class DeepSeekV3(nnx.Module):
     """The module tree; attribute paths are the leaf paths of the checkpoint directory.
 
     scope: `all`; `main` has no MTP modules; `mtp` has only them, embedding, norm and head.
+    remat (an attribute): the backward pass computes what is inside a layer or an MTP module again
+    instead of keeping it. True unless whoever trains sets it otherwise.
     """
 
     def __init__(
@@ -67,7 +64,7 @@ class DeepSeekV3(nnx.Module):
         scope: Scope = "all",
         compute_dtype: jnp.dtype | None = None,
     ):
-        self.config, self.scope = config, scope
+        self.config, self.scope, self.remat = config, scope, True
         self.compute_dtype = jnp.dtype(compute_dtype or config.dtype)
         self.embed_tokens = Embedding(config, rngs)
         if scope != "mtp" and config.num_dense_layers:
@@ -87,9 +84,9 @@ class DeepSeekV3(nnx.Module):
         x_BTD = self.embed(tokens_BT)
         load_LE = jnp.zeros((0, self.config.n_routed_experts), jnp.float32)
         if self.config.num_dense_layers:
-            x_BTD, _ = run_stack(self.dense_layers, x_BTD, context)
+            x_BTD, _ = run_stack(self.dense_layers, x_BTD, context, self.remat)
         if self.config.num_moe_layers:
-            x_BTD, load_LE = run_stack(self.moe_layers, x_BTD, context)
+            x_BTD, load_LE = run_stack(self.moe_layers, x_BTD, context, self.remat)
         return MainStates(*self.main_states(x_BTD), load_LE)
 
     def main_states(self, x_BTD: Float[Array, "B T D"]) -> tuple[jax.Array, jax.Array]:
@@ -150,7 +147,8 @@ class DeepSeekV3(nnx.Module):
         context: what the module sees besides; `earlier` where it was used in this round before.
         """
         module = take_layer(self.mtp, (depth - 1) % self.config.num_nextn_predict_layers)
-        return run_module(module, state_BTD, self.embed(tokens_BT), context)
+        run = jax.checkpoint(type(module).__call__) if self.remat else type(module).__call__
+        return run(module, state_BTD, self.embed(tokens_BT), context)
 
     def __call__(
         self,

@@ -6,7 +6,6 @@ as the released weights need (equation 21 prints the reverse). B batch, T positi
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
@@ -75,9 +74,3 @@ class MultiTokenPredictor(nnx.Module):
         x_BTD = self.eh_proj(jnp.concatenate(pair, axis=-1))  # embedding first
         y_BTD, load_E, new = self.block(x_BTD, context)
         return DraftStep(self.shared_head.norm(y_BTD), load_E, new)
-
-
-@jax.checkpoint
-def run_module(module: MultiTokenPredictor, *args) -> DraftStep:
-    """One depth, its activations recomputed in the backward pass."""
-    return module(*args)

@@ -118,8 +118,9 @@ def through_head(
 ) -> tuple[HeadSums, Choices]:
     """One pass over the logits of the main model and all depths, a chunk of positions at a time.
 
-    Each chunk's logits are computed again in the backward pass. No gradient goes through the main
-    model's distribution. nll is of temperature 1, all else of the temperature that is asked for.
+    Of several chunks, each one's logits are computed again in the backward pass. No gradient goes
+    through the main model's distribution. nll is of temperature 1, all else of the temperature
+    that is asked for.
     """
     rows, length, _ = hidden[0].shape
     depths = len(hidden) - 1
@@ -138,13 +139,12 @@ def through_head(
         padded = jnp.pad(x_BTD, [(0, 0), (0, count * chunk + depths - length), (0, 0)])
         return jnp.stack([padded[:, end : end + depths] for end in ends])
 
-    @jax.checkpoint
     def of_chunk(args):
         return _of_chunk(lm_head, *args, temperature=asked.temperature)
 
     behind = behind_chunks(jax.lax.stop_gradient(hidden[0])) if asked.distributions else None
     chunks = (*jax.tree.map(in_chunks, (hidden, target)), behind)
-    sums, choices = jax.lax.map(of_chunk, chunks)
+    sums, choices = jax.lax.map(jax.checkpoint(of_chunk) if count > 1 else of_chunk, chunks)
 
     def whole(x):
         return jnp.moveaxis(x, 0, 1).reshape(rows, count * chunk)[:, :length]
@@ -168,7 +168,7 @@ def _of_chunk(lm_head: Embedding, hidden, target, behind_BKD, *, temperature: fl
         logits_BCV = lm_head.logits(h_BCD) if k else logits_BCV
         log_q = jax.nn.log_softmax(logits_BCV, axis=-1)
         nll.append(-_sum_where(target_k.valid_BT, _at(log_q, target_k.tokens_BT)))
-        greedy.append(jnp.argmax(logits_BCV, axis=-1).astype(jnp.int32))
+        greedy.append(_largest(logits_BCV))
         if temperature != 1.0:
             log_q = jax.nn.log_softmax(logits_BCV / temperature, axis=-1)
         log_prob.append(jax.lax.stop_gradient(_at(log_q, target_k.tokens_BT)))
@@ -197,7 +197,25 @@ def _of_chunk(lm_head: Embedding, hidden, target, behind_BKD, *, temperature: fl
 
 
 def _at(values_BCV, tokens_BC) -> Float[Array, "B C"]:
-    return jnp.take_along_axis(values_BCV, tokens_BC[..., None], axis=-1)[..., 0]
+    """Each position's value of its token.
+
+    As a sum, the others 0: the gradient is a comparison that XLA fuses with what follows, where
+    that of an index fills zeros and scatters into them.
+    """
+    here_BCV = _tokens_of(values_BCV) == tokens_BC[..., None]
+    return jnp.sum(jnp.where(here_BCV, values_BCV, 0.0), axis=-1)
+
+
+def _largest(logits_BCV) -> Int[Array, "B C"]:
+    """The first token with the largest logit: argmax, whose loop XLA does not vectorise on CPU."""
+    largest_BC1 = jnp.max(logits_BCV, axis=-1, keepdims=True)
+    last = logits_BCV.shape[-1] - 1  # also where the largest is NaN, which nothing equals
+    tokens_BCV = jnp.where(logits_BCV == largest_BC1, _tokens_of(logits_BCV), last)
+    return jnp.min(tokens_BCV, axis=-1)
+
+
+def _tokens_of(values_BCV) -> Int[Array, "B C V"]:
+    return jax.lax.broadcasted_iota(jnp.int32, values_BCV.shape, values_BCV.ndim - 1)
 
 
 def _sum_where(valid_BC, values_BC) -> jax.Array:

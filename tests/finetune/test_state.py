@@ -22,9 +22,11 @@ def batch() -> Batch:
     return Batch(tokens, ones, np.broadcast_to(np.arange(16, dtype=np.int32), (2, 16)), ones)
 
 
-def gradients(settings: RunSettings, checkpoint: Path, batch: Batch) -> dict[str, np.ndarray]:
+def gradients(
+    settings: RunSettings, checkpoint: Path, batch: Batch, remat: bool = True
+) -> dict[str, np.ndarray]:
     """By leaf, read off a step of gradient descent of rate 1 that starts from nothing moved."""
-    split = load_for_training(str(checkpoint), "all", "float32")
+    split = load_for_training(str(checkpoint), "all", "float32", remat)
     rate = optax.chain(optax.scale_by_schedule(lambda _: -1.0))
     step = make_train_step(split.graphdef, rate, settings)
     before = jax.device_get(split.trainable)
@@ -52,6 +54,38 @@ def test_a_detached_main_model_learns_from_its_own_loss_only(settings, checkpoin
     differs = [n for n in alone if not np.allclose(together[n], detached[n], rtol=1e-3, atol=1e-7)]
     assert {name for name in differs if "lm_head" in name or "embed_tokens" in name}
     assert not modules & set(differs)
+
+
+def test_what_is_computed_again_changes_no_gradient(settings, checkpoint, batch, monkeypatch):
+    """Whether layers, and whether scores of attention, are kept or computed again."""
+    every = dataclasses.replace(settings, train="all", draft_tokens=2, mtp_lambda=0.5)
+    kept = gradients(every, checkpoint, batch, remat=False)
+    layers_again = gradients(every, checkpoint, batch, remat=True)
+    monkeypatch.setattr("mtp_model.attention.KEPT_SCORES_BYTES", 0)
+    scores_again = gradients(every, checkpoint, batch, remat=False)
+    for name, wanted in kept.items():
+        atol = (
+            1e-5 * np.abs(wanted).max() + 2e-7
+        )  # weights of norms are 1, and so is their rounding
+        for found in (layers_again[name], scores_again[name]):
+            np.testing.assert_allclose(found, wanted, atol=atol, err_msg=name)
+    other = gradients(dataclasses.replace(every, mtp_lambda=0.4), checkpoint, batch, remat=False)
+    worst = max(np.abs(other[n] - kept[n]).max() / max(np.abs(kept[n]).max(), 1e-9) for n in kept)
+    assert worst > 1e-3
+
+
+def test_remat_decides_what_the_step_computes_again(settings, checkpoint, batch):
+    """As the traced step says: it marks what it computes again."""
+
+    def marks(remat: bool) -> int:
+        split = load_for_training(str(checkpoint), "all", "float32", remat)
+        rate = optax.chain(optax.scale_by_schedule(lambda _: -1.0))
+        step = make_train_step(split.graphdef, rate, dataclasses.replace(settings, train="all"))
+        traced = step.trace(start(split, rate), split.frozen, batch)
+        return str(traced.jaxpr).count("prevent_cse")
+
+    assert marks(remat=True) > 0
+    assert marks(remat=False) == 0
 
 
 @pytest.mark.parametrize(

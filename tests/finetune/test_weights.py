@@ -1,5 +1,7 @@
 """Trained weights are written from the devices that hold them, row block by row block."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -8,8 +10,15 @@ from imported import import_tiny
 from jax._src.array import ArrayImpl
 from jax.sharding import NamedSharding, PartitionSpec
 
+from finetune.settings import BatchSettings
 from finetune.state import TrainState
-from finetune.weights import changed_leaf, load_for_training, write_final
+from finetune.weights import (
+    changed_leaf,
+    load_for_training,
+    open_trainable,
+    recomputes_layers,
+    write_final,
+)
 from mtp_model.checkpoint.directory import open_checkpoint
 from mtp_model.model import leaf_name
 from mtp_model.sharding import make_mesh, stored_spec
@@ -52,6 +61,21 @@ def spread(values: np.ndarray, spec: PartitionSpec | None) -> jax.Array:
     if spec is None:
         return jax.device_put(values)
     return jax.device_put(values, NamedSharding(make_mesh(**MESH_AXES), spec))
+
+
+def test_layers_are_kept_on_cpu_where_they_are_small(settings, checkpoint, monkeypatch):
+    """`--remat auto`; what is asked for holds everywhere."""
+    config = open_trainable(str(checkpoint))[1]
+    full = dataclasses.replace(settings, train="all", batch=BatchSettings(rows=4096))
+
+    def again(run, **changes) -> bool:
+        return recomputes_layers(dataclasses.replace(run, **changes), config)
+
+    assert not again(settings)
+    assert again(full)
+    assert [again(full, remat="none"), again(settings, remat="layer")] == [False, True]
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert again(settings)
 
 
 @pytest.mark.parametrize("spec", SPREADS.values(), ids=SPREADS)

@@ -32,7 +32,7 @@ from mtp_model.context import make_context
 from mtp_model.load import load
 from mtp_model.model import DeepSeekV3
 from mtp_model.moe import Router
-from mtp_model.mtp import run_module, shift_within_segments
+from mtp_model.mtp import shift_within_segments
 
 VARIANTS = {
     "f32, one MTP module": {"dtype": "f32"},
@@ -342,7 +342,7 @@ def test_a_module_can_be_fed_as_vllm_feeds_it(two_modules):
     @jax.jit
     def zeroed_draft(model, state):
         e_BTD = model.embed_tokens.lookup(fed, model.compute_dtype).at[:, 0].set(0.0)
-        return run_module(take_layer(model.mtp, 0), state, e_BTD, context)[0]
+        return take_layer(model.mtp, 0)(state, e_BTD, context)[0]
 
     first_draft = jax.jit(lambda model, state: model.draft(state, tokens, context, 1).hidden[0])
     main_state = jax.jit(lambda model: model.main(tokens, context).state_BTD)(model)

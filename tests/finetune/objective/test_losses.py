@@ -211,6 +211,28 @@ def equations(jaxpr):
 # --- objective
 
 
+def test_values_of_tokens_and_largest_are_those_of_jax():
+    """With ties and NaN; and the gradient of the values at tokens."""
+    rng = np.random.default_rng(0)
+    values = jnp.asarray(rng.integers(-3, 3, (2, 5, 7)), jnp.float32)  # with ties
+    tokens = jnp.asarray(rng.integers(0, 7, (2, 5)))
+    weight = jnp.asarray(rng.standard_normal((2, 5)), jnp.float32)
+
+    def taken(x):
+        return jnp.take_along_axis(x, tokens[..., None], axis=-1)[..., 0]
+
+    assert jnp.array_equal(losses._largest(values), jnp.argmax(values, axis=-1))
+    assert jnp.array_equal(losses._at(values, tokens), taken(values))
+    found, wanted = (
+        jax.grad(lambda x, of=of: jnp.sum(weight * of(x)))(values)
+        for of in (lambda x: losses._at(x, tokens), taken)
+    )
+    assert jnp.array_equal(found, wanted)
+    assert jnp.any(wanted)
+    broken = values.at[0, 0, 3].set(jnp.nan)
+    assert 0 <= losses._largest(broken)[0, 0] < 7
+
+
 def test_objective_is_main_plus_lambda_over_depths():
     measured = measured_of([8.0, 9.0, 10.0], [4, 3, 2])
     assert mean_losses(measured).tolist() == [2.0, 3.0, 5.0]
