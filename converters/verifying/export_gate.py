@@ -16,7 +16,7 @@ from converters.exporting.result import ExportSummary
 from converters.format.fit import fit
 from converters.format.header import DTYPES
 from converters.format.listing import SourceCheckpoint, open_safetensors
-from converters.format.mapping import Slot, layer_of, slots
+from converters.format.mapping import SCALE_SUFFIX, Slot, layer_of, slots
 from converters.sources.open import open_source
 from converters.verifying.logits.check import (
     LogitsCheck,
@@ -160,11 +160,12 @@ def _unasked(main: list[Slot], rounded: set[str], checkpoint: Checkpoint) -> Ite
     derived = checkpoint.provenance.get("derived", ())
     modes = {record.get("settings", {}).get("train") for record in derived}
     for slot in main:
-        if slot.path not in trained and slot.name not in rounded:
+        is_trained = slot.path.removesuffix(SCALE_SUFFIX) in trained  # a weight with its scales
+        if not is_trained and slot.name not in rounded:
             yield Problem(
                 "changed", slot.name, "has other bytes than the source; nobody trained it"
             )
-        elif slot.path in trained and modes == {"mtp"}:
+        elif is_trained and modes == {"mtp"}:
             detail = "was changed by a run with --train mtp, which leaves the main model as it is"
             yield Problem("changed", slot.name, detail)
 

@@ -235,6 +235,21 @@ def test_the_main_model_changes_only_where_it_was_trained(kept: Checkpoint, tmp_
     assert (problem.subject, "nobody trained it" in problem.detail) == (norm, True)
 
 
+def test_a_trained_weight_gets_new_scales(tmp_path: Path):
+    """They belong to it: of an FP8 weight that was trained both have other bytes."""
+    make_tiny_checkpoint(tmp_path / "source", dtype="fp8")
+    assert main(["import", str(tmp_path / "source"), str(tmp_path / "kept")]) == 0
+    leaf = "moe_layers.self_attn.o_proj.weight"
+    kept = open_checkpoint(tmp_path / "kept")
+    tuned = trained(kept, tmp_path / "all", {leaf: 0.5}, settings={"train": "all"})
+    found = checked(tuned, tmp_path / "out")
+    assert not found.problems
+    layers = kept.config.num_moe_layers
+    assert found.main_changed == 2 * layers
+    tuned = trained(kept, tmp_path / "mtp", {leaf: 0.5}, settings={"train": "mtp"})
+    assert len(checked(tuned, tmp_path / "out2").problems) == 2 * layers
+
+
 def check_of(checkpoint: Checkpoint, summary: ExportSummary, files: tuple) -> ExportCheck:
     return check_export(checkpoint, dataclasses.replace(summary, files=files), keeps_dtypes=True)
 
