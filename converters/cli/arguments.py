@@ -160,7 +160,20 @@ class NewMtp:
     json: _Json = False
 
 
-Command = Inspect | Import | Export | Verify | NewMtp
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """Say which convention an MTP module was trained with, by its loss on text; needs torch."""
+
+    src: Annotated[
+        Positional[str], arg(metavar="SRC|CKPT", help="safetensors or a checkpoint directory")
+    ]
+    data: Annotated[str, arg(metavar="PATH")]
+    """a UTF-8 text as the model was trained on; its first 1,024 tokens are used"""
+    follow_links: _FollowLinks = False
+    json: _Json = False
+
+
+Command = Inspect | Import | Export | Verify | NewMtp | Probe
 
 
 def parse(argv: Sequence[str]) -> Command:
@@ -170,7 +183,8 @@ def parse(argv: Sequence[str]) -> Command:
         | Annotated[Import, subcommand("import")]
         | Annotated[Export, subcommand("export")]
         | Annotated[Verify, subcommand("verify")]
-        | Annotated[NewMtp, subcommand("new-mtp")],
+        | Annotated[NewMtp, subcommand("new-mtp")]
+        | Annotated[Probe, subcommand("probe")],
         prog=PROG,
         description=f"Convert DeepSeek-V3-family checkpoints. `{PROG} --version`: its version.",
         args=list(argv),

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from converters.cli.arguments import PROG, Command, Export, Import, Inspect, NewMtp, parse
+from converters.cli.arguments import PROG, Command, Export, Import, Inspect, NewMtp, Probe, parse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,6 +46,10 @@ def _function_of(command: Command) -> Callable[[Any], int]:
         from converters.cli.new_mtp_command import run_new_mtp
 
         return run_new_mtp
+    if isinstance(command, Probe):
+        from converters.cli.probe_command import run_probe
+
+        return run_probe
     from converters.cli.verify_command import run_verify
 
     return run_verify

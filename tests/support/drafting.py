@@ -94,12 +94,12 @@ def draft(ref: TorchReference, h0: Tensor, known: Tensor) -> Iterator[int]:
         get = under(ref.get, f"model.layers.{ref.config['num_hidden_layers'] + module}")
         e = embed[known[k : rows + k]][None] if k <= num_modules else embed[known[-1]][None, None]
         fed[module].append(
-            mtp_input(state if k <= num_modules else state[:, -1:], e, get, ref._read)
+            mtp_input(state if k <= num_modules else state[:, -1:], e, get, ref.as_read)
         )
         again = rows - 1 + num_modules * torch.arange(1, len(fed[module]))
         x = torch.cat(fed[module], dim=1)
         places = ref.places(torch.ones(x.shape[:2]), torch.cat([torch.arange(rows), again]))
-        state = mtp_output(x, get, ref._read, places)
+        state = mtp_output(x, get, ref.as_read, places)
         token = ref.logits(state[:, -1]).argmax(-1)
         known = torch.cat([known, token])
         yield int(token)

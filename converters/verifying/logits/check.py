@@ -28,11 +28,10 @@ from converters.verifying.logits.layers import (
     walk,
     worst_row,
 )
+from converters.verifying.logits.text import text_problem, tokens_of_text
 from mtp_model.checkpoint.directory import Checkpoint, CheckpointError, digest_of_json
 from mtp_model.config import ModelConfig
-from mtp_model.files.untrusted_json import shown
 from mtp_model.model import Scope
-from mtp_model.problems import Problem, ProblemsError
 from mtp_model.progress import OnProgress
 from mtp_model.reporting import human_bytes, plural
 
@@ -49,7 +48,6 @@ SPOT_DOCUMENTS = ((12,), (5, 4))  # few tokens choose few experts, and reading t
 MOST_TOKENS = 512  # of a text: their logits of V3 need half of what its head does
 _SAMPLE = 200  # pairs of logits of a depth, for who draws them
 _HEAD = "lm_head"
-_TOKENIZER = "tokenizer.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +122,9 @@ def check_logits(
     Raises CheckpointError where the machine has too little memory, ProblemsError for a text that
     is none of this model's, UserError without torch.
     """
-    _raise_unless_it_fits(checkpoint)
     config = checkpoint.config
+    instead = "verify without --logits, which needs little memory, or on a larger machine"
+    raise_unless_it_fits(str(checkpoint.path), config, instead)
     tokens, segments = (
         seeded_batch(config.vocab_size, SPOT_DOCUMENTS if spot else DOCUMENTS)
         if text is None
@@ -258,43 +257,15 @@ def seeded_batch(
 def text_batch(
     text: str, source: SourceCheckpoint, config: ModelConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of a text by the source's tokenizer, and their segment ids, int32 [1, T].
-
-    Special tokens are those that its tokenizer.json adds by itself.
-    """
-    sizes = source.source.files()
-    if _TOKENIZER not in sizes:
-        detail = "is missing, --text needs it; put the model's there, or verify without --text"
-        raise ProblemsError(source.source.name, [Problem("file", _TOKENIZER, detail)])
-    from tokenizers import Tokenizer  # here: built-in tokens do without
-
-    fault, ids = None, []
-    try:
-        content = source.source.read(_TOKENIZER, 0, sizes[_TOKENIZER])
-        tokenizer = Tokenizer.from_buffer(content)
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        ids = tokenizer.encode(text).ids
-    except Exception as error:  # tokenizers raises no narrower class
-        fault = f"makes no tokens of the text: {shown(str(error))}"
-    else:
-        fault = _fault_of(ids, config)
-    if fault:
-        raise ProblemsError(source.source.name, [Problem("text", _TOKENIZER, fault)])
-    tokens = np.array([ids], np.int32)
-    return tokens, np.ones_like(tokens)
-
-
-def _fault_of(ids: list[int], config: ModelConfig) -> str | None:
-    """What is wrong with the tokens of a text."""
+    """Tokens of a text by the source's tokenizer, and their segment ids, int32 [1, T]."""
+    ids = tokens_of_text(text, source, "--text", config.vocab_size)
     fewest = 2 + config.num_nextn_predict_layers
     if not fewest <= len(ids) <= MOST_TOKENS:
         found = f"makes {plural(len(ids), 'token')} of the text"
-        return f"{found}; give --text as much as makes {fewest} to {MOST_TOKENS}"
-    if max(ids) >= config.vocab_size:
-        found = f"gives token {max(ids)}, the vocabulary is 0 to {config.vocab_size - 1}"
-        return f"{found}; it is another model's, put this one's there"
-    return None
+        asked = f"give --text as much as makes {fewest} to {MOST_TOKENS}"
+        raise text_problem(source, f"{found}; {asked}")
+    tokens = np.array([ids], np.int32)
+    return tokens, np.ones_like(tokens)
 
 
 def memory_needed(config: ModelConfig) -> int:
@@ -305,14 +276,14 @@ def memory_needed(config: ModelConfig) -> int:
     return 2 * EXPERTS_BYTES + 12 * max(head, dense)
 
 
-def _raise_unless_it_fits(checkpoint: Checkpoint) -> None:
-    needed = memory_needed(checkpoint.config)
+def raise_unless_it_fits(where: str, config: ModelConfig, instead: str) -> None:
+    """CheckpointError where this machine has too little memory; it says what to do instead."""
+    needed = memory_needed(config)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
         raise CheckpointError(
-            f"{checkpoint.path}: its logits need {human_bytes(needed)} of memory, a layer at a "
-            f"time; this machine has {human_bytes(memory)}; verify without --logits, which "
-            "needs little memory, or on a larger machine"
+            f"{where}: its logits need {human_bytes(needed)} of memory, a layer at a time; this "
+            f"machine has {human_bytes(memory)}; {instead}"
         )
 
 

@@ -56,7 +56,7 @@ class TorchReference:
 
     def __init__(self, config: Config, get: Get, dtype: torch.dtype = torch.float32):
         self.config = config
-        self._read = as_read(config)
+        self.as_read = as_read(config)
         self.dtype = dtype
         self.get: Get = lambda name: get(name).to(dtype)
 
@@ -66,7 +66,7 @@ class TorchReference:
         segment_ids = torch.ones_like(tokens) if segment_ids is None else segment_ids
         places = self.places(segment_ids)
         x = self.embed(tokens)
-        for layer in range(self._read["num_hidden_layers"]):
+        for layer in range(self.as_read["num_hidden_layers"]):
             x = self.layer(layer, x, places)
         return LastStates(self.norm(x), x)
 
@@ -78,25 +78,25 @@ class TorchReference:
     @torch.no_grad()
     def layer(self, index: int, x: Tensor, places: Places) -> Tensor:
         """Return the residual stream [B, T, D] after one layer of the main model."""
-        is_moe = index >= self._read["first_k_dense_replace"]
+        is_moe = index >= self.as_read["first_k_dense_replace"]
         get = under(self.get, f"model.layers.{index}")
-        return decoder_layer(x, get, self._read, places, is_moe=is_moe)
+        return decoder_layer(x, get, self.as_read, places, is_moe=is_moe)
 
     @torch.no_grad()
     def norm(self, x: Tensor) -> Tensor:
         """Apply `model.norm`."""
-        return rms_norm(x, self.get("model.norm.weight"), self._read["rms_norm_eps"])
+        return rms_norm(x, self.get("model.norm.weight"), self.as_read["rms_norm_eps"])
 
     @torch.no_grad()
     def module(self, index: int, h: Tensor, e: Tensor, places: Places) -> Tensor:
         """Return h_k [B, T, D] of one MTP module, from h_{k-1} and the embedding of t[i+k]."""
-        get = under(self.get, f"model.layers.{self._read['num_hidden_layers'] + index}")
-        return mtp_output(mtp_input(h, e, get, self._read), get, self._read, places)
+        get = under(self.get, f"model.layers.{self.as_read['num_hidden_layers'] + index}")
+        return mtp_output(mtp_input(h, e, get, self.as_read), get, self.as_read, places)
 
     def first_state(self, states: LastStates) -> Tensor:
         """Return h_0, the state that depth 1 is fed, as the config's `mtp_hidden_state` says."""
         kinds = {"post_norm": states.hidden, "pre_norm": states.before_norm}
-        return kinds[self._read["mtp_hidden_state"]]
+        return kinds[self.as_read["mtp_hidden_state"]]
 
     @torch.no_grad()
     def mtp(
@@ -112,7 +112,7 @@ class TorchReference:
         Default: one depth a module. More depths than modules reuse the modules in turn: then a
         module has seen the document as far as row i in its first use, and goes on from there.
         """
-        num_modules = self._read["num_nextn_predict_layers"]
+        num_modules = self.as_read["num_nextn_predict_layers"]
         if depths and not num_modules:
             raise ValueError(f"the config has no MTP module, but {depths} depths are asked for")
         segment_ids = torch.ones_like(tokens) if segment_ids is None else segment_ids
@@ -121,14 +121,14 @@ class TorchReference:
         for k in range(1, 1 + (num_modules if depths is None else depths)):
             module = (k - 1) % num_modules
             e = self.get("model.embed_tokens.weight")[tokens_ahead(tokens, segment_ids, k)]
-            get = under(self.get, f"model.layers.{self._read['num_hidden_layers'] + module}")
-            uses[module].append(mtp_input(states[-1], e, get, self._read))
+            get = under(self.get, f"model.layers.{self.as_read['num_hidden_layers'] + module}")
+            uses[module].append(mtp_input(states[-1], e, get, self.as_read))
             run = self._first_use if k <= num_modules else self._later_use
             states.append(run(uses[module], get, segment_ids))
         return states[1:]
 
     def _first_use(self, uses: list[Tensor], get: Get, segment_ids: Tensor) -> Tensor:
-        return mtp_output(uses[0], get, self._read, self.places(segment_ids))
+        return mtp_output(uses[0], get, self.as_read, self.places(segment_ids))
 
     def _later_use(self, uses: list[Tensor], get: Get, segment_ids: Tensor) -> Tensor:
         """Row by row: the module runs over its document as far as row i, then its own chain.
@@ -137,7 +137,7 @@ class TorchReference:
         in as many depths as there are modules.
         """
         out = torch.zeros_like(uses[0])
-        count = self._read["num_nextn_predict_layers"]
+        count = self.as_read["num_nextn_predict_layers"]
         steps = torch.arange(len(uses) - 1) * count + count
         for row, i in torch.cartesian_prod(*map(torch.arange, segment_ids.shape)).tolist():
             start = int((segment_ids[row] == segment_ids[row, i]).nonzero()[0])
@@ -145,7 +145,7 @@ class TorchReference:
             x = torch.cat([text, *chain])[None]
             positions = torch.cat([torch.arange(start, i + 1), i + steps])
             places = self.places(torch.ones(1, x.shape[1]), positions)
-            out[row, i] = mtp_output(x, get, self._read, places)[0, -1]
+            out[row, i] = mtp_output(x, get, self.as_read, places)[0, -1]
         return out
 
     @torch.no_grad()
@@ -157,7 +157,7 @@ class TorchReference:
         """Positions [T] count from 0 in a row unless given."""
         positions = torch.arange(segment_ids.shape[1]) if positions is None else positions
         same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-        rope, dim = self._read["rope"], self._read["qk_rope_head_dim"]
+        rope, dim = self.as_read["rope"], self.as_read["qk_rope_head_dim"]
         cos, sin = rope_table(rope, dim, positions, self.dtype)
         return Places(cos, sin, rope["interleave"], visible=same.tril())
 

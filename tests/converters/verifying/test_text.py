@@ -64,8 +64,8 @@ def test_a_wrong_weight_shows_on_a_text(pair: Pair, tmp_path: Path):
 
 
 @follows(
-    "is missing, --text needs it; put the model's there, or verify without --text",
-    "; give --text as much as makes ",
+    " needs it; put the model's there",
+    "give --text as much as makes ",
     "; it is another model's, put this one's there",
 )
 def test_what_is_said_of_a_text_helps(pair: Pair, tmp_path: Path, capsys):
