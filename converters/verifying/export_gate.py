@@ -138,9 +138,10 @@ def _checked_storage(
 
 
 def _is_other_dtype(slot: Slot, checkpoint: Checkpoint, written: SourceCheckpoint) -> bool:
-    """Whether a tensor is kept in another dtype than it was imported from and is written in."""
-    leaf = checkpoint.leaves.get(slot.path)
-    return leaf is not None and leaf.dtype != DTYPES[written.tensors[slot.name].dtype]
+    """Whether a weight, or that of these scales, is kept in another dtype than it is written in."""
+    leaf = checkpoint.leaves.get(slot.path.removesuffix(SCALE_SUFFIX))
+    tensor = written.tensors.get(slot.name.removesuffix(SCALE_SUFFIX))
+    return leaf is not None and tensor is not None and leaf.dtype != DTYPES[tensor.dtype]
 
 
 def _header_problems(checkpoint: Checkpoint, written: SourceCheckpoint) -> Iterator[Problem]:
