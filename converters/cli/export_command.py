@@ -65,7 +65,9 @@ def run_export(command: Export) -> int:
     seconds = time.monotonic() - began_s
     checked = _check(checkpoint, summary, command) if command.verify else None
     holds = checked is None or checked.holds
-    pushed = _push(Path(command.dst), command.push, checkpoint) if command.push and holds else None
+    pushed = None
+    if command.push and holds:
+        pushed = _push(Path(command.dst), command.push, checkpoint, checked)
     model = command.push or (command.dst if not is_address(command.dst) else "DIR")
     drafts = num_drafts(checkpoint.provenance, checkpoint.config_dict) if holds else 0
     plain = {
@@ -97,7 +99,9 @@ def _check(checkpoint: Checkpoint, summary: ExportSummary, command: Export) -> "
         )
 
 
-def _push(folder: Path, repo_id: str, checkpoint: Checkpoint) -> "Pushed":
+def _push(
+    folder: Path, repo_id: str, checkpoint: Checkpoint, checked: "ExportCheck | None"
+) -> "Pushed":
     """Upload what was exported; on failure ProblemsError that says how to go on."""
     # Here and not above: it loads huggingface_hub, which folders don't need.
     from converters.publishing.push import push_folder
@@ -111,7 +115,13 @@ def _push(folder: Path, repo_id: str, checkpoint: Checkpoint) -> "Pushed":
                 sent, total = done, of
                 show_progress(done, of)
 
-            pushed = push_folder(folder, repo_id, provenance=checkpoint.provenance, progress=report)
+            pushed = push_folder(
+                folder,
+                repo_id,
+                provenance=checkpoint.provenance,
+                verified=checked.to_dict() if checked else None,
+                progress=report,
+            )
     except ProblemsError as err:
         problem = Problem("push", repo_id, unsent(folder, sent, total))
         raise ProblemsError(err.where, [*err.problems, problem]) from err

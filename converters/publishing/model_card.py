@@ -11,6 +11,7 @@ import yaml
 
 from converters.publishing.serving import SAMPLING, num_drafts, serve_lines
 from converters.sources.source import HUB_ID
+from mtp_model.files.untrusted_json import shown
 
 BEGIN = "<!-- deepseek-mtp: from here to the end mark, the next push writes this anew -->"
 END = "<!-- deepseek-mtp: end -->"
@@ -19,15 +20,19 @@ _FENCE = "---"
 
 
 def merged_readme(
-    existing: str | None, repo_id: str, provenance: Mapping[str, Any], config: Mapping[str, Any]
+    existing: str | None,
+    repo_id: str,
+    provenance: Mapping[str, Any],
+    config: Mapping[str, Any],
+    verified: Mapping[str, Any] | None = None,
 ) -> str:
-    """The card of a model as README.md.
+    """The card of a model as README.md. verified: what export's check found; None: it made none.
 
     Every line of an existing README stays. Its front matter gets the keys that it lacks; our
     section comes after that, or in the place of our section of an earlier push.
     """
     front, body = _split(existing or "")
-    section = f"{BEGIN}\n{_section(repo_id, provenance, config)}\n{END}\n"
+    section = f"{BEGIN}\n{_section(repo_id, provenance, config, verified)}\n{END}\n"
     before, found, rest = body.partition(BEGIN)
     if found and END in rest:
         body = before + section + rest.partition(END)[2].removeprefix("\n")
@@ -54,9 +59,15 @@ def _hub_source(provenance: Mapping[str, Any], source: str = "source") -> tuple[
     return (match["repo"], match["revision"]) if match and match["revision"] else None
 
 
-def _section(repo_id: str, provenance: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+def _section(
+    repo_id: str,
+    provenance: Mapping[str, Any],
+    config: Mapping[str, Any],
+    verified: Mapping[str, Any] | None,
+) -> str:
     parts = [f"# {repo_id.split('/')[-1]}", _origin(provenance), _table(provenance, config)]
     parts += _acceptance(provenance.get("derived", []))
+    parts += _claims(repo_id, provenance, verified) if verified else [_UNVERIFIED]
     if drafts := num_drafts(provenance, config):
         parts.append(_serving(repo_id, drafts))
     return "\n\n".join(parts)
@@ -119,6 +130,49 @@ def _acceptance(derived: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     rows.append(("mean accepted length", *lengths))
     lines = [f"| {name} | {_number(old)} | {_number(new)} |" for name, old, new in rows]
     yield "\n".join(["| on held-out text | before | after |", "|---|---|---|", *lines])
+
+
+_UNVERIFIED = "Nothing of this was verified when it was exported."
+
+
+def _claims(
+    repo_id: str, provenance: Mapping[str, Any], verified: Mapping[str, Any]
+) -> Iterator[str]:
+    """What export proved, in numbers, and the commands that prove it again."""
+    rows = [
+        ("tensors", f"{verified['tensors']:,}, of {verified['values']:,} values"),
+        ("index, headers and config.json", "agree with all tensors"),
+    ]
+    if verified["copies"]:
+        copies = f"{verified['copies']}, with the main model's bytes"
+        rows.append(("MTP module's copies of embedding and head", copies))
+    if verified["main_changed"] is not None:
+        rows.append(("main model, tensors that changed", f"{verified['main_changed']:,}"))
+        changed = f"{verified['mtp_changed']:,} of {verified['mtp_tensors']:,}"
+        rows += [("MTP module, tensors that changed", changed)] if verified["mtp_tensors"] else []
+    rows.append(("float32 logits, against plain torch", _logits(verified)))
+    lines = [f"| {name} | {text} |" for name, text in rows]
+    yield "\n".join(["| verified when it was exported | |", "|---|---|", *lines])
+    found = _hub_source(provenance)
+    source = f"{found[0]}@{found[1]}" if found else "SOURCE"
+    command = f"convert-deepseek verify {source} {repo_id}"
+    if verified["main_changed"] == 0:
+        alike = "succeeds exactly if the main model is the source's, byte for byte"
+        yield f"The first of these {alike}; the second says what differs:"
+        command = f"{command} --scope main\n{command}"
+    else:
+        yield "What differs from the source:"
+    yield f"```\n{command}\n```"
+
+
+def _logits(verified: Mapping[str, Any]) -> str:
+    logits = verified["logits"]
+    if not logits:
+        return f"not compared: {shown(verified['logits_left_out'])}"
+    largest = max(depth["relative_difference"] for depth in logits["depths"])
+    where = ", ".join(f"`{layer['name']}`" for layer in logits["layers"])
+    where = where if logits["layers_left_out"] else "every layer"
+    return f"differ by {largest:.1e} at most, allowed {logits['tolerance']:.0e}; on {where}"
 
 
 def _number(value: float | None) -> str:

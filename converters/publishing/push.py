@@ -48,14 +48,15 @@ def push_folder(
     repo_id: str,
     *,
     provenance: Mapping[str, Any],
+    verified: Mapping[str, Any] | None = None,
     progress: OnProgress | None = None,
 ) -> Pushed:
     """Upload an exported checkpoint; what is on the Hub already is not sent again.
 
     A repository that is made for this is private. provenance: of the checkpoint directory that was
-    exported. progress is told the bytes that are committed, and their total. Raises CheckpointError
-    for a folder that is unfinished, ProblemsError for one that is no checkpoint, and for whatever
-    the Hub refuses.
+    exported. verified: what export's check found, for the card. progress is told the bytes that are
+    committed, and their total. Raises CheckpointError for a folder that is unfinished,
+    ProblemsError for one that is no checkpoint, and for whatever the Hub refuses.
     """
     folder = Path(folder)
     if (folder / UNFINISHED).is_dir():
@@ -67,7 +68,8 @@ def push_folder(
     api = HfApi(library_name=LIBRARY)
     _make_repository(api, repo_id)
     config = json.loads((folder / CONFIG).read_bytes())
-    readme = merged_readme(_existing_readme(folder, repo_id), repo_id, provenance, config)
+    existing = _existing_readme(folder, repo_id)
+    readme = merged_readme(existing, repo_id, provenance, config, verified)
     sizes = source.files()
     sent: list[CommitOperationAdd] = []
     for batch in _batches(sizes):

@@ -6,6 +6,7 @@ both changed. Logits are compared on every layer of a small model, and on a few 
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,13 +41,14 @@ _MTP = "mtp."
 class ExportCheck:
     """What was looked at and found.
 
-    copies: tensors of MTP modules that repeat the main model's. main_changed, mtp_changed: how many
-    tensors have other bytes than the source; None with another dtype, where all have. rounded: of
-    the main model's, those that only the import's --dtype changed. logits_left_out: why they were
-    not compared.
+    values: numbers in all tensors, scales among them. copies: tensors of MTP modules that repeat
+    the main model's. main_changed, mtp_changed: how many tensors have other bytes than the source;
+    None with another dtype, where all have. rounded: of the main model's, those that only the
+    import's --dtype changed. logits_left_out: why they were not compared.
     """
 
     tensors: int
+    values: int
     copies: int
     main_changed: int | None
     mtp_changed: int | None
@@ -91,6 +93,7 @@ def check_export(
 def _unreadable(error: ProblemsError) -> ExportCheck:
     return ExportCheck(
         tensors=0,
+        values=0,
         copies=0,
         main_changed=None,
         mtp_changed=None,
@@ -127,6 +130,7 @@ def _checked_storage(
     warnings = _unchanged_module(checkpoint, trained, mtp_changed) if keeps_dtypes else ()
     return ExportCheck(
         tensors=len(written.tensors),
+        values=sum(math.prod(tensor.shape) for tensor in written.tensors.values()),
         copies=len(copies),
         main_changed=len(main) if keeps_dtypes else None,
         mtp_changed=mtp_changed if keeps_dtypes else None,

@@ -1,6 +1,9 @@
 """`convert-deepseek export` as a user meets it: over a base, pushed to the Hub, requantised."""
 
+import io
+import itertools
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +16,8 @@ from roundtrip import assert_same_files, dequantised, read_tensors, tree_bytes
 
 from converters.cli.main import main
 from converters.publishing import push as hub_push
+from converters.verifying import export_gate
+from converters.verifying.logits.check import check_logits
 from mtp_model.checkpoint.derived import ChangedLeaf, write_derived
 from mtp_model.checkpoint.directory import Checkpoint, open_checkpoint
 from tools.make_tiny_checkpoint import make_tiny_checkpoint
@@ -222,6 +227,67 @@ def test_pushed_after_the_export(hub, source: Path, tuned: Checkpoint, tmp_path:
     status, out, err = run(capsys, *command)
     assert (status, out) == (1, "")
     assert "holds a checkpoint; name another place or --overwrite it" in err
+
+
+def claims_of(readme: str) -> dict[str, str]:
+    """The rows of the card's table of what was verified."""
+    table = readme.partition("| verified when it was exported | |\n|---|---|\n")[2]
+    rows = itertools.takewhile(lambda line: line.startswith("| "), table.splitlines())
+    return dict(row.strip("| ").split(" | ") for row in rows)
+
+
+def changed_tensors(one: Path, other: Path) -> set[str]:
+    ours, theirs = read_tensors(one), read_tensors(other)
+    assert ours.keys() == theirs.keys()
+    return {name for name in ours if ours[name].tobytes() != theirs[name].tobytes()}
+
+
+def test_the_card_claims_what_anybody_finds(
+    hub, source: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+):
+    """Counted again from both folders; its commands, run as they stand there."""
+    pytest.importorskip("torch")
+    monkeypatch.setattr(export_gate, "check_logits", check_logits)
+    hub.add("org/Base", tree_bytes(source))
+    assert run(capsys, "import", "org/Base", tmp_path / "ckpt")[0] == 0
+    base, leaf = open_checkpoint(tmp_path / "ckpt"), "mtp.enorm.weight"
+    rows = base.read_rows(leaf, (0,), 0, base.leaves[leaf].tensor_shape[0])
+    changed = {leaf: ChangedLeaf(dtype=rows.dtype, rows=lambda _, a, b: -rows[a:b])}
+    write_derived(base, tmp_path / "tuned", changed, {})
+    out = tmp_path / "out"
+    assert run(capsys, "export", tmp_path / "tuned", out, "--push", REPO)[0] == 0
+    readme, tensors = on_the_hub(hub)["README.md"].decode(), read_tensors(out)
+    different = changed_tensors(out, source)
+    module = {name for name in tensors if name.startswith("model.layers.4.")}
+    copies = {"model.layers.4.embed_tokens.weight", "model.layers.4.shared_head.head.weight"}
+    values = sum(tensor.size for tensor in tensors.values())
+    claims = claims_of(readme)
+    logits = claims.pop("float32 logits, against plain torch")
+    assert re.fullmatch(r"differ by \d\.\de-0[678] at most, allowed 1e-05; on every layer", logits)
+    assert claims == {
+        "tensors": f"{len(tensors):,}, of {values:,} values",
+        "index, headers and config.json": "agree with all tensors",
+        "MTP module's copies of embedding and head": "2, with the main model's bytes",
+        "main model, tensors that changed": str(len(different - module)),
+        "MTP module, tensors that changed": f"{len(different & module)} of {len(module - copies)}",
+    }
+    assert len(different) == 1
+    commands = re.findall("^convert-deepseek (verify .*)$", readme, re.MULTILINE)
+    revision = hub.models["org/Base"].branches["main"]
+    main_alone = f"verify org/Base@{revision} {REPO} --scope main"
+    assert commands == [main_alone, main_alone.removesuffix(" --scope main")]
+    monkeypatch.setattr("sys.stdout", io.StringIO())
+    assert [main(command.split()) for command in commands] == [0, 1]
+
+
+def test_the_card_says_where_nothing_was_verified(
+    hub, source: Path, tuned: Checkpoint, tmp_path: Path, capsys
+):
+    place = (tmp_path / "out", "--base", source)
+    assert run(capsys, "export", tuned.path, *place, "--push", REPO, "--no-verify")[0] == 0
+    readme = on_the_hub(hub)["README.md"].decode()
+    assert "Nothing of this was verified when it was exported." in readme
+    assert not claims_of(readme)
 
 
 def test_a_push_that_fails_is_continued_by_the_same_command(
