@@ -18,6 +18,8 @@ from rich.console import Console
 
 from finetune.evaluate import EvaluateSettings, evaluate
 from finetune.generate import GenerateSettings, as_json, generate
+from finetune.inspecting import inspect_data
+from finetune.inspecting.inspect_data import InspectDataSettings
 from finetune.run.directory import RunDirectory
 from finetune.run.report import comparison_sections, evaluation_sections, generation_sections
 from finetune.run.stopping import Stopped, Stopping
@@ -66,6 +68,8 @@ def _run(argv: Sequence[str], errors: Console) -> int:
             return _train(command, argv, errors)
         if isinstance(command, GenerateSettings):
             _generate(command)
+        elif isinstance(command, InspectDataSettings):
+            _inspect_data(command)
         else:
             _evaluate(command)
     except SettingsError as error:
@@ -74,14 +78,18 @@ def _run(argv: Sequence[str], errors: Console) -> int:
     return 0
 
 
-def parse(argv: Sequence[str]) -> TrainCommand | EvaluateSettings | GenerateSettings:
+Command = TrainCommand | EvaluateSettings | GenerateSettings | InspectDataSettings
+
+
+def parse(argv: Sequence[str]) -> Command:
     """The command line over its YAML file over the defaults; exits with 2 for wrong usage."""
     file = _config_file(argv)
     default = TrainCommand(settings=_settings_in(file) if file else blank())
     return tyro.cli(
         Annotated[TrainCommand, tyro.conf.subcommand("train", default=default)]
         | Annotated[EvaluateSettings, tyro.conf.subcommand("evaluate")]
-        | Annotated[GenerateSettings, tyro.conf.subcommand("generate")],
+        | Annotated[GenerateSettings, tyro.conf.subcommand("generate")]
+        | Annotated[InspectDataSettings, tyro.conf.subcommand("inspect-data")],
         prog="finetune-deepseek",
         description="Fine-tune DeepSeek-V3 checkpoints with their Multi-Token Prediction modules.",
         args=list(argv),
@@ -149,6 +157,14 @@ def _generate(settings: GenerateSettings) -> None:
         print(json.dumps(as_json(settings, counts)))
     else:
         show(stdout(), generation_sections(counts, str(settings.out)))
+
+
+def _inspect_data(settings: InspectDataSettings) -> None:
+    found = inspect_data.inspect_data(settings)
+    if settings.json:
+        print(json.dumps(inspect_data.as_json(settings, found)))
+    else:
+        inspect_data.show_rows(stdout(), found, settings.around)
 
 
 def _shown(path: Path) -> Path:
