@@ -63,13 +63,15 @@ def run_export(command: Export) -> int:
             progress=report,
         )
     seconds = time.monotonic() - began_s
-    checked = _check(checkpoint, summary, command) if command.verify else None
+    keeps_dtypes = command.dtype == "keep"
+    checked = _check(checkpoint, summary, keeps_dtypes) if command.verify else None
     holds = checked is None or checked.holds
     pushed = None
     if command.push and holds:
         pushed = _push(Path(command.dst), command.push, checkpoint, checked)
     model = command.push or (command.dst if not is_address(command.dst) else "DIR")
-    drafts = num_drafts(checkpoint.provenance, checkpoint.config_dict) if holds else 0
+    servable = holds and summary.mtp_modules > 0
+    drafts = num_drafts(checkpoint.provenance, checkpoint.config_dict) if servable else 0
     plain = {
         **dataclasses.asdict(summary),
         "changed": summary.changed,
@@ -80,12 +82,12 @@ def run_export(command: Export) -> int:
         "serve": list(serve_lines(model, drafts)) if drafts else [],
     }
     sections = [*exported(summary, seconds, pushed), *verified(checked)]
-    sections += serving(checkpoint, model) if holds else ()
+    sections += serving(checkpoint, model, drafts)
     print_result(sections, plain, as_json=command.json)
     return 0 if holds else 1
 
 
-def _check(checkpoint: Checkpoint, summary: ExportSummary, command: Export) -> "ExportCheck":
+def _check(checkpoint: Checkpoint, summary: ExportSummary, keeps_dtypes: bool) -> "ExportCheck":
     """What was written, before it is shown or pushed."""
     import jax
 
@@ -94,9 +96,7 @@ def _check(checkpoint: Checkpoint, summary: ExportSummary, command: Export) -> "
     from converters.verifying.export_gate import check_export
 
     with progress("logits", unit="layers") as report:
-        return check_export(
-            checkpoint, summary, keeps_dtypes=command.dtype == "keep", progress=report
-        )
+        return check_export(checkpoint, summary, keeps_dtypes=keeps_dtypes, progress=report)
 
 
 def _push(
@@ -203,9 +203,8 @@ def _storage_verdict(checked: "ExportCheck") -> str:
     return "; ".join(parts)
 
 
-def serving(checkpoint: Checkpoint, model: str) -> Iterator[Section]:
-    """How to serve what was exported with its MTP module; nothing where it has none."""
-    drafts = num_drafts(checkpoint.provenance, checkpoint.config_dict)
+def serving(checkpoint: Checkpoint, model: str, drafts: int) -> Iterator[Section]:
+    """How to serve what was exported with its MTP module drafting so many; nothing for none."""
     if not drafts:
         return
     vllm, sglang = serve_lines(model, drafts)

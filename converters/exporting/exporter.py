@@ -30,7 +30,7 @@ from converters.exporting.reuse import (
 from converters.exporting.stream import Segments, encoded_segments, tensor_segments
 from converters.format.header import Header, TensorInfo
 from converters.format.listing import SUFFIX, Listing
-from converters.format.mapping import TABLE_VERSION
+from converters.format.mapping import TABLE_VERSION, mtp_layers
 from converters.format.writer import StreamWriter
 from mtp_model.checkpoint.directory import COMPLETE, CONFIG, UNFINISHED, Checkpoint
 from mtp_model.files.journal import Fingerprint, Journal
@@ -92,6 +92,7 @@ def export_checkpoint(
         files=exported,
         num_side_files=len(checkpoint.side_files()),
         num_tensors=sum(len(file.tensors) for file in plan.files),
+        mtp_modules=len(mtp_layers(plan.dtypes)),
         written_bytes=sum(f.size for f in exported if f.how in ("written", "copy")),
         resumed_files=len(done),
         notes=plan.notes,

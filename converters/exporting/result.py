@@ -37,7 +37,8 @@ class ExportSummary:
     """What an export did; `notes` are for the user, a line each.
 
     base: the source that unchanged files were taken from, if any. written_bytes: of safetensors
-    files that are no links. num_side_files: all others, which are always written.
+    files that are no links. num_side_files: all others, which are always written. mtp_modules: how
+    many the files hold, whatever config.json says.
     """
 
     path: Place
@@ -45,6 +46,7 @@ class ExportSummary:
     files: tuple[ExportedFile, ...]
     num_side_files: int
     num_tensors: int
+    mtp_modules: int
     written_bytes: int
     resumed_files: int
     notes: tuple[str, ...]

@@ -68,7 +68,8 @@ def _section(
     parts = [f"# {repo_id.split('/')[-1]}", _origin(provenance), _table(provenance, config)]
     parts += _acceptance(provenance.get("derived", []))
     parts += _claims(repo_id, provenance, verified) if verified else [_UNVERIFIED]
-    if drafts := num_drafts(provenance, config):
+    has_module = verified is None or verified["mtp_tensors"] > 0
+    if has_module and (drafts := num_drafts(provenance, config)):
         parts.append(_serving(repo_id, drafts))
     return "\n\n".join(parts)
 

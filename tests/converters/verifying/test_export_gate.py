@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from advice import follows
+from modules import without_module
 from roundtrip import read_tensors
 
 import converters.verifying.logits
@@ -338,3 +339,16 @@ def test_how_to_serve_says_what_engines_do_otherwise(source: Path, tmp_path: Pat
     assert '"num_speculative_tokens": 5' in told
     assert "feed the state after it" in told
     assert "pull request 45895" in told
+
+
+def test_a_lost_module_is_not_served(source: Path, tmp_path: Path, capsys):
+    """config.json still announces it; of such a source the main model alone is imported."""
+    lost = without_module(source, tmp_path / "lost")
+    ckpt, out = tmp_path / "ckpt", tmp_path / "out"
+    assert main(["import", str(lost), str(ckpt), "--scope", "main"]) == 0
+    capsys.readouterr()
+    assert main(["export", str(ckpt), str(out), "--base", str(lost)]) == 0
+    told = capsys.readouterr().out
+    assert "tensors agree" in told
+    assert "MTP" not in told
+    assert "vllm" not in told
