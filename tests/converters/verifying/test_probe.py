@@ -8,15 +8,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from advice import done, follows, told
+from hub_client import lone_hub
 from imported import TOLERANCE, import_folder, load_float32
+from roundtrip import tree_bytes
 
 pytest.importorskip("torch")
+
+import torch
 
 from converters.cli.main import main
 from converters.format.listing import open_safetensors
 from converters.sources.open import open_source
 from converters.verifying import probe as probe_module
-from converters.verifying.logits.torch_probe import HEADS, NORMS, ORDERS, RECYCLED, STATES
+from converters.verifying.logits.torch_probe import (
+    HEADS,
+    NORMS,
+    ORDERS,
+    RECYCLED,
+    STATES,
+    weights_of_source,
+)
+from converters.verifying.logits.torch_weights import weights_of
 from tools.make_tiny_checkpoint import make_tiny_checkpoint
 from tools.train_conventions import TEXT, Taught, Trainer, wrongly_told
 from tools.train_conventions import told as probed
@@ -153,3 +165,24 @@ def test_what_cannot_be_probed_is_told(usual: Path, text: Path, tmp_path: Path, 
     make_tiny_checkpoint(tmp_path / "alone", num_mtp=0)
     assert "there is no MTP module" in told(capsys, "probe", tmp_path / "alone", "--data", text)
     done("probe", usual, "--data", text)
+
+
+def test_weights_are_those_of_the_reference(tmp_path: Path):
+    """FP8 with its scales; the control: a scale left out."""
+    make_tiny_checkpoint(tmp_path / "fp8")
+    source = open_safetensors(open_source(str(tmp_path / "fp8")))
+    ours, theirs = weights_of_source(source), weights_of(tmp_path / "fp8", source.config)
+    names = [name for name in source.tensors if not name.endswith("_scale_inv")]
+    assert any(source.tensors[name].dtype == "F8_E4M3" for name in names)
+    for name in names:
+        assert torch.equal(ours(name), theirs(name)), name
+    quantised = "model.layers.4.self_attn.o_proj.weight"
+    del source.tensors[quantised + "_scale_inv"]
+    with pytest.raises(KeyError):
+        ours(quantised)
+
+
+def test_a_source_that_is_not_here_is_refused(usual: Path, text: Path, tmp_path: Path, capsys):
+    with pytest.MonkeyPatch.context() as patch, lone_hub(tmp_path, patch) as hub:
+        hub.add("org/far", tree_bytes(usual))
+        assert "probe needs a local folder" in told(capsys, "probe", "org/far", "--data", text)
