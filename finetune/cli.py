@@ -18,7 +18,8 @@ from rich.console import Console
 
 from finetune.evaluate import EvaluateSettings, evaluate
 from finetune.generate import GenerateSettings, as_json, generate
-from finetune.inspecting import inspect_data
+from finetune.inspecting import compare, inspect_data
+from finetune.inspecting.compare import CompareSettings
 from finetune.inspecting.inspect_data import InspectDataSettings
 from finetune.run.directory import RunDirectory
 from finetune.run.report import comparison_sections, evaluation_sections, generation_sections
@@ -70,6 +71,8 @@ def _run(argv: Sequence[str], errors: Console) -> int:
             _generate(command)
         elif isinstance(command, InspectDataSettings):
             _inspect_data(command)
+        elif isinstance(command, CompareSettings):
+            _compare(command)
         else:
             _evaluate(command)
     except SettingsError as error:
@@ -78,7 +81,7 @@ def _run(argv: Sequence[str], errors: Console) -> int:
     return 0
 
 
-Command = TrainCommand | EvaluateSettings | GenerateSettings | InspectDataSettings
+Command = TrainCommand | EvaluateSettings | GenerateSettings | InspectDataSettings | CompareSettings
 
 
 def parse(argv: Sequence[str]) -> Command:
@@ -89,7 +92,8 @@ def parse(argv: Sequence[str]) -> Command:
         Annotated[TrainCommand, tyro.conf.subcommand("train", default=default)]
         | Annotated[EvaluateSettings, tyro.conf.subcommand("evaluate")]
         | Annotated[GenerateSettings, tyro.conf.subcommand("generate")]
-        | Annotated[InspectDataSettings, tyro.conf.subcommand("inspect-data")],
+        | Annotated[InspectDataSettings, tyro.conf.subcommand("inspect-data")]
+        | Annotated[CompareSettings, tyro.conf.subcommand("compare")],
         prog="finetune-deepseek",
         description="Fine-tune DeepSeek-V3 checkpoints with their Multi-Token Prediction modules.",
         args=list(argv),
@@ -140,15 +144,15 @@ def _result_sections(result: Result) -> Iterator[Section]:
 
 
 def _evaluate(settings: EvaluateSettings) -> None:
-    summary = evaluate(settings)
+    found = evaluate(settings)
     if settings.json:
-        print(json.dumps({"checkpoint": str(settings.checkpoint), **summary.to_json()}))
+        print(json.dumps({"checkpoint": str(settings.checkpoint), **found.to_json()}))
     else:
         drafts = (
             "greedy drafts" if settings.sampling == "greedy" else f"{settings.sampling} sampling"
         )
         title = f"{settings.checkpoint}, teacher-forced, {drafts}"
-        show(stdout(), evaluation_sections(summary, title))
+        show(stdout(), evaluation_sections(found.summary, title))
 
 
 def _generate(settings: GenerateSettings) -> None:
@@ -165,6 +169,14 @@ def _inspect_data(settings: InspectDataSettings) -> None:
         print(json.dumps(inspect_data.as_json(settings, found)))
     else:
         inspect_data.show_rows(stdout(), found, settings.around)
+
+
+def _compare(settings: CompareSettings) -> None:
+    found = compare.compare(settings)
+    if settings.json:
+        print(json.dumps(compare.as_json(found)))
+    else:
+        show(stdout(), compare.sections(found))
 
 
 def _shown(path: Path) -> Path:

@@ -2,9 +2,12 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
+
+import xxhash
 
 from finetune.data.packing import Batch, Packer, Position, first_rows
-from finetune.data.run_text import open_documents
+from finetune.data.run_text import add_rows, open_documents
 from finetune.objective.acceptance import Rule
 from finetune.objective.losses import Asked
 from finetune.run.metrics import Summary, measure_text
@@ -45,6 +48,19 @@ class EvaluateSettings:
     """Print one JSON object instead of a table."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What was measured, and digests that say of which text: its rows, and its files."""
+
+    summary: Summary
+    held_out: str  # as in a run's evaluations.jsonl
+    data: str
+
+    def to_json(self) -> dict[str, Any]:
+        """For programs: what was measured, under the names of `Summary`, and of which text."""
+        return self.summary.to_json() | {"held_out": self.held_out, "data": self.data}
+
+
 def check(settings: EvaluateSettings) -> None:
     """Raise SettingsError with everything that is wrong with the values."""
     minimum = {"draft_tokens": 1, "rows": 1, "row_tokens": 2, "max_rows": 1}
@@ -60,7 +76,7 @@ def check(settings: EvaluateSettings) -> None:
         raise SettingsError("settings that cannot be used", faults)
 
 
-def evaluate(settings: EvaluateSettings) -> Summary:
+def evaluate(settings: EvaluateSettings) -> Evaluation:
     """Measure on all of the text (or `max_rows` of it)."""
     check(settings)
     _, config = open_trainable(settings.checkpoint)
@@ -74,10 +90,17 @@ def evaluate(settings: EvaluateSettings) -> Summary:
     most = settings.max_rows and -(-settings.max_rows // rows)
     packer = Packer(documents, rows=rows, row_tokens=settings.row_tokens, seed=0, epochs=1)
     batches = first_rows(packer, settings.max_rows) if settings.max_rows else packer
+    rows_seen = xxhash.xxh3_128()
+
+    def measured(batch: Batch) -> Any:
+        add_rows(rows_seen, batch)
+        return step(*weights, batch)
+
     with progress("evaluate", "batches", total=most) as report:
         reported = _reported(batches, report, most, len(documents))
         named = ((batch, packer.documents_of_rows) for batch in reported)
-        return measure_text(lambda batch: step(*weights, batch), named, asked)
+        summary = measure_text(measured, named, asked)
+    return Evaluation(summary=summary, held_out=rows_seen.hexdigest(), data=documents.corpus.digest)
 
 
 def _reported(

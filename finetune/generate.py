@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import xxhash
 
 from finetune.data.run_text import open_documents
 from finetune.data.tokens import TokenDocuments
@@ -221,5 +223,19 @@ def _padded(batch: list[Prompt], settings: GenerateSettings) -> Prompts:
 
 
 def as_json(settings: GenerateSettings, counts: Counts) -> dict[str, Any]:
-    """What was written, for programs."""
-    return {"out": str(settings.out), **dataclasses.asdict(counts)}
+    """What was written, and how, for programs and `compare`."""
+    answers = xxhash.xxh3_128()
+    with settings.out.open("rb") as file:
+        while block := file.read(1 << 20):
+            answers.update(block)
+    about = json.loads(settings.out.with_name(settings.out.name + ".about").read_bytes())
+    asked = [about["made_by"][name] for name in ("data", "max_new_tokens", "prompt_tokens")]
+    prompts = json.dumps([*asked, counts.documents])
+    return {
+        "out": str(settings.out),
+        **dataclasses.asdict(counts),
+        "sampling": "rejection" if settings.temperature else "greedy",
+        "temperature": settings.temperature,
+        "prompts": xxhash.xxh3_128_hexdigest(prompts.encode()),
+        "data": answers.hexdigest(),  # as `evaluate` names the text when it reads this file
+    }

@@ -73,9 +73,15 @@ def held_out_batches(
 def digest_of(batches: Iterable[Batch]) -> str:
     """Which held-out text it is that is measured: xxh3-128 of all its rows."""
     state = xxhash.xxh3_128()
-    for each in (each for batch in batches for each in batch):
-        state.update(np.ascontiguousarray(each).data)
+    for batch in batches:
+        add_rows(state, batch)
     return state.hexdigest()
+
+
+def add_rows(state: xxhash.xxh3_128, batch: Batch) -> None:
+    """The rows of one batch, added to the digest of measured text."""
+    for each in batch:
+        state.update(np.ascontiguousarray(each).data)
 
 
 def _split(

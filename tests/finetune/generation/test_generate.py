@@ -73,10 +73,12 @@ def test_a_greedy_answer_is_the_main_models_own(settings, checkpoint):
     """As `evaluate` says; a sampled one is not, and is what the main model samples."""
     for temperature, low, high in ((0.0, 1.0, 1.0), (1.0, 0.0, 0.5)):
         made = dataclasses.replace(settings, temperature=temperature, overwrite=True)
-        generate.generate(made)
-        measured = evaluate(
+        counts = generate.generate(made)
+        found = evaluate(
             EvaluateSettings(checkpoint=str(checkpoint), data=(made.out,), row_tokens=64, rows=2)
         )
+        assert found.data == generate.as_json(made, counts)["data"], "they name the text alike"
+        measured = found.summary
         assert measured.greedy_share is not None
         assert low <= measured.greedy_share <= high
 

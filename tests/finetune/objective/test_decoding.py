@@ -47,7 +47,7 @@ class Case:
                 draft_tokens=num_drafts,
                 row_tokens=LENGTH,
             )
-        )
+        ).summary
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one module", "two modules"])
