@@ -36,6 +36,7 @@ from mtp_model.reporting import (
 if TYPE_CHECKING:
     from converters.publishing.push import Pushed
     from converters.verifying.export_gate import ExportCheck
+    from converters.verifying.logits.check import LogitsCheck
 
 _MOST_NAMES = 12
 _MOST_REQUANTISED = 8
@@ -171,20 +172,29 @@ def verified(checked: "ExportCheck | None") -> Iterator[Section]:
     if checked is None:
         yield Facts([("verified", "no (--no-verify)")])
         return
-    from converters.verifying.report import logits_sections, logits_verdict
+    from converters.verifying.report import logits_sections
 
     pairs = [("verified", _storage_verdict(checked))]
     if checked.logits:
         ran = [layer.name for layer in checked.logits.layers]
         where = f"on {', '.join(ran)}" if checked.logits.layers_left_out else "on every layer"
-        pairs.append(("logits", f"{logits_verdict(checked.logits)} ({where})"))
+        pairs.append(("logits", f"{_logits_verdict(checked.logits)} ({where})"))
     else:
         pairs.append(("logits", f"NOT checked: {checked.logits_left_out}"))
     yield Facts([*pairs, *(("WARNING", warning) for warning in checked.warnings)])
     if checked.problems:
         yield problem_report("what was written", checked.problems)
-    if checked.logits and not checked.logits.holds:
+    if checked.logits and checked.logits.first_wrong:
         yield from logits_sections(checked.logits)
+
+
+def _logits_verdict(logits: "LogitsCheck") -> str:
+    from converters.verifying.report import logits_verdict
+
+    if logits.holds or logits.first_wrong:
+        return logits_verdict(logits)
+    largest = max(depth.relative_difference for depth in logits.depths)
+    return f"every layer agrees, and rounding adds up to {largest:.1e} after all of them"
 
 
 def _storage_verdict(checked: "ExportCheck") -> str:

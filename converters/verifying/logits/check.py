@@ -110,6 +110,7 @@ def check_logits(
     *,
     text: str | None = None,
     spot: bool = False,
+    seed: int = SEED,
     saved: Path | None = None,
     progress: OnProgress | None = None,
 ) -> LogitsCheck:
@@ -117,8 +118,8 @@ def check_logits(
 
     source: a local folder. text: what is compared on, by the source's tokenizer; None: built-in
     tokens. spot: of the main model's layers run only those of _spot_layers, on few tokens: nothing
-    of the size of the model is read. saved: a file that is written after each layer, from which
-    the same comparison goes on, and which is gone once it has ended.
+    of the size of the model is read. seed: of the built-in tokens. saved: a file that is written
+    after each layer, from which the same comparison goes on, and which is gone once it has ended.
     Raises CheckpointError where the machine has too little memory, ProblemsError for a text that
     is none of this model's, UserError without torch.
     """
@@ -126,7 +127,7 @@ def check_logits(
     instead = "verify without --logits, which needs little memory, or on a larger machine"
     raise_unless_it_fits(str(checkpoint.path), config, instead)
     tokens, segments = (
-        seeded_batch(config.vocab_size, SPOT_DOCUMENTS if spot else DOCUMENTS)
+        seeded_batch(config.vocab_size, SPOT_DOCUMENTS if spot else DOCUMENTS, seed)
         if text is None
         else text_batch(text, source, config)
     )
@@ -241,10 +242,10 @@ def trained_leaves(checkpoint: Checkpoint) -> frozenset[str]:
 
 
 def seeded_batch(
-    vocab_size: int, documents: Documents = DOCUMENTS
+    vocab_size: int, documents: Documents = DOCUMENTS, seed: int = SEED
 ) -> tuple[np.ndarray, np.ndarray]:
     """Random tokens and their segment ids, int32 [B, T]; segment 0 is padding."""
-    rng = np.random.default_rng(SEED)
+    rng = np.random.default_rng(seed)
     shape = len(documents), max(map(sum, documents))
     tokens = rng.integers(vocab_size, size=shape, dtype=np.int32)
     segments = np.zeros_like(tokens)
