@@ -16,13 +16,20 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from finetune.evaluate import EvaluateSettings, evaluate
+from finetune.evaluate import EvaluateSettings, Evaluation, evaluate
 from finetune.generate import GenerateSettings, as_json, generate
 from finetune.inspecting import compare, inspect_data
 from finetune.inspecting.compare import CompareSettings
 from finetune.inspecting.inspect_data import InspectDataSettings
 from finetune.run.directory import RunDirectory
-from finetune.run.report import comparison_sections, evaluation_sections, generation_sections
+from finetune.run.report import (
+    comparison_sections,
+    controls_sections,
+    evaluation_sections,
+    generation_sections,
+    number,
+    sources_sections,
+)
 from finetune.run.stopping import Stopped, Stopping
 from finetune.settings import RunSettings, SettingsError, blank, read_yaml
 from finetune.train import Result, train
@@ -152,7 +159,19 @@ def _evaluate(settings: EvaluateSettings) -> None:
             "greedy drafts" if settings.sampling == "greedy" else f"{settings.sampling} sampling"
         )
         title = f"{settings.checkpoint}, teacher-forced, {drafts}"
-        show(stdout(), evaluation_sections(found.summary, title))
+        show(stdout(), _evaluation_sections(found, title))
+
+
+def _evaluation_sections(found: Evaluation, title: str) -> Iterator[Section]:
+    summary = found.summary
+    yield from evaluation_sections(summary, title)
+    if found.sources:
+        yield from sources_sections(found.sources, summary)
+    if found.controls:
+        yield from controls_sections(summary, found.controls)
+    if found.draft_cost is not None:
+        projected = number(found.speedup(summary.mean_accepted_length))
+        yield f"projected speed-up {projected}: a draft takes {found.draft_cost:g} of a main step"
 
 
 def _generate(settings: GenerateSettings) -> None:

@@ -1,19 +1,29 @@
 """`finetune-deepseek evaluate`, a file of its own as `train` has: measure a checkpoint on text."""
 
+import functools
+import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import xxhash
+from flax import nnx
 
 from finetune.data.packing import Batch, Packer, Position, first_rows
 from finetune.data.run_text import add_rows, open_documents
+from finetune.data.tokens import TokenDocuments
 from finetune.objective.acceptance import Rule
+from finetune.objective.intervals import DocumentCounts
 from finetune.objective.losses import Asked
-from finetune.run.metrics import Summary, measure_text
+from finetune.run.metrics import SourceAcceptance, Summary, measure_documents
 from finetune.settings import ComputeDtype, DataPaths, SettingsError
 from finetune.state import Split, make_measure_step
 from finetune.weights import compute_dtype, open_trainable
+from mtp_model.checkpoint.directory import Checkpoint
+from mtp_model.layers import FP8, INIT_STD
 from mtp_model.load import load
 from mtp_model.progress import Report, progress
 
@@ -22,8 +32,9 @@ from mtp_model.progress import Report, progress
 class EvaluateSettings:
     """Measure losses and the acceptance of drafts on text, without generating.
 
-    The text is read once. Acceptance is counted in rounds, as a decoder drafts: exact where the
-    main model wrote the text; on other text it is what holds as long as the two agree.
+    The text is read once; of several --data, acceptance is told of each too. Acceptance is counted
+    in rounds, as a decoder drafts: exact where the main model wrote the text; on other text it is
+    what holds as long as the two agree.
     """
 
     checkpoint: str
@@ -42,6 +53,12 @@ class EvaluateSettings:
     """Tokens in a row."""
     max_rows: int | None = None
     """Stop after this many rows (default: all of the text)."""
+    controls: bool = False
+    """Measure two modules more, whose drafts should hardly be accepted: this one with its targets
+    shifted by one place, and one with fresh weights. Takes three times as long."""
+    draft_cost: float | None = None
+    """Time of one draft, relative to a step of the main model: print the projected speed-up, tokens
+    a round / (1 + drafts * cost)."""
     compute_dtype: ComputeDtype = "auto"
     """Precision of activations; auto is float32 on CPU and bfloat16 elsewhere."""
     json: bool = False
@@ -55,19 +72,41 @@ class Evaluation:
     summary: Summary
     held_out: str  # as in a run's evaluations.jsonl
     data: str
+    sources: list[SourceAcceptance] = field(default_factory=list)  # where there are several
+    controls: dict[str, Summary] = field(default_factory=dict)  # by name, where they are asked for
+    draft_cost: float | None = None
+
+    def speedup(self, length: float | None) -> float | None:
+        """Projected from a mean accepted length; None without a cost."""
+        if self.draft_cost is None or length is None:
+            return None
+        return length / (1 + len(self.summary.acceptance) * self.draft_cost)
 
     def to_json(self) -> dict[str, Any]:
-        """For programs: what was measured, under the names of `Summary`, and of which text."""
-        return self.summary.to_json() | {"held_out": self.held_out, "data": self.data}
+        """For programs: what was measured, under the names of `Summary`, of which text, and what
+        was asked for beside that."""
+        found = self.summary.to_json() | {"held_out": self.held_out, "data": self.data}
+        if self.sources:
+            found["sources"] = [
+                asdict(each) | self._projected(each.mean_accepted_length) for each in self.sources
+            ]
+        if self.controls:
+            found["controls"] = {name: each.to_json() for name, each in self.controls.items()}
+        return found | self._projected(self.summary.mean_accepted_length)
+
+    def _projected(self, length: float | None) -> dict[str, Any]:
+        if self.draft_cost is None:
+            return {}
+        return {"draft_cost": self.draft_cost, "projected_speedup": self.speedup(length)}
 
 
 def check(settings: EvaluateSettings) -> None:
     """Raise SettingsError with everything that is wrong with the values."""
-    minimum = {"draft_tokens": 1, "rows": 1, "row_tokens": 2, "max_rows": 1}
+    minimum = {"draft_tokens": 1, "rows": 1, "row_tokens": 2, "max_rows": 1, "draft_cost": 0}
     faults = [
         f"--{name.replace('_', '-')} is {value}, needed {least} or more"
         for name, least in minimum.items()
-        if (value := getattr(settings, name)) is not None and value < least
+        if (value := getattr(settings, name)) is not None and not value >= least
     ]
     if not settings.temperature > 0:
         faults.append(f"--temperature is {settings.temperature}, needed more than 0")
@@ -79,28 +118,129 @@ def check(settings: EvaluateSettings) -> None:
 def evaluate(settings: EvaluateSettings) -> Evaluation:
     """Measure on all of the text (or `max_rows` of it)."""
     check(settings)
-    _, config = open_trainable(settings.checkpoint)
+    checkpoint, config = open_trainable(settings.checkpoint)
     documents = open_documents(settings.checkpoint, settings.data, config)
     dtype = compute_dtype(settings.compute_dtype)
     split = Split.of(load(settings.checkpoint, compute_dtype=dtype), "mtp")
     asked = Asked(settings.draft_tokens, True, settings.sampling, settings.temperature)
     step = make_measure_step(split.graphdef, asked)
-    weights = (split.trainable, split.biases, split.frozen)
+    rows_seen = xxhash.xxh3_128()
+    summary, counts = _measure(
+        settings, documents, _with_weights(step, split), asked, "evaluate", rows_seen
+    )
+    controls: dict[str, Summary] = {}
+    if settings.controls:
+        shifted = asked._replace(shifted=True)
+        moved = _with_weights(make_measure_step(split.graphdef, shifted), split)
+        title = "evaluate, targets shifted"
+        controls["shifted"], _ = _measure(settings, documents, moved, shifted, title)
+        split = untrained(split, initializer_range(checkpoint))
+        fresh, title = _with_weights(step, split), "evaluate, module untrained"
+        controls["untrained"], _ = _measure(settings, documents, fresh, asked, title)
+    return Evaluation(
+        summary=summary,
+        held_out=rows_seen.hexdigest(),
+        data=documents.corpus.digest,
+        sources=_by_source(settings.data, documents, counts) if len(settings.data) > 1 else [],
+        controls=controls,
+        draft_cost=settings.draft_cost,
+    )
+
+
+def _with_weights(step: Any, split: Split) -> Any:
+    return functools.partial(step, split.trainable, split.biases, split.frozen)
+
+
+def _measure(
+    settings: EvaluateSettings,
+    documents: TokenDocuments,
+    step: Any,
+    asked: Asked,
+    title: str,
+    rows_seen: xxhash.xxh3_128 | None = None,
+) -> tuple[Summary, DocumentCounts]:
+    """Go over the text once. rows_seen: a digest that the rows are added to."""
     rows = settings.rows
     most = settings.max_rows and -(-settings.max_rows // rows)
     packer = Packer(documents, rows=rows, row_tokens=settings.row_tokens, seed=0, epochs=1)
     batches = first_rows(packer, settings.max_rows) if settings.max_rows else packer
-    rows_seen = xxhash.xxh3_128()
 
     def measured(batch: Batch) -> Any:
-        add_rows(rows_seen, batch)
-        return step(*weights, batch)
+        if rows_seen is not None:
+            add_rows(rows_seen, batch)
+        return step(batch)
 
-    with progress("evaluate", "batches", total=most) as report:
+    with progress(title, "batches", total=most) as report:
         reported = _reported(batches, report, most, len(documents))
         named = ((batch, packer.documents_of_rows) for batch in reported)
-        summary = measure_text(measured, named, asked)
-    return Evaluation(summary=summary, held_out=rows_seen.hexdigest(), data=documents.corpus.digest)
+        return measure_documents(measured, named, asked)
+
+
+def _by_source(
+    paths: tuple[Path, ...], documents: TokenDocuments, counts: DocumentCounts
+) -> list[SourceAcceptance]:
+    """Acceptance in the documents of each path; of paths within each other the inner one's."""
+    corpus = documents.corpus
+    named = {path.absolute(): path for path in paths}
+    owners = [
+        max((path for path in named if file.path.is_relative_to(path)), key=lambda p: len(p.parts))
+        for file in corpus.files
+    ]
+    by_path: dict[Path, list[int]] = {path: [] for path in named}
+    for document, file in enumerate(corpus.file_N.tolist()):
+        by_path[owners[file]].append(document)
+    return [
+        SourceAcceptance.of(str(named[path]), counts.of(numbers))
+        for path, numbers in by_path.items()
+    ]
+
+
+def initializer_range(checkpoint: Checkpoint) -> float:
+    """The deviation that the model's weights began with, by its config.json."""
+    found = json.loads((checkpoint.path / "config.json").read_bytes()).get("initializer_range")
+    return float(found) if type(found) in (int, float) and found > 0 else INIT_STD
+
+
+def untrained(split: Split, deviation: float) -> Split:
+    """The model with MTP modules as they are before training; what is FP8 stays FP8.
+
+    Matrices are normal with this deviation, norms 1, router biases 0.
+    """
+    params = dict(nnx.to_flat_state(split.trainable))
+    is_fp8 = {path[:-1]: leaf.dtype == FP8 for path, leaf in params.items()}
+    numbers = {path: number for number, path in enumerate(sorted(params))}
+
+    def fresh(path: tuple, leaf: nnx.Variable) -> nnx.Variable:
+        value = leaf[...]
+        if value.ndim < 3:  # [modules, size]: a norm
+            return leaf.replace(jnp.ones_like(value))
+        key = jax.random.fold_in(jax.random.key(0), numbers[path])
+        drawn = 1.0 if is_fp8[path[:-1]] else deviation  # of FP8 the scales are the deviation
+        return leaf.replace(_normal(key, value, drawn))
+
+    def scaled(path: tuple, leaf: nnx.Variable) -> nnx.Variable:
+        enters = path[-1] == "weight_scale_inv" and is_fp8.get(path[:-1], False)
+        return leaf.replace(jnp.full_like(leaf[...], deviation)) if enters else leaf
+
+    return split._replace(
+        trainable=nnx.map_state(fresh, split.trainable),
+        biases=nnx.map_state(lambda _, leaf: leaf.replace(leaf[...] * 0), split.biases),
+        frozen=nnx.map_state(scaled, split.frozen),
+    )
+
+
+def _normal(key: jax.Array, like: jax.Array, deviation: float) -> jax.Array:
+    """Normal values of a leaf's shape, dtype and place, a matrix at a time."""
+    *stack, rows, columns = like.shape
+
+    def matrix(key: jax.Array) -> jax.Array:
+        return (jax.random.normal(key, (rows, columns)) * deviation).astype(like.dtype)
+
+    def all_of(key: jax.Array) -> jax.Array:
+        keys = jax.random.split(key, functools.reduce(int.__mul__, stack, 1))
+        return jax.lax.map(matrix, keys).reshape(like.shape)
+
+    return jax.jit(all_of, out_shardings=like.sharding)(key)
 
 
 def _reported(

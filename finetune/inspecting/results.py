@@ -25,7 +25,8 @@ COUNTS = ("num_drafts", "num_draft_tokens", "num_accepted_tokens", "num_accepted
 EVALUATION = {each.name for each in fields(Summary)} | {*COUNTS, "mean_accepted_length", "held_out"}
 KNOWN: Mapping[Kind, set[str]] = {
     "run": EVALUATION | {"step"},
-    "evaluate": EVALUATION | {"checkpoint", "data"},
+    "evaluate": EVALUATION
+    | {"checkpoint", "data", "sources", "controls", "draft_cost", "projected_speedup"},
     "generate": {*COUNTS, "out", "documents", "tokens"}
     | {"sampling", "temperature", "prompts", "data"},
     # What a server does not say of itself may be written beside its counts.

@@ -4,7 +4,7 @@ Rounds of one document are alike, so documents are what is drawn anew, all round
 N documents, R resamples, K depths.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -42,6 +42,18 @@ class DocumentCounts:
                 for document, sums_K in zip(documents, sums_SK[1:], strict=True):
                     empty = np.zeros((2, self.num_depths))
                     self._counts.setdefault(document, empty)[kind] += sums_K
+
+    def of(self, documents: Iterable[int]) -> "DocumentCounts":
+        """Those of some documents."""
+        found = DocumentCounts(self.num_depths)
+        found._counts = {each: self._counts[each] for each in documents if each in self._counts}
+        return found
+
+    def totals(self) -> tuple[int, np.ndarray, np.ndarray]:
+        """How many documents have a round, and their drafts reached and accepted, by depth."""
+        counts = [each for each in self._counts.values() if each[0].any()]
+        reached_K, accepted_K = sum(counts, np.zeros((2, self.num_depths)))
+        return len(counts), reached_K, accepted_K
 
     def intervals(self) -> tuple[Interval | None, list[Interval | None]]:
         """Of the mean accepted length, and of the acceptance of each position.

@@ -38,6 +38,7 @@ class Asked(NamedTuple):
     distributions: bool = False  # compare each depth's with the main model's of the same target
     rule: Rule = "greedy"  # how drafts are accepted
     temperature: float = 1.0  # of the distributions that are compared, and of the rule
+    shifted: bool = False  # a control: what is drafted for a place is measured one place before it
 
 
 ONE_DRAFT_EACH = Asked()
@@ -245,7 +246,10 @@ def measure(
     """
     context = context_of(batch)
     drafts = model.draft(main.state_BTD, batch.tokens_BT, context, asked.num_draft_tokens)
-    hidden = (main.hidden_BTD, *drafts.hidden)
+    drafted = drafts.hidden
+    if asked.shifted:  # what comes round from a row's beginning to its end has no target there
+        drafted = tuple(jnp.roll(h_BTD, -1, axis=1) for h_BTD in drafted)
+    hidden = (main.hidden_BTD, *drafted)
     target = tuple(targets(batch, k) for k in range(len(hidden)))
     sums, choices = through_head(model.lm_head, hidden, target, asked)
     acceptance, rounds = count_acceptance(batch, choices, asked.rule)

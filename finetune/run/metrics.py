@@ -121,6 +121,15 @@ def measure_text(
     batches: each with the numbers of its documents (`Packer.documents_of_rows`). asked: what `step`
     measures.
     """
+    return measure_documents(step, batches, asked)[0]
+
+
+def measure_documents(
+    step: Callable[[Batch], tuple[Measured, Rounds]],
+    batches: Iterable[tuple[Batch, Sequence[Sequence[int]]]],
+    asked: Asked,
+) -> tuple[Summary, DocumentCounts]:
+    """As `measure_text`, with what became of each document's drafts."""
     documents: DocumentCounts | None = None
 
     def measured() -> Iterator[Measured]:
@@ -135,7 +144,37 @@ def measure_text(
     assert documents is not None  # add_up had a batch
     length, acceptance = documents.intervals()
     summary = summarise(total, asked)
-    return replace(summary, acceptance_interval=acceptance, mean_accepted_length_interval=length)
+    intervals = {"acceptance_interval": acceptance, "mean_accepted_length_interval": length}
+    return replace(summary, **intervals), documents
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceAcceptance:
+    """What became of drafts in the documents of one source, as `Summary` has it of all of them."""
+
+    source: str
+    documents: int  # those with a round
+    num_drafts: float
+    acceptance: list[float | None]
+    acceptance_interval: list[Interval | None]
+    mean_accepted_length: float | None
+    mean_accepted_length_interval: Interval | None
+
+    @classmethod
+    def of(cls, source: str, counts: DocumentCounts) -> "SourceAcceptance":
+        documents, reached_K, accepted_K = counts.totals()
+        acceptance = _products(_rates(accepted_K, reached_K))
+        known = [rate for rate in acceptance if rate is not None]
+        length, by_position = counts.intervals()
+        return cls(
+            source=source,
+            documents=documents,
+            num_drafts=float(reached_K[0]) if len(reached_K) else 0.0,
+            acceptance=acceptance,
+            acceptance_interval=by_position,
+            mean_accepted_length=1 + sum(known) if len(known) == len(acceptance) else None,
+            mean_accepted_length_interval=length,
+        )
 
 
 def summarise(measured: Measured, asked: Asked = ONE_DRAFT_EACH) -> Summary:

@@ -1,10 +1,10 @@
 """What was measured, as tables and sentences for people."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 from finetune.generation.answers import Counts
 from finetune.objective.intervals import Interval
-from finetune.run.metrics import Summary
+from finetune.run.metrics import SourceAcceptance, Summary
 from mtp_model.reporting import Grid, Section
 
 GREEDY_TEXT = 0.99  # with this share of greedy tokens a text is the main model's own
@@ -24,6 +24,59 @@ def evaluation_sections(summary: Summary, title: str) -> list[Section]:
         rows.append((f"draft {k + 1}", number(loss), *rates, *more))
     columns = ("", "loss", "accepted", "95 %", "if reached", "drafts", "agreement", "overlap")
     return [title, Grid(columns, rows), _caption(summary)]
+
+
+def controls_sections(measured: Summary, controls: Mapping[str, Summary]) -> list[Section]:
+    """What is measured beside what should hardly be accepted; a warning where it is no better."""
+    names = {"shifted": "targets shifted by one", "untrained": "module untrained"}
+    named = {"measured": measured, **{names[name]: each for name, each in controls.items()}}
+    rows = [
+        _lengths(
+            name, each.acceptance, each.mean_accepted_length, each.mean_accepted_length_interval
+        )
+        for name, each in named.items()
+    ]
+    said: list[Section] = ["controls", Grid(_length_columns(measured), rows)]
+    interval = measured.acceptance_interval[0]
+    least = interval.low if interval else measured.acceptance[0]
+    rates = {names[name]: each.acceptance[0] for name, each in controls.items()}
+    no_less = [
+        name
+        for name, rate in rates.items()
+        if least is not None and rate is not None and rate >= least
+    ]
+    if no_less:
+        said.append(
+            f"warning: draft 1 is accepted no more often than with {' and '.join(no_less)}:\n"
+            "what was measured says nothing of what the module has learnt"
+        )
+    return said
+
+
+def sources_sections(sources: Sequence[SourceAcceptance], measured: Summary) -> list[Section]:
+    """Acceptance in each part of the text."""
+    rows = [
+        _lengths(
+            f"{each.source} ({each.documents:,})",
+            each.acceptance,
+            each.mean_accepted_length,
+            each.mean_accepted_length_interval,
+        )
+        for each in sources
+    ]
+    return ["by source (documents with a round)", Grid(_length_columns(measured), rows)]
+
+
+def _length_columns(summary: Summary) -> tuple[str, ...]:
+    drafts = (f"draft {k + 1}" for k in range(len(summary.acceptance)))
+    return ("", "mean accepted length", "95 %", *drafts)
+
+
+def _lengths(
+    name: str, rates: Sequence[float | None], length: float | None, interval: Interval | None
+) -> tuple[str, ...]:
+    """One row: a name, tokens a round, and how often each draft is accepted."""
+    return (name, number(length), between(interval, number), *map(percent, rates))
 
 
 def _caption(summary: Summary) -> str:
