@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from advice import follows
 
 from finetune import cli
 from finetune.inspecting.compare import _same_text
@@ -211,6 +212,15 @@ def test_what_is_not_understood_is_named(tmp_path, content, said):
     found = faults_of(tmp_path, content)
     assert f"{tmp_path / 'file'}" in found
     assert said in found
+
+
+@follows("; keep one's lines")
+def test_a_page_of_several_models_is_read_without_the_others(tmp_path):
+    page = PAGE + PAGE.replace("a/b", "c")
+    assert "keep one's lines" in faults_of(tmp_path, page)
+    kept = "".join(line for line in page.splitlines(True) if 'model_name="c"' not in line)
+    [found] = read_results(written(tmp_path, file=kept))
+    assert found.acceptance == [0.8, 0.5, 0.2]
 
 
 def test_all_that_is_wrong_is_said_together(tmp_path, capsys):
