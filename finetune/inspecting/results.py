@@ -20,6 +20,7 @@ from mtp_model.files.untrusted_json import JsonError, parse, shown
 from mtp_model.problems import UserError
 
 Kind = Literal["run", "evaluate", "generate", "server"]
+LARGEST = 1e18  # of numbers that are believed, NaN and infinity aside
 MOST_BYTES = 64 << 20  # of a file; what is read is a few kB, a server's metrics some hundred
 COUNTS = ("num_drafts", "num_draft_tokens", "num_accepted_tokens", "num_accepted_tokens_per_pos")
 EVALUATION = {each.name for each in fields(Summary)} | {*COUNTS, "mean_accepted_length", "held_out"}
@@ -167,10 +168,13 @@ def _evaluated(
     faults = _unknown(name, kind, values)
     missing = [key for key in (*NUMBERS, "tokens", "main_loss") if key not in values]
     faults += [f"{name}: {key} is missing" for key in missing]
-    lists = [key for key in (*NUMBERS, "overlap", "kl") if values.get(key) or key in NUMBERS]
+    lists = [
+        key for key in (*NUMBERS, "overlap", "kl") if values.get(key, []) != [] or key in NUMBERS
+    ]
     depths = len(values["acceptance"]) if isinstance(values["acceptance"], list) else 0
     for key in lists:
-        if key in values and not _is_list(values[key], depths):
+        may_be_unknown = key not in ("reached", "accepted")
+        if key in values and not _is_list(values[key], depths, may_be_unknown):
             faults.append(f"{name}: {key} is {shown(values[key])}, needed {depths or 'some'} rates")
     for key in ("main_loss", "greedy_share", "entropy", "text_nll"):
         if values.get(key) is not None and not _is_number(values[key]):
@@ -211,7 +215,7 @@ def _counted(name: str, kind: Kind, values: Mapping[str, Any]) -> AcceptanceResu
         if key in values and not (_is_number(values[key]) and values[key] >= 0)
     ]
     accepted = values.get(COUNTS[3], [0])
-    if not isinstance(accepted, list) or not _is_list(accepted, len(accepted)) or None in accepted:
+    if not isinstance(accepted, list) or not _is_list(accepted, len(accepted)):
         faults.append(f"{name}: {COUNTS[3]} is {shown(accepted)}, needed a count for each position")
     faults += _wrong_rule(name, values) + _wrong_texts(name, values)
     faults = faults or _contradictions(name, values)
@@ -281,10 +285,10 @@ def _texts(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= LARGEST
 
 
-def _is_list(value: Any, length: int) -> bool:
-    """Whether it is a list of so many numbers, at least one, some of which may not be known."""
+def _is_list(value: Any, length: int, unknown: bool = False) -> bool:
+    """Whether it is a list of so many numbers, at least one. unknown: some may be null."""
     known = isinstance(value, list) and len(value) == length > 0
-    return known and all(each is None or _is_number(each) for each in value)
+    return known and all(_is_number(each) or (unknown and each is None) for each in value)

@@ -1,23 +1,43 @@
 """`finetune-deepseek compare`: results side by side, and what in them must not be compared."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from advice import follows
+from rich.console import Console
 
 from finetune import cli
-from finetune.inspecting.compare import _same_text
+from finetune.inspecting.compare import (
+    CompareSettings,
+    _same_text,
+    as_json,
+    compare,
+    sections,
+)
 from finetune.inspecting.results import ResultsError, read_results
 from finetune.objective.intervals import Interval
 from finetune.run.metrics import Summary
+from mtp_model.reporting import show
 
 COUNTS = {
     "num_drafts": 100,
     "num_draft_tokens": 300,
     "num_accepted_tokens": 150,
     "num_accepted_tokens_per_pos": [80, 50, 20],
+}
+GENERATED = {
+    "out": "answers.jsonl",
+    "documents": 3,
+    "tokens": 260,
+    "num_drafts": 100,
+    "num_accepted_tokens_per_pos": [80, 50, 20],
+    "sampling": "rejection",
+    "temperature": 0.7,
+    "prompts": "pp",
+    "data": "dd",
 }
 PAGE = """\
 # HELP vllm:spec_decode_num_drafts_total Number of spec decoding drafts.
@@ -137,10 +157,8 @@ def test_alike_results_have_nothing_said_against_them(tmp_path, capsys):
 
 
 def test_a_text_is_the_same_by_what_both_results_say_of_it(tmp_path):
-    generated = COUNTS | {"out": "o", "documents": 3, "tokens": 9, "prompts": "pp", "data": "dd"}
-    del generated["num_draft_tokens"], generated["num_accepted_tokens"]
-    contents = {"a": evaluated(), "b": evaluated(held_out="bb"), "c": generated}
-    a, b, c, d = read_results(written(tmp_path, **contents, d=generated | {"data": "other"}))
+    contents = {"a": evaluated(), "b": evaluated(held_out="bb"), "c": GENERATED}
+    a, b, c, d = read_results(written(tmp_path, **contents, d=GENERATED | {"data": "other"}))
     assert _same_text(a, b) is False, "other rows of the same file"
     assert _same_text(a, c) is True, "the answers that were measured"
     assert _same_text(c, d) is True, "the same prompts, answered again"
@@ -212,6 +230,45 @@ def test_what_is_not_understood_is_named(tmp_path, content, said):
     found = faults_of(tmp_path, content)
     assert f"{tmp_path / 'file'}" in found
     assert said in found
+
+
+JUNK = (
+    None,
+    True,
+    -1,
+    10**30,
+    1e300,
+    "x",
+    [],
+    [None],
+    [[1]],
+    [1, 2, 3],
+    [None, None],
+    {},
+    {"a": 1},
+)
+
+
+@pytest.mark.parametrize(
+    "content", [evaluated(), GENERATED, COUNTS | {"temperature": 1}], ids=["evaluate", "gen", "k"]
+)
+def test_any_value_of_any_key_is_shown_or_refused(tmp_path, content):
+    """Files are from anywhere: whatever is read can be compared, printed and drawn."""
+    good, refused = 0, 0
+    for key in content:
+        for junk in JUNK:
+            paths = written(tmp_path, good=content, bad=content | {key: junk})
+            page = tmp_path / "page.html" if junk is None else None  # drawing takes its time
+            try:
+                found = compare(CompareSettings(results=tuple(paths), report=page))
+            except ResultsError as error:
+                refused += str(paths[1]) in str(error)
+            else:
+                good += 1
+                show(Console(file=io.StringIO()), sections(found))
+                json.dumps(as_json(found), allow_nan=False)
+    assert good + refused == len(JUNK) * len(content), "an error names its file"
+    assert min(good, refused) > 0
 
 
 @follows("; keep one's lines")
