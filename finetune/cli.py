@@ -21,6 +21,8 @@ from finetune.generate import GenerateSettings, as_json, generate
 from finetune.inspecting import compare, inspect_data
 from finetune.inspecting.compare import CompareSettings
 from finetune.inspecting.inspect_data import InspectDataSettings
+from finetune.planning.plan import PlanSettings, plan
+from finetune.planning.report import plan_json, plan_sections
 from finetune.run.directory import RunDirectory
 from finetune.run.report import (
     comparison_sections,
@@ -31,7 +33,8 @@ from finetune.run.report import (
     sources_sections,
 )
 from finetune.run.stopping import Stopped, Stopping
-from finetune.settings import RunSettings, SettingsError, blank, read_yaml
+from finetune.settings import RunSettings, SettingsError, blank
+from finetune.settings_file import read_yaml
 from finetune.train import Result, train
 from mtp_model.commands import exit_status
 from mtp_model.reporting import Section, show, stdout
@@ -80,6 +83,8 @@ def _run(argv: Sequence[str], errors: Console) -> int:
             _inspect_data(command)
         elif isinstance(command, CompareSettings):
             _compare(command)
+        elif isinstance(command, PlanSettings):
+            return _plan(command)
         else:
             _evaluate(command)
     except SettingsError as error:
@@ -88,7 +93,14 @@ def _run(argv: Sequence[str], errors: Console) -> int:
     return 0
 
 
-Command = TrainCommand | EvaluateSettings | GenerateSettings | InspectDataSettings | CompareSettings
+Command = (
+    TrainCommand
+    | EvaluateSettings
+    | GenerateSettings
+    | PlanSettings
+    | InspectDataSettings
+    | CompareSettings
+)
 
 
 def parse(argv: Sequence[str]) -> Command:
@@ -99,6 +111,7 @@ def parse(argv: Sequence[str]) -> Command:
         Annotated[TrainCommand, tyro.conf.subcommand("train", default=default)]
         | Annotated[EvaluateSettings, tyro.conf.subcommand("evaluate")]
         | Annotated[GenerateSettings, tyro.conf.subcommand("generate")]
+        | Annotated[PlanSettings, tyro.conf.subcommand("plan")]
         | Annotated[InspectDataSettings, tyro.conf.subcommand("inspect-data")]
         | Annotated[CompareSettings, tyro.conf.subcommand("compare")],
         prog="finetune-deepseek",
@@ -196,6 +209,16 @@ def _compare(settings: CompareSettings) -> None:
         print(json.dumps(compare.as_json(found)))
     else:
         show(stdout(), compare.sections(found))
+
+
+def _plan(settings: PlanSettings) -> int:
+    """1 where the step is known not to fit."""
+    plans = plan(settings)
+    if settings.json:
+        print(json.dumps(plan_json(plans)))
+    else:
+        show(stdout(), plan_sections(plans))
+    return int(plans[-1].fits is False)
 
 
 def _shown(path: Path) -> Path:

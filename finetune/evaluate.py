@@ -11,15 +11,17 @@ import jax
 import jax.numpy as jnp
 import xxhash
 from flax import nnx
+from jax.sharding import Mesh
 
 from finetune.data.packing import Batch, Packer, Position, first_rows
 from finetune.data.run_text import add_rows, open_documents
 from finetune.data.tokens import TokenDocuments
+from finetune.devices import Workload, devices_for, on_mesh, spread
 from finetune.objective.acceptance import Rule
 from finetune.objective.intervals import DocumentCounts
 from finetune.objective.losses import Asked
 from finetune.run.metrics import SourceAcceptance, Summary, measure_documents
-from finetune.settings import ComputeDtype, DataPaths, SettingsError
+from finetune.settings import ComputeDtype, DataPaths, MeshSettings, SettingsError
 from finetune.state import Split, make_measure_step
 from finetune.weights import compute_dtype, open_trainable
 from mtp_model.checkpoint.directory import Checkpoint
@@ -61,6 +63,7 @@ class EvaluateSettings:
     a round / (1 + drafts * cost)."""
     compute_dtype: ComputeDtype = "auto"
     """Precision of activations; auto is float32 on CPU and bfloat16 elsewhere."""
+    mesh: MeshSettings = field(default_factory=MeshSettings)
     json: bool = False
     """Print one JSON object instead of a table."""
 
@@ -119,23 +122,24 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
     """Measure on all of the text (or `max_rows` of it)."""
     check(settings)
     checkpoint, config = open_trainable(settings.checkpoint)
+    mesh = devices_for(settings.mesh, Workload.of(checkpoint, None, settings.rows))
     documents = open_documents(settings.checkpoint, settings.data, config)
     dtype = compute_dtype(settings.compute_dtype)
-    split = Split.of(load(settings.checkpoint, compute_dtype=dtype), "mtp")
+    split = Split.of(load(settings.checkpoint, mesh, compute_dtype=dtype), "mtp")
     asked = Asked(settings.draft_tokens, True, settings.sampling, settings.temperature)
     step = make_measure_step(split.graphdef, asked)
     rows_seen = xxhash.xxh3_128()
     summary, counts = _measure(
-        settings, documents, _with_weights(step, split), asked, "evaluate", rows_seen
+        settings, documents, _with_weights(step, split, mesh), asked, "evaluate", rows_seen
     )
     controls: dict[str, Summary] = {}
     if settings.controls:
         shifted = asked._replace(shifted=True)
-        moved = _with_weights(make_measure_step(split.graphdef, shifted), split)
+        moved = _with_weights(make_measure_step(split.graphdef, shifted), split, mesh)
         title = "evaluate, targets shifted"
         controls["shifted"], _ = _measure(settings, documents, moved, shifted, title)
         split = untrained(split, initializer_range(checkpoint))
-        fresh, title = _with_weights(step, split), "evaluate, module untrained"
+        fresh, title = _with_weights(step, split, mesh), "evaluate, module untrained"
         controls["untrained"], _ = _measure(settings, documents, fresh, asked, title)
     return Evaluation(
         summary=summary,
@@ -147,8 +151,14 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
     )
 
 
-def _with_weights(step: Any, split: Split) -> Any:
-    return functools.partial(step, split.trainable, split.biases, split.frozen)
+def _with_weights(step: Any, split: Split, mesh: Mesh | None) -> Any:
+    """The step as a function of a batch."""
+
+    def of_batch(batch: Batch) -> Any:
+        with on_mesh(mesh):
+            return step(split.trainable, split.biases, split.frozen, spread(batch, mesh))
+
+    return of_batch
 
 
 def _measure(
@@ -213,14 +223,17 @@ def untrained(split: Split, deviation: float) -> Split:
     def fresh(path: tuple, leaf: nnx.Variable) -> nnx.Variable:
         value = leaf[...]
         if value.ndim < 3:  # [modules, size]: a norm
-            return leaf.replace(jnp.ones_like(value))
+            return leaf.replace(jax.device_put(jnp.ones_like(value), value.sharding))
         key = jax.random.fold_in(jax.random.key(0), numbers[path])
         drawn = 1.0 if is_fp8[path[:-1]] else deviation  # of FP8 the scales are the deviation
         return leaf.replace(_normal(key, value, drawn))
 
     def scaled(path: tuple, leaf: nnx.Variable) -> nnx.Variable:
         enters = path[-1] == "weight_scale_inv" and is_fp8.get(path[:-1], False)
-        return leaf.replace(jnp.full_like(leaf[...], deviation)) if enters else leaf
+        if not enters:
+            return leaf
+        scales = jnp.full_like(leaf[...], deviation)
+        return leaf.replace(jax.device_put(scales, leaf[...].sharding))
 
     return split._replace(
         trainable=nnx.map_state(fresh, split.trainable),

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from finetune.settings import OptimizerSettings
 from mtp_model.model import leaf_name
+from mtp_model.sharding import everywhere
 
 
 def learning_rates(settings: OptimizerSettings, steps: int) -> Callable[[Any], Any]:
@@ -69,6 +70,18 @@ def initial(optimizer: optax.GradientTransformation, trainable: nnx.State) -> op
     return jax.jit(optimizer.init, out_shardings=placements)(trainable)
 
 
+def abstract_initial(
+    optimizer: optax.GradientTransformation, trainable: nnx.State
+) -> optax.OptState:
+    """The same without memory, of parameters without memory."""
+    shapes = jax.eval_shape(optimizer.init, trainable)
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        shapes,
+        _placements(shapes, trainable),
+    )
+
+
 def _placements(opt_state: optax.OptState, trainable: nnx.State) -> optax.OptState:
     """Where each leaf lives: a moment with its parameter, a count of steps on every device.
 
@@ -76,15 +89,15 @@ def _placements(opt_state: optax.OptState, trainable: nnx.State) -> optax.OptSta
     would be compiled twice.
     """
     of_parameters = jax.tree.map(lambda leaf: leaf.sharding, trainable)
-    everywhere = jax.tree.leaves(of_parameters)[0]
-    if isinstance(everywhere, NamedSharding):
-        everywhere = NamedSharding(everywhere.mesh, PartitionSpec())
+    of_counts = jax.tree.leaves(of_parameters)[0]
+    if isinstance(of_counts, NamedSharding):
+        of_counts = everywhere(of_counts.mesh)
 
     def is_moments(node: Any) -> bool:
         return isinstance(node, nnx.State)
 
     return jax.tree.map(
-        lambda node: of_parameters if is_moments(node) else everywhere,
+        lambda node: of_parameters if is_moments(node) else of_counts,
         opt_state,
         is_leaf=is_moments,
     )

@@ -1,19 +1,14 @@
-"""Settings of a run: frozen dataclasses, the checks on them, and YAML.
+"""Settings of a run: frozen dataclasses, the checks on them, and what may change in a run.
 
 The command line (tyro) fills the same dataclasses: defaults < YAML file < command line.
 """
 
 import dataclasses
-import difflib
-import types
-import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-import yaml
 
 from finetune.data.kinds import NAMES
 from mtp_model.problems import UserError
@@ -135,6 +130,23 @@ class CheckpointSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeshSettings:
+    """Devices along each axis of the mesh. An axis that is 0 is chosen, so that all are used.
+
+    On CPU one device is used unless more are asked for.
+    """
+
+    data: int = 0
+    """Parts of the batch; each has a copy of what the other axes do not split."""
+    fsdp: int = 0
+    """Parts of the batch, and of stored weights, which are gathered for use."""
+    expert: int = 0
+    """Parts of the batch, and of the routed experts; tokens travel to their experts."""
+    tensor: int = 0
+    """Parts of heads, feed-forward width and vocabulary."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunSettings:
     """Everything that decides what a run computes; saved as RUN/config.yaml."""
 
@@ -177,8 +189,10 @@ class RunSettings:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     checkpoints: CheckpointSettings = field(default_factory=CheckpointSettings)
+    mesh: MeshSettings = field(default_factory=MeshSettings)
 
 
+MESH = ("mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor")
 POSITIVE = (
     "objective.depth_decay",
     "steps",
@@ -204,6 +218,7 @@ NOT_NEGATIVE = (
     "seed",
     "optimizer.weight_decay",
     "evaluation.holdout_every",
+    *MESH,
 )
 FRACTIONS = ("optimizer.warmup_fraction", "optimizer.final_fraction")
 MAY_CHANGE = (
@@ -218,6 +233,7 @@ MAY_CHANGE = (
     "evaluation.rows",
     "checkpoints.every",
     "checkpoints.keep",
+    *MESH,
 )
 BELOW_ONE = ("optimizer.beta1", "optimizer.beta2")
 
@@ -271,32 +287,6 @@ def blank() -> RunSettings:
     return RunSettings(checkpoint=missing, data=missing, out=missing)
 
 
-def read_yaml(path: Path) -> RunSettings:
-    """Defaults with the file's values over them. Raises SettingsError naming all its faults."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SettingsError(str(path), [f"cannot be read: {error.strerror}"]) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(str(path), [f"is not YAML: {error}"]) from error
-    faults: list[str] = []
-    settings = _filled(blank(), {} if values is None else values, "", faults)
-    if faults:
-        raise SettingsError(str(path), faults)
-    return settings
-
-
-def as_plain(settings: RunSettings) -> dict[str, Any]:
-    """Settings as what YAML and JSON can hold."""
-    return dataclasses.asdict(settings, dict_factory=_plain)
-
-
-def write_yaml(settings: RunSettings, path: Path) -> None:
-    """Save settings so that `read_yaml` gives them back."""
-    text = yaml.safe_dump(as_plain(settings), sort_keys=False, allow_unicode=True)
-    path.write_text(text, encoding="utf-8")
-
-
 def differences(before: RunSettings, now: RunSettings) -> dict[str, str]:
     """By name, a line for each setting that differs."""
     old, new = flat(before), flat(now)
@@ -326,75 +316,3 @@ def forbidden_changes(before: RunSettings, now: RunSettings) -> list[str]:
 
 def _shown(value: Any) -> str:
     return " ".join(map(str, value)) or "nothing" if isinstance(value, tuple) else str(value)
-
-
-def _plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    def plain(value: Any) -> Any:
-        if isinstance(value, Path):
-            return str(value)
-        return [plain(each) for each in value] if isinstance(value, tuple) else value
-
-    return {key: plain(value) for key, value in items}
-
-
-def _filled(default: Any, values: Any, prefix: str, faults: list[str]) -> Any:
-    """`default` with the mapping `values` over it; what does not fit goes to `faults`."""
-    if not isinstance(values, Mapping):
-        faults.append(f"{prefix.rstrip('.') or 'the file'} is {values!r}, needed names with values")
-        return default
-    hints = typing.get_type_hints(type(default))
-    changes: dict[str, Any] = {}
-    for key, value in values.items():
-        if key not in hints:
-            faults.append(f"unknown setting {prefix}{key}; the nearest is {_nearest(prefix, key)}")
-        elif dataclasses.is_dataclass(hints[key]):
-            changes[key] = _filled(getattr(default, key), value, f"{prefix}{key}.", faults)
-        else:
-            try:
-                changes[key] = _converted(value, hints[key])
-            except (TypeError, ValueError):
-                faults.append(f"{prefix}{key} is {value!r}, needed {_described(hints[key])}")
-    return dataclasses.replace(default, **changes)
-
-
-def _nearest(prefix: str, key: Any) -> str:
-    """The known setting that an unknown one is most like, by its full or its last name."""
-
-    def likeness(name: str) -> float:
-        last = name.rpartition(".")[2]
-        pairs = ((f"{prefix}{key}", name), (str(key), last))
-        return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
-
-    return max(flat(blank()), key=likeness)
-
-
-def _converted(value: Any, hint: Any) -> Any:
-    """A YAML value as the type of its setting; TypeError or ValueError where it is not one."""
-    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        return float(value)  # a string too: YAML reads 1e-4 as one
-    if hint is Path and isinstance(value, str):
-        return Path(value)
-    if typing.get_origin(hint) is tuple:
-        inner = typing.get_args(hint)[0]
-        values = value if isinstance(value, list) else [value]
-        return tuple(_converted(each, inner) for each in values)
-    if typing.get_origin(hint) is Literal:
-        if value in typing.get_args(hint):
-            return value
-    elif hint in (int, str, bool) and type(value) is hint:
-        return value
-    raise TypeError
-
-
-def _described(hint: Any) -> str:
-    if typing.get_origin(hint) is Literal:
-        return " or ".join(typing.get_args(hint))
-    if isinstance(hint, types.GenericAlias):
-        return "a path or a list of paths"
-    return {
-        bool: "true or false",
-        int: "a whole number",
-        float: "a number",
-        str: "a path",
-        Path: "a path",
-    }[hint]

@@ -6,7 +6,7 @@ L layers, E experts.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,9 @@ from finetune.objective.objectives import lambdas, objective
 from finetune.optimizer import initial, steps_taken
 from finetune.settings import RunSettings, TrainMode
 from mtp_model import DeepSeekV3, RouterBias
+from mtp_model.sharding import active_mesh, everywhere, placement
+
+T = TypeVar("T")
 
 _IN_MTP = nnx.PathContains("mtp")
 TRAINABLE = {"mtp": nnx.All(nnx.Param, _IN_MTP), "all": nnx.Param}
@@ -106,6 +109,7 @@ def make_train_step(
 
         grad_of = jax.value_and_grad(loss_of, has_aux=True)
         (loss, (measured, load)), grads = grad_of(state.trainable)
+        grads = _placed(grads)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its int32 count with floats
             updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = cast(nnx.State, optax.apply_updates(state.trainable, updates))
@@ -116,7 +120,7 @@ def make_train_step(
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         learnt = jnp.any(_targets(measured, mode) > 0)
         result = StepResult(loss, norm, measured, finite_grads)
-        return _where(learnt & finite, moved, state), result
+        return _placed((_where(learnt & finite, moved, state), result))
 
     return jax.jit(step, donate_argnums=0)
 
@@ -143,6 +147,24 @@ def _where(good: jax.Array, moved: TrainState, state: TrainState) -> TrainState:
     return jax.tree.map(lambda new, old: jnp.where(good, new, old), moved, state)
 
 
+def _placed(tree: T) -> T:
+    """On a mesh: weights, and what has their shape, as they are stored; all else on each device.
+
+    So a step's state is placed as the next step takes it, and each host has its results.
+    """
+    mesh = active_mesh()
+    if mesh is None:
+        return tree
+
+    def placed(leaf: Any) -> Any:
+        if not isinstance(leaf, nnx.Variable):
+            return jax.lax.with_sharding_constraint(leaf, everywhere(mesh))
+        where = placement(leaf.get_metadata("out_sharding"), leaf.shape, mesh)
+        return leaf.replace(jax.lax.with_sharding_constraint(leaf[...], where))
+
+    return jax.tree.map(placed, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
 def make_measure_step(
     graphdef: Any, asked: Asked
 ) -> Callable[[nnx.State, nnx.State, nnx.State, Batch], tuple[Measured, Rounds]]:
@@ -152,6 +174,6 @@ def make_measure_step(
         model = nnx.merge(graphdef, trainable, biases, frozen)
         main = model.main(batch.tokens_BT, context_of(batch))
         found = measure(model, batch, main, asked)
-        return found.measured, found.rounds
+        return _placed((found.measured, found.rounds))
 
     return jax.jit(step)

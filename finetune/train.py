@@ -5,7 +5,6 @@ Read it from top to bottom; loading, packing, the step and the logs have files o
 
 import contextlib
 import dataclasses
-import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -14,12 +13,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from rich.console import Console
 
 from finetune.data.packing import Batch, Packer, Position
 from finetune.data.run_text import RunText, digest_of, held_out_batches, open_run_text
+from finetune.devices import (
+    Workload,
+    abstract_batch,
+    describe_mesh,
+    devices_for,
+    on_mesh,
+    spread,
+)
 from finetune.not_finite import cause, raise_unless_finite
 from finetune.objective.losses import Asked
 from finetune.objective.objectives import forgets
@@ -36,7 +43,8 @@ from finetune.run.plots import draw_curves
 from finetune.run.report import evaluation_sentence
 from finetune.run.resuming import resume, say_what_is_done_again
 from finetune.run.stopping import NOT_STOPPING, Stopping
-from finetune.settings import ComputeDtype, RunSettings, SettingsError, as_plain, check
+from finetune.settings import ComputeDtype, RunSettings, SettingsError, check
+from finetune.settings_file import as_plain
 from finetune.state import (
     Split,
     StepResult,
@@ -81,6 +89,7 @@ class _Job:
     settings: RunSettings
     asked: Asked
     computed_in: ComputeDtype  # what `auto` stands for in this run
+    mesh: Mesh | None  # None: one device
     run: RunDirectory
     base: Checkpoint
     text: RunText
@@ -114,15 +123,17 @@ def train(
     computed_in = begun_in or compute_dtype(settings.compute_dtype)
     base, config = open_trainable(settings.checkpoint)
     _raise_if_rows_are_short(settings, config)
+    mesh = devices_for(settings.mesh, Workload.of(base, settings.train, settings.batch.rows))
     text = open_run_text(settings, config)
     console.print(text.description)
     with run.claim(settings, computed_in, overwrite):
-        job = _prepare(settings, computed_in, run, base, config, text, console, stopping)
-        _raise_unless_room(job)
-        console.print(_plan(job))
-        if warning := forgets(settings.objective, base.provenance):
-            console.print(warning)
-        state = _loop(job)
+        with on_mesh(mesh):
+            job = _prepare(settings, computed_in, mesh, run, base, text, console, stopping)
+            _raise_unless_room(job)
+            console.print(_plan(job))
+            if warning := forgets(settings.objective, base.provenance):
+                console.print(warning)
+            state = _loop(job)
         measured = first_and_last(run.evaluations)
         record = {"by": "finetune-deepseek train", "settings": as_plain(settings)}
         record |= {"computed_in": computed_in}
@@ -147,16 +158,16 @@ def resolve(settings: RunSettings) -> RunSettings:
 def _prepare(
     settings: RunSettings,
     computed_in: ComputeDtype,
+    mesh: Mesh | None,
     run: RunDirectory,
     base: Checkpoint,
-    config: ModelConfig,
     text: RunText,
     console: Console,
     stopping: Stopping,
 ) -> _Job:
     held_out = held_out_batches(text.held_out, settings) if text.held_out else []
-    remat = recomputes_layers(settings, config)
-    split = load_for_training(settings.checkpoint, settings.train, computed_in, remat)
+    remat = recomputes_layers(settings, base.config)
+    split = load_for_training(settings.checkpoint, settings.train, computed_in, remat, mesh)
     raise_unless_finite(split, settings.checkpoint)
     optimizer = make_optimizer(settings.optimizer, settings.steps, matrices(base).__contains__)
     asked = asked_by(settings)
@@ -164,6 +175,7 @@ def _prepare(
         settings=settings,
         asked=asked,
         computed_in=computed_in,
+        mesh=mesh,
         run=run,
         base=base,
         text=text,
@@ -207,6 +219,7 @@ def _loop(job: _Job) -> TrainState:
         for step in range(at.step + 1, settings.steps + 1):
             began = time.perf_counter()
             batch, position = next(batches)
+            batch = spread(batch, job.mesh)
             state, result = train_step(state, job.split.frozen, batch)
             result = jax.device_get(result)  # waits for the step
             _raise_unless_finite(job, state, batch, step, result, checkpoints)
@@ -232,9 +245,8 @@ def _loop(job: _Job) -> TrainState:
 def _compiled(job: _Job, state: TrainState) -> tuple[Callable[..., Any], dict[str, float]]:
     """The step, compiled before the first one is timed, and what that took, for the log."""
     batch = job.settings.batch
-    ids = jax.ShapeDtypeStruct((batch.rows, batch.row_tokens), jnp.int32)
     began = time.perf_counter()
-    abstract = Batch(*(ids for _ in Batch._fields))
+    abstract = abstract_batch(batch.rows, batch.row_tokens, job.mesh)
     step = job.train_step.lower(state, job.split.frozen, abstract).compile()
     return step, {"compile_s": time.perf_counter() - began}
 
@@ -305,8 +317,9 @@ def _evaluate(
 
     if job.held_out:
         parts = (state.trainable, state.biases, job.split.frozen)
-        step_of = functools.partial(job.measure_step, *parts)
-        summary = measure_text(step_of, batches(), job.asked)
+        summary = measure_text(
+            lambda batch: job.measure_step(*parts, spread(batch, job.mesh)), batches(), job.asked
+        )
         log.evaluation({"step": step, **summary.to_json(), "held_out": job.held_out_digest})
         with above_bars():
             job.console.print(evaluation_sentence(step, summary))
@@ -372,7 +385,8 @@ def _plan(job: _Job) -> str:
     row_tokens = settings.batch.rows * settings.batch.row_tokens
     return (
         f"training {what[settings.train]}: {trainable:,} parameters of {trainable + frozen:,}; "
-        f"{settings.steps} steps of up to {row_tokens:,} tokens, computed in {job.computed_in}"
+        f"{settings.steps} steps of up to {row_tokens:,} tokens, computed in {job.computed_in} on "
+        f"{describe_mesh(job.mesh)}"
     )
 
 

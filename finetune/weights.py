@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from finetune.settings import ComputeDtype, RunSettings, TrainMode
 from finetune.state import TRAINABLE, Split, TrainState
@@ -76,12 +77,14 @@ def _kept_bytes(settings: RunSettings, config: ModelConfig) -> int:
     return 4 * batch.rows * batch.row_tokens * layers * a_layer
 
 
-def load_for_training(path: str, mode: TrainMode, dtype: str, remat: bool = True) -> Split:
+def load_for_training(
+    path: str, mode: TrainMode, dtype: str, remat: bool = True, mesh: Mesh | None = None
+) -> Split:
     """The model with float32 trainable parameters; what is frozen stays as stored, FP8 too.
 
     An FP8 weight cannot move by less than its own rounding: trained ones are dequantised.
     """
-    model = load(path, compute_dtype=dtype)
+    model = load(path, mesh, compute_dtype=dtype)
     model.remat = remat
     cast_weights(model, jnp.float32, only=TRAINABLE[mode])
     return Split.of(model, mode)

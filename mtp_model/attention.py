@@ -104,7 +104,7 @@ class MultiHeadLatentAttention(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         c = self.config = config
         hidden, heads = c.hidden_size, c.num_attention_heads
-        up = ("heads", "lora")
+        up = ("heads_of_lora", "lora")
         if c.q_lora_rank is None:
             self.q_proj = Linear(hidden, heads * c.qk_head_dim, ("heads", "hidden"), c, rngs)
         else:

@@ -167,6 +167,7 @@ def cast_weights(model: nnx.Module, dtype: Any, only: nnx.filterlib.Filter = nnx
             value = _cast(leaf[...], dtype)
         else:
             value = _to_dense(leaf[...], scale[...], owner.block, dtype)
+        value = jax.device_put(value, leaf.sharding)  # where it was, on a mesh
         getattr(owner, name).set_value(value)  # `[...] = value` would keep the old dtype
 
 

@@ -11,15 +11,18 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float
 
 from mtp_model.block import DecoderLayer, run_stack, stack, take_layer
 from mtp_model.config import ModelConfig
 from mtp_model.context import Context, EarlierUses, Ids, KeysValues, make_context
 from mtp_model.layers import Embedding, RMSNorm
-from mtp_model.mtp import DraftStep, MultiTokenPredictor, shift_within_segments
-from mtp_model.sharding import spread_batch, stored_spec
+from mtp_model.mtp import (
+    DraftStep,
+    MultiTokenPredictor,
+    shift_within_segments,
+)
+from mtp_model.sharding import AnyMesh, placement, spread_batch
 
 Scope = Literal["all", "main", "mtp"]
 StackName = Literal["dense_layers", "moe_layers", "mtp"]  # the stacked modules of the tree
@@ -190,7 +193,7 @@ def abstract_model(
     config: ModelConfig,
     scope: Scope = "all",
     dtypes: Mapping[str, Any] | None = None,
-    mesh: Mesh | None = None,
+    mesh: AnyMesh | None = None,
     compute_dtype: Any = None,
 ) -> DeepSeekV3:
     """The network without memory: every leaf has shape, dtype and, on a mesh, its placement.
@@ -214,12 +217,12 @@ def abstract_layer(config: ModelConfig, stack_name: StackName) -> Layer:
 
 
 def _described(
-    dtypes: Mapping[str, Any], mesh: Mesh | None, path: tuple, leaf: nnx.Variable
+    dtypes: Mapping[str, Any], mesh: AnyMesh | None, path: tuple, leaf: nnx.Variable
 ) -> nnx.Variable:
     """A leaf of `eval_shape` with the dtype and the placement it is to have."""
     dtype = dtypes.get(leaf_name(path), leaf.dtype)
-    spec = stored_spec(leaf.get_metadata("out_sharding"))
-    placed = NamedSharding(mesh, spec) if mesh is not None else None
+    axes = leaf.get_metadata("out_sharding")
+    placed = placement(axes, leaf.shape, mesh) if mesh is not None else None
     return leaf.replace(jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=placed))
 
 

@@ -16,7 +16,7 @@ from mtp_model.config import ModelConfig
 from mtp_model.dispatch import through_experts
 from mtp_model.grouped import expert_ffn
 from mtp_model.layers import Linear, RouterBias, Weight, annotated, init_normal
-from mtp_model.sharding import BATCH_AXES, active_mesh, axis_size
+from mtp_model.sharding import BATCH_AXES, active_mesh, axis_size, gather_for_use
 
 
 class Routing(NamedTuple):
@@ -40,7 +40,8 @@ class Router(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
         shape = (config.n_routed_experts, config.hidden_size)
-        self.weight = annotated(nnx.Param, init_normal(rngs, shape), ("router", None))
+        self.axes = ("router", "hidden")
+        self.weight = annotated(nnx.Param, init_normal(rngs, shape), self.axes)
         bias = jnp.zeros((config.n_routed_experts,), jnp.float32)
         self.e_score_correction_bias = annotated(RouterBias, bias, ("router",))
 
@@ -56,7 +57,7 @@ class Router(nnx.Module):
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Routing:
         c = self.config
-        weight_ED = self.weight[...].astype(jnp.float32)
+        weight_ED = gather_for_use(self.weight[...], self.axes).astype(jnp.float32)
         logits_BTE = jnp.einsum("btd,ed->bte", x_BTD.astype(jnp.float32), weight_ED)
         scores_BTE = jax.nn.sigmoid(logits_BTE)
         bias_E = jax.lax.stop_gradient(self.e_score_correction_bias[...])
@@ -98,16 +99,19 @@ class Experts(nnx.Module):
         weights = tuple(projection.dense(x_BTD.dtype) for projection in projections)
         if active_mesh() is None:
             return self._local(x_BTD, *routing, *weights)
-        batch, experts = PartitionSpec(BATCH_AXES), PartitionSpec("expert")
+        batch = PartitionSpec(BATCH_AXES)
+        into, out_of = (
+            PartitionSpec("expert", *inner) for inner in (("tensor", None), (None, "tensor"))
+        )
         return jax.shard_map(
             self._local,
-            in_specs=(batch, batch, batch, experts, experts, experts),
+            in_specs=(batch, batch, batch, into, into, out_of),
             out_specs=batch,
             check_vma=False,
         )(x_BTD, *routing, *weights)
 
     def _local(self, x_BTD, choices_BTK, weights_BTK, gate_LFD, up_LFD, down_LDF):
-        """The part of one device: its tokens, its experts."""
+        """The part of one device: its tokens, its experts, its part of their width."""
         num_peers = axis_size("expert")
 
         def serve(rows_MD, expert_M):
@@ -122,6 +126,8 @@ class Experts(nnx.Module):
             num_peers,
             "expert" if num_peers > 1 else None,
         )
+        if axis_size("tensor") > 1:
+            out_TD = jax.lax.psum(out_TD, "tensor")
         return out_TD.reshape(x_BTD.shape)
 
 

@@ -3,10 +3,11 @@
 Without a mesh every function here leaves its argument as it is.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import jax
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")  # the batch is spread over all of these
@@ -17,18 +18,20 @@ STORED = {
     "vocab": "tensor",
     "hidden": ("fsdp", "expert"),
     "heads": "tensor",
+    "heads_of_lora": ("tensor", "fsdp", "expert"),  # where the other dimension is narrow
     "ffn": "tensor",
     "experts": "expert",
     "expert_hidden": "fsdp",
-    "expert_ffn": None,
+    "expert_ffn": "tensor",
     "lora": None,
     "norm": None,
     "router": None,
 }
 RULES = tuple(STORED.items())  # as Flax takes them
 # The same axes while a weight is used: gathered over everything but `tensor` and `expert`.
-GATHERED = STORED | {"hidden": None, "expert_hidden": None}
+GATHERED = STORED | {"hidden": None, "expert_hidden": None, "heads_of_lora": "tensor"}
 
+AnyMesh = Mesh | AbstractMesh
 Axes = tuple[str | None, ...]
 
 
@@ -42,7 +45,7 @@ def make_mesh(
     """The mesh that `load` takes: devices along each axis, as many in all as are given.
 
     data: batch only; fsdp: batch, and weights stored in parts; expert: batch, and whole experts;
-    tensor: heads, vocabulary and feed-forward width.
+    tensor: heads, vocabulary and feed-forward width, of experts too.
     """
     shape = (data, fsdp, expert, tensor)
     return jax.make_mesh(shape, MESH_AXES, (AxisType.Auto,) * len(shape), devices=devices)
@@ -58,9 +61,36 @@ def require_axes(mesh: Mesh) -> None:
         )
 
 
-def stored_spec(axes: Axes) -> PartitionSpec:
-    """Partition of a stored weight with these logical axes."""
-    return PartitionSpec(*(STORED[axis] if axis else None for axis in axes))
+def abstract_mesh(data: int = 1, fsdp: int = 1, expert: int = 1, tensor: int = 1) -> AbstractMesh:
+    """A mesh that says what each device would hold, without any devices."""
+    shape = (data, fsdp, expert, tensor)
+    return AbstractMesh(shape, MESH_AXES, (AxisType.Auto,) * len(shape))
+
+
+def placement(
+    axes: Axes,
+    shape: tuple[int, ...],
+    mesh: AnyMesh,
+    rules: Mapping[str, str | tuple[str, ...] | None] = STORED,
+) -> NamedSharding:
+    """Where a weight with these logical axes lives: stored, or with GATHERED while it is used.
+
+    A dimension that mesh axes do not divide is not split over the last of them: that costs memory
+    and changes nothing else.
+    """
+    spec = []
+    for axis, size in zip(axes, shape, strict=True):
+        over = rules[axis] if axis else None
+        over = (over,) if isinstance(over, str) else over or ()
+        while size % math.prod(mesh.shape[name] for name in over):
+            over = over[:-1]
+        spec.append(over or None)
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def everywhere(mesh: AnyMesh) -> NamedSharding:
+    """Whole on each device."""
+    return NamedSharding(mesh, PartitionSpec())
 
 
 def active_mesh() -> jax.sharding.AbstractMesh | None:

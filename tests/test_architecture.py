@@ -62,6 +62,7 @@ SMALL = {
     "converters/cli/new_mtp_command.py": "a command a file",
     "converters/sources/open.py": "what the protocol's users open must not import each source",
     "converters/verifying/files.py": "reads no tensor, the rest of verify reads all",
+    "finetune/planning/report.py": "plans know of no tables",
     "finetune/objective/acceptance.py": "a definition, apart from the losses",
     "converters/verifying/logits/torch_weights.py": "the reference gets weights from who has them",
     "converters/format/writer.py": "the other half of header.py, for tools and tests too",

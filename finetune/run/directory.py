@@ -9,14 +9,8 @@ from pathlib import Path
 
 import yaml
 
-from finetune.settings import (
-    ComputeDtype,
-    RunSettings,
-    SettingsError,
-    forbidden_changes,
-    read_yaml,
-    write_yaml,
-)
+from finetune.settings import ComputeDtype, RunSettings, SettingsError, forbidden_changes
+from finetune.settings_file import read_yaml, write_yaml
 from mtp_model.checkpoint.directory import COMPLETE
 from mtp_model.files.open import as_place
 from mtp_model.problems import UserError

@@ -19,13 +19,8 @@ from trained import (
 
 from finetune import cli
 from finetune.run.directory import RunDirectory, RunError
-from finetune.settings import (
-    EvaluationSettings,
-    OptimizerSettings,
-    RunSettings,
-    SettingsError,
-    read_yaml,
-)
+from finetune.settings import EvaluationSettings, OptimizerSettings, RunSettings, SettingsError
+from finetune.settings_file import read_yaml
 from finetune.train import Result, train
 from mtp_model.checkpoint.directory import open_checkpoint
 

@@ -38,8 +38,8 @@ from finetune.settings import (
     OptimizerSettings,
     RunSettings,
     SettingsError,
-    read_yaml,
 )
+from finetune.settings_file import read_yaml
 from finetune.state import TRAINABLE, make_train_step, start
 from finetune.train import StoppedError, train
 from finetune.weights import load_for_training

@@ -21,7 +21,7 @@ from finetune.weights import (
 )
 from mtp_model.checkpoint.directory import open_checkpoint
 from mtp_model.model import leaf_name
-from mtp_model.sharding import make_mesh, stored_spec
+from mtp_model.sharding import make_mesh, placement
 
 SHAPE = (3, 8, 24, 16)  # layers, experts, rows, columns
 MESH_AXES = {"fsdp": 2, "expert": 2, "tensor": 2}
@@ -102,9 +102,9 @@ def test_a_state_on_a_mesh_is_written_as_it_is(tmp_path):
     split, mesh = load_for_training(str(base), "mtp", "float32"), make_mesh(**MESH_AXES)
 
     def placed(_, variable: nnx.Variable) -> nnx.Variable:
-        spec = stored_spec(variable.get_metadata("out_sharding"))
+        where = placement(variable.get_metadata("out_sharding"), variable.shape, mesh)
         values = values_with_signed_zeros(variable.shape)
-        return variable.replace(jax.device_put(values, NamedSharding(mesh, spec)))
+        return variable.replace(jax.device_put(values, where))
 
     trained, biases = (nnx.map_state(placed, part) for part in (split.trainable, split.biases))
     record = {"by": "a test"}

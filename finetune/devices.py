@@ -1,0 +1,237 @@
+"""The devices of a command: which mesh they form for a model, and batches spread over it."""
+
+import contextlib
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from finetune.data.packing import Batch
+from finetune.settings import MeshSettings, SettingsError, TrainMode, option
+from finetune.state import TRAINABLE
+from mtp_model import ModelConfig, make_mesh
+from mtp_model.checkpoint.directory import Checkpoint
+from mtp_model.model import abstract_model
+from mtp_model.sharding import (
+    BATCH_AXES,
+    GATHERED,
+    MESH_AXES,
+    STORED,
+    AnyMesh,
+    Axes,
+    abstract_mesh,
+    placement,
+)
+
+# Of a device's memory, what weights, gradients and moments may take where a mesh is chosen; the
+# rest is for activations, and for weights while they are used.
+_FOR_STATE = 0.6
+_BYTES_TRAINED = 3 * 4  # a float32 parameter and two moments
+
+MeshShape = dict[str, int]  # devices along each axis of MESH_AXES
+
+
+class Workload(NamedTuple):
+    """What a mesh is chosen for."""
+
+    config: ModelConfig
+    dtypes: Mapping[str, Any]  # of stored leaves, by path
+    trained: TrainMode | None  # None: nothing is
+    rows: int  # in a batch
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, trained: TrainMode | None, rows: int) -> "Workload":
+        """What a checkpoint is to be used for."""
+        dtypes = {name: leaf.dtype for name, leaf in checkpoint.leaves.items()}
+        return cls(checkpoint.config, dtypes, trained, rows)
+
+
+def devices_for(settings: MeshSettings, workload: Workload) -> Mesh | None:
+    """The mesh that settings ask for on this machine, or None for one device.
+
+    SettingsError says which axes do not fit the model, the batch or the devices.
+    """
+    devices = jax.devices()
+    asked = _asked(settings)
+    if not asked and (len(devices) == 1 or devices[0].platform == "cpu"):
+        return None
+    shape = choose_shape(settings, workload, len(devices), _memory_of(devices[0]))
+    count = math.prod(shape.values())
+    return None if count == 1 else make_mesh(**shape, devices=devices[:count])
+
+
+def choose_shape(
+    settings: MeshSettings, workload: Workload, num_devices: int, memory: int | None
+) -> MeshShape:
+    """Devices along each axis: those asked for, the others so that all devices are used.
+
+    Of the meshes whose weights fit in `memory` bytes a device (any, where that is None), the one
+    that sends least: fewest parts by tensor, then by fsdp, then by expert. Where none fits, the one
+    with the fewest bytes a device.
+    """
+    shapes = possible_shapes(settings, workload, num_devices)
+
+    def sent(shape: MeshShape) -> tuple[int, ...]:
+        return shape["tensor"], shape["fsdp"], shape["expert"]
+
+    if memory is None or len(shapes) == 1:
+        return min(shapes, key=sent)
+    sizes = stored_bytes(workload, shapes)
+    fitting = [s for s, size in zip(shapes, sizes, strict=True) if size <= memory * _FOR_STATE]
+    if fitting:
+        return min(fitting, key=sent)
+    by_size = sorted(zip(sizes, map(sent, shapes), range(len(shapes)), strict=True))
+    return shapes[by_size[0][2]]
+
+
+def possible_shapes(
+    settings: MeshSettings, workload: Workload, num_devices: int
+) -> list[MeshShape]:
+    """Meshes with the axes asked for that fit model and batch; SettingsError where none does."""
+    asked = _asked(settings)
+    shapes = [shape for shape in _shapes(asked, num_devices) if not _faults(shape, workload)]
+    if not shapes:
+        raise SettingsError("a mesh that cannot be used", _why_none(asked, workload, num_devices))
+    return shapes
+
+
+def stored_bytes(workload: Workload, shapes: Sequence[MeshShape]) -> list[int]:
+    """For each mesh, the bytes of weights and moments that one of its devices holds."""
+    leaves, found = _leaves(workload), []
+    for mesh in (abstract_mesh(**shape) for shape in shapes):
+        sizes = (
+            leaf.size_on(mesh, STORED) * (_BYTES_TRAINED if leaf.trained else leaf.itemsize)
+            for leaf in leaves
+        )
+        found.append(sum(sizes))
+    return found
+
+
+def gathered_bytes(workload: Workload, shape: MeshShape) -> int:
+    """Bytes of weights that one device receives from others in a step.
+
+    A trained weight comes for the forward pass and again for the backward pass, and its float32
+    gradient goes back in parts.
+    """
+    mesh = abstract_mesh(**shape)
+    return sum(
+        (leaf.size_on(mesh, GATHERED) - leaf.size_on(mesh, STORED))
+        * (2 * leaf.itemsize + 4 if leaf.trained else leaf.itemsize)
+        for leaf in _leaves(workload)
+    )
+
+
+class _Leaf(NamedTuple):
+    """A weight as a mesh is chosen for it."""
+
+    axes: Axes
+    shape: tuple[int, ...]
+    itemsize: int
+    trained: bool
+
+    def size_on(self, mesh: AnyMesh, rules: Mapping[str, Any]) -> int:
+        """Elements on one device."""
+        return math.prod(placement(self.axes, self.shape, mesh, rules).shard_shape(self.shape))
+
+
+def _leaves(workload: Workload) -> list[_Leaf]:
+    state = nnx.state(abstract_model(workload.config, "all", workload.dtypes))
+    moved = nnx.filter_state(state, TRAINABLE[workload.trained] if workload.trained else ())
+    trained = {path for path, _ in nnx.to_flat_state(moved)}
+    return [
+        _Leaf(leaf.get_metadata("out_sharding"), leaf.shape, leaf.dtype.itemsize, path in trained)
+        for path, leaf in nnx.to_flat_state(state)
+    ]
+
+
+def describe_mesh(mesh: Mesh | None) -> str:
+    """Devices and axes in a few words: `8 devices: expert 4, tensor 2`."""
+    if mesh is None:
+        return f"1 device ({jax.devices()[0].platform})"
+    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+    return f"{mesh.size} devices ({mesh.devices.flat[0].platform}): {axes}"
+
+
+def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """What is computed inside is computed on the mesh."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def abstract_batch(rows: int, row_tokens: int, mesh: Mesh | None) -> Batch:
+    """The shape of a batch, and where its rows are."""
+    where = _rows_of(mesh) if mesh is not None else None
+    ids = jax.ShapeDtypeStruct((rows, row_tokens), np.int32, sharding=where)
+    return Batch(*(ids for _ in Batch._fields))
+
+
+def spread(batch: Batch, mesh: Mesh | None) -> Batch:
+    """A batch with its rows on the devices that compute them."""
+    if mesh is None:
+        return batch
+    return Batch(*(jax.device_put(each, _rows_of(mesh)) for each in batch))
+
+
+def _rows_of(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def _asked(settings: MeshSettings) -> MeshShape:
+    sizes = {name: getattr(settings, name) for name in MESH_AXES}
+    return {name: size for name, size in sizes.items() if size}
+
+
+def _shapes(asked: MeshShape, num_devices: int) -> Iterator[MeshShape]:
+    """Every mesh of all devices with the axes asked for; of fewer where all axes are asked for."""
+    if len(asked) == len(MESH_AXES):
+        if math.prod(asked.values()) <= num_devices:
+            yield asked
+        return
+    divisors = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
+    choices = ([asked[name]] if name in asked else divisors for name in MESH_AXES)
+    for sizes in itertools.product(*choices):
+        if math.prod(sizes) == num_devices:
+            yield dict(zip(MESH_AXES, sizes, strict=True))
+
+
+def _faults(shape: MeshShape, workload: Workload) -> list[str]:
+    """Why a model or a batch cannot be split so."""
+    c = workload.config
+    rows = math.prod(shape[name] for name in BATCH_AXES)
+    rules = [
+        ("expert", c.n_routed_experts, "routed experts"),
+        ("tensor", c.num_attention_heads, "attention heads"),
+        ("tensor", c.moe_intermediate_size, "columns of an expert (moe_intermediate_size)"),
+    ]
+    faults = [
+        f"{option('mesh.' + axis)} is {shape[axis]}, needed a divisor of the {number} {what}"
+        for axis, number, what in rules
+        if number % shape[axis]
+    ]
+    if workload.rows % rows:
+        product = " times ".join(f"{axis} {shape[axis]}" for axis in BATCH_AXES if shape[axis] > 1)
+        faults.append(
+            f"a batch has {workload.rows} rows, needed a multiple of {rows}, over which the mesh "
+            f"spreads them ({product})"
+        )
+    return faults
+
+
+def _why_none(asked: MeshShape, workload: Workload, num_devices: int) -> list[str]:
+    """What stands in the way of the meshes that were asked for."""
+    shapes = list(_shapes(asked, num_devices))
+    if shapes:
+        return min((_faults(shape, workload) for shape in shapes), key=len)
+    product = math.prod(asked.values())
+    said = " ".join(f"{option('mesh.' + name)} {size}" for name, size in asked.items())
+    needed = "at most" if len(asked) == len(MESH_AXES) else "a divisor of"
+    return [f"{said} makes {product} devices, needed {needed} the {num_devices} that are here"]
+
+
+def _memory_of(device: Any) -> int | None:
+    """Bytes of a device's memory, where it says so."""
+    return (device.memory_stats() or {}).get("bytes_limit")

@@ -1,0 +1,356 @@
+"""`finetune-deepseek plan`: what a training step takes on a slice, before there is one.
+
+The step of `train` itself is compiled ahead of time, with the shapes, dtypes and placements that a
+run would have. Memory is what the compiler says; operations are counted in the program; seconds are
+an estimate whose terms are shown.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from finetune.devices import (
+    MeshShape,
+    Workload,
+    abstract_batch,
+    choose_shape,
+    gathered_bytes,
+    on_mesh,
+    possible_shapes,
+    stored_bytes,
+)
+from finetune.optimizer import abstract_initial, make_optimizer
+from finetune.planning.flops import model_flops, program_flops
+from finetune.planning.slices import FAMILIES, HERE, Slice, family_of, memory_in, open_slice
+from finetune.settings import (
+    MeshSettings,
+    ObjectiveSettings,
+    RunSettings,
+    SettingsError,
+    TrainMode,
+)
+from finetune.state import TRAINABLE, Split, TrainState, make_train_step
+from mtp_model import ModelConfig, make_mesh
+from mtp_model.checkpoint.directory import open_checkpoint
+from mtp_model.files.untrusted_json import parse
+from mtp_model.layers import FP8
+from mtp_model.model import abstract_model, leaf_name
+from mtp_model.problems import UserError
+from mtp_model.progress import progress
+from mtp_model.sharding import BATCH_AXES
+
+# Parts of their highest speed that a step is taken to reach, where nothing was measured.
+MATRIX_UNITS, MEMORY, LINKS = 0.5, 0.8, 0.7
+_MOST_MESHES = 4  # that --search compiles for a slice
+_MOST_OF_MEMORY = 0.97  # of a device, for weights and moments: more is not worth compiling
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSettings:
+    """Whether a training step fits on a slice, and what it takes; no TPU is needed.
+
+    The step is the one that `train` would run with the same settings.
+    """
+
+    checkpoint: str | None = None
+    """Checkpoint directory that would be trained."""
+    model_config: Path | None = None
+    """config.json of a model instead: nothing has to be converted, or be here."""
+    topology: str = HERE
+    """Slice that is planned for, v5p:2x2x4 (libtpu compiles for it: extra `tpu`); `here` is this
+    machine. A family alone, v5p, with --search."""
+    search: bool = False
+    """Of a family, find the smallest slice on which the step fits; of a slice, try several meshes
+    and show them all."""
+    train: TrainMode = "mtp"
+    """What is trained, as in `train`."""
+    stored: Literal["as-is", "bf16"] = "as-is"
+    """Frozen weights as the checkpoint or config.json has them (FP8 where it says so), or bf16."""
+    rows: int = 0
+    """Rows in a batch; 0: one for each device that the batch is spread over."""
+    row_tokens: int = 4096
+    """Tokens in a row."""
+    draft_tokens: int = 0
+    """MTP depths that are trained; 0: as many as there are modules."""
+    detach_main: bool = False
+    """As in `train`."""
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision of activations."""
+    remat: Literal["layer", "none"] = "layer"
+    """As in `train`, whose `auto` is `layer` on TPU."""
+    objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
+    mesh: MeshSettings = field(default_factory=MeshSettings)
+    json: bool = False
+    """Print one JSON object instead of a table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What was found for one mesh; bytes are those of one device unless a name says otherwise."""
+
+    topology: str
+    devices: int
+    chips: int
+    mesh: MeshShape
+    train: TrainMode
+    rows: int
+    row_tokens: int
+    fits: bool | None  # None: nobody knows how much memory a device has
+    limit_bytes: int | None
+    total_bytes: int | None
+    argument_bytes: int | None  # weights, moments, batch; None where it did not compile
+    temporary_bytes: int | None
+    parameters_trained: int
+    parameters_frozen: int
+    checkpoint_bytes: int  # of a checkpoint of the run, on the disk
+    flops_formula: float  # a step, of all devices
+    flops_compiled: float
+    compute_s: float | None
+    memory_s: float | None
+    interconnect_s: float | None
+    step_s: float | None
+    tokens_per_s: float | None
+    compile_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Step:
+    """A step without memory, ready to be compiled."""
+
+    work: Workload
+    split: Split
+    state: TrainState
+    traced: Any
+
+
+def plan(settings: PlanSettings) -> list[Plan]:
+    """One plan, or with `search` one for each mesh or slice that was tried, the best one last.
+
+    Raises SettingsError, UserError, ConfigError or CheckpointError for what cannot be planned.
+    """
+    config, dtypes = _model(settings)
+    if settings.topology in FAMILIES:
+        if not settings.search:
+            raise SettingsError(
+                "settings that cannot be used",
+                [f"--topology is {settings.topology}, a family: needed a slice, or --search"],
+            )
+        return list(_smallest(settings, config, dtypes))
+    place = open_slice(settings.topology)
+    work = _workload(settings, config, dtypes, place)
+    if not settings.search:
+        shape = choose_shape(settings.mesh, work, len(place.devices), place.memory)
+        return [_compiled(settings, work, place, shape)]
+    shapes = possible_shapes(settings.mesh, work, len(place.devices))
+    order = np.argsort(stored_bytes(work, shapes), kind="stable")[:_MOST_MESHES]
+    found = [_compiled(settings, work, place, shapes[i]) for i in order]
+    return sorted(found, key=_worth)
+
+
+def _smallest(
+    settings: PlanSettings, config: ModelConfig, dtypes: Mapping[str, Any]
+) -> Iterator[Plan]:
+    """Slices of a family from the smallest that may do, until one does."""
+    family = family_of(settings.topology)
+    for size in FAMILIES[family].sizes:
+        place = open_slice(f"{family}:{size}")
+        work = _workload(settings, config, dtypes, place)
+        shape = choose_shape(settings.mesh, work, len(place.devices), place.memory)
+        assert place.memory is not None  # libtpu knows
+        if stored_bytes(work, [shape])[0] > place.memory * _MOST_OF_MEMORY:
+            continue
+        found = _compiled(settings, work, place, shape)
+        yield found
+        if found.fits:
+            return
+
+
+def _worth(found: Plan) -> tuple[bool, float]:
+    """Sorts what fits, and what fits fast, last."""
+    return bool(found.fits), -(found.step_s or found.total_bytes or 0)
+
+
+def _model(settings: PlanSettings) -> tuple[ModelConfig, dict[str, Any]]:
+    """The network, and the dtypes that its leaves are stored in."""
+    if (settings.checkpoint is None) == (settings.model_config is None):
+        raise SettingsError(
+            "settings that cannot be used", ["needed --checkpoint or --model-config, one of them"]
+        )
+    if settings.checkpoint is not None:
+        checkpoint = open_checkpoint(settings.checkpoint)
+        config = checkpoint.config
+        dtypes = {name: leaf.dtype for name, leaf in checkpoint.leaves.items()}
+    else:
+        assert settings.model_config is not None
+        config = ModelConfig.from_dict(_read_config(settings.model_config))
+        dtypes = _released_dtypes(config)
+    if settings.stored == "bf16":
+        dtypes = {n: jnp.bfloat16 if dtype == FP8 else dtype for n, dtype in dtypes.items()}
+    if not config.num_nextn_predict_layers:
+        raise SettingsError("a model without MTP modules", ["num_nextn_predict_layers is 0"])
+    return config, dtypes
+
+
+def _read_config(file: Path) -> Mapping[str, Any]:
+    try:
+        values = parse(file.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON: {error}") from error
+    if not isinstance(values, Mapping):
+        raise UserError(f"{file} is no config.json: needed an object")
+    return values
+
+
+def _released_dtypes(config: ModelConfig) -> dict[str, Any]:
+    """Of every leaf, as a checkpoint of this config has it: FP8 where there are block scales."""
+    flat = nnx.to_flat_state(nnx.state(abstract_model(config)))
+    paths = {path for path, _ in flat}
+    dtypes: dict[str, Any] = {}
+    for path, leaf in flat:
+        scaled = (*path[:-1], "weight_scale_inv") in paths and path[-1] == "weight"
+        plain = jnp.dtype(config.dtype) if type(leaf) is nnx.Param else leaf.dtype
+        dtypes[leaf_name(path)] = jnp.dtype(FP8) if scaled else plain
+    return dtypes
+
+
+def _workload(
+    settings: PlanSettings, config: ModelConfig, dtypes: Mapping[str, Any], place: Slice
+) -> Workload:
+    rows = settings.rows or len(place.devices)
+    return Workload(config, dtypes, settings.train, rows)
+
+
+def _compiled(settings: PlanSettings, work: Workload, place: Slice, shape: MeshShape) -> Plan:
+    """The plan for one mesh."""
+    began = time.perf_counter()
+    count = math.prod(shape.values())
+    mesh = make_mesh(**shape, devices=place.devices[:count])
+    rows = settings.rows or count // shape["tensor"]
+    with progress(f"plan {place.name}, {_words(shape)}", "steps", total=3) as report, on_mesh(mesh):
+        report(0, 3, "tracing")
+        step = _step(settings, work, mesh, rows)
+        report(1, 3, "lowering")
+        lowered = step.traced.lower()
+        report(2, 3, "compiling")
+        memory, limit, needed = None, place.memory, None
+        try:
+            memory = lowered.compile().memory_analysis()
+        except jax.errors.JaxRuntimeError as error:
+            needed, has = memory_in(error)
+            if has is None:
+                raise
+        report(3, 3)
+    if memory is not None:
+        kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        needed = memory.argument_size_in_bytes + kept + memory.temp_size_in_bytes
+    trainable, frozen = (_parameters(part) for part in (step.split.trainable, step.split.frozen))
+    depths = settings.draft_tokens or work.config.num_nextn_predict_layers
+    formula = model_flops(work.config, settings.train, rows, settings.row_tokens, depths)
+    of_program = program_flops(step.traced.jaxpr.jaxpr, ragged=place.family is not None)
+    terms = _terms(place, work, shape, of_program, memory, rows * settings.row_tokens)
+    step_s = sum(terms.values()) if terms else None
+    return Plan(
+        topology=place.name,
+        devices=count,
+        chips=place.chips,
+        mesh=shape,
+        train=settings.train,
+        rows=rows,
+        row_tokens=settings.row_tokens,
+        fits=None if limit is None else memory is not None,
+        limit_bytes=limit,
+        total_bytes=needed,
+        argument_bytes=memory and memory.argument_size_in_bytes,
+        temporary_bytes=memory and memory.temp_size_in_bytes,
+        parameters_trained=trainable,
+        parameters_frozen=frozen,
+        checkpoint_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(step.state)),
+        flops_formula=formula,
+        flops_compiled=of_program,
+        compute_s=terms.get("compute"),
+        memory_s=terms.get("memory"),
+        interconnect_s=terms.get("interconnect"),
+        step_s=step_s,
+        tokens_per_s=rows * settings.row_tokens / step_s if step_s else None,
+        compile_s=time.perf_counter() - began,
+    )
+
+
+def _step(settings: PlanSettings, work: Workload, mesh: Mesh, rows: int) -> _Step:
+    """The step of a run, traced with arrays that have a place and no memory."""
+    computed_in = jnp.dtype(
+        settings.compute_dtype if settings.compute_dtype != "auto" else "bfloat16"
+    )
+    model = abstract_model(work.config, "all", _as_trained(work, settings.train), mesh, computed_in)
+    model.remat = settings.remat == "layer"
+    split = Split.of(model, settings.train)
+    run = RunSettings(
+        checkpoint="",
+        data=(),
+        out=Path(),
+        train=settings.train,
+        draft_tokens=settings.draft_tokens,
+        detach_main=settings.detach_main,
+        objective=settings.objective,
+    )
+    optimizer = make_optimizer(run.optimizer, run.steps, lambda _: True)
+    state = TrainState(split.trainable, split.biases, abstract_initial(optimizer, split.trainable))
+    step = make_train_step(split.graphdef, optimizer, run)
+    batch = abstract_batch(rows, settings.row_tokens, mesh)
+    return _Step(work=work, split=split, state=state, traced=step.trace(state, split.frozen, batch))
+
+
+def _as_trained(work: Workload, mode: TrainMode) -> dict[str, Any]:
+    """The dtypes that leaves have in a run: float32 where they are trained."""
+    state = nnx.state(abstract_model(work.config), TRAINABLE[mode])
+    trained = {leaf_name(path): jnp.dtype("float32") for path, _ in nnx.to_flat_state(state)}
+    return {**work.dtypes, **trained}
+
+
+def _terms(
+    place: Slice, work: Workload, shape: MeshShape, flops: float, memory: Any, tokens: int
+) -> dict[str, float]:
+    """Seconds that a step takes by each part of a chip, none of them beside another."""
+    if place.family is None or memory is None:
+        return {}
+    a_chip = len(place.devices) / place.chips  # devices
+    compute = flops / len(place.devices) / (place.family.flops / a_chip * MATRIX_UNITS)
+    # Arguments are read once and, where they are trained, written; temporaries both.
+    moved = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    moved += 2 * memory.temp_size_in_bytes
+    through = moved / (place.family.hbm_bytes / a_chip * MEMORY)
+    sent = gathered_bytes(work, shape) + _sent_to_experts(work, shape, tokens)
+    links = sent / (place.family.interconnect_bytes / a_chip * LINKS)
+    return {"compute": compute, "memory": through, "interconnect": links}
+
+
+def _sent_to_experts(work: Workload, shape: MeshShape, tokens: int) -> float:
+    """Bytes that a device receives of tokens on their way to experts and back, in bfloat16.
+
+    Once a layer in the forward pass; where a layer is trained again as it is recomputed, and for
+    the gradients there and back.
+    """
+    c = work.config
+    devices = math.prod(shape[name] for name in BATCH_AXES)
+    a_pass = (
+        tokens / devices * c.num_experts_per_tok * c.hidden_size * 2 * (1 - 1 / shape["expert"])
+    )
+    passes = {"mtp": 1, "all": 4}[work.trained or "mtp"] * c.num_moe_layers
+    return 2 * a_pass * (passes + 4 * c.num_nextn_predict_layers)
+
+
+def _parameters(state: nnx.State) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.filter_state(state, nnx.Param)))
+
+
+def _words(shape: MeshShape) -> str:
+    return " ".join(f"{name} {size}" for name, size in shape.items() if size > 1) or "one device"

@@ -1,0 +1,139 @@
+"""A plan says what the run itself would need, and counts operations as they are."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec
+
+from finetune import cli
+from finetune.planning import slices
+from finetune.planning.flops import model_flops, program_flops
+from finetune.weights import load_for_training
+from mtp_model import ModelConfig, load, make_mesh
+from mtp_model.checkpoint.directory import open_checkpoint
+
+
+def planned(capsys, *words: str) -> tuple[int, dict]:
+    status = cli.run(["plan", *words, "--json"])
+    return status, json.loads(capsys.readouterr().out)
+
+
+def test_the_plan_of_a_checkpoint_is_its_run(checkpoint, capsys):
+    words = ("--checkpoint", str(checkpoint), "--row-tokens", "16", "--compute-dtype", "float32")
+    status, found = planned(capsys, *words, "--mesh.expert", "4", "--mesh.tensor", "2")
+    assert status == 0
+    assert found["mesh"] == {"data": 1, "fsdp": 1, "expert": 4, "tensor": 2}
+    assert (found["rows"], found["devices"], found["fits"]) == (4, 8, None)
+    split = load_for_training(str(checkpoint), "mtp", "float32")
+    trained = sum(leaf.size for leaf in jax.tree.leaves(split.trainable))
+    assert found["parameters_trained"] == trained
+    biases = sum(leaf.nbytes for leaf in jax.tree.leaves(split.biases))
+    assert found["checkpoint_bytes"] == 12 * trained + biases + 2 * 4  # moments, two counts
+    nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(split)) + 8 * trained
+    assert nbytes / 8 < found["argument_bytes"] < nbytes
+    assert found["flops_formula"] < found["flops_compiled"] < 4 * found["flops_formula"]
+
+
+def test_more_meshes_are_tried_and_shown(checkpoint, capsys):
+    """As a table too; a mesh of its own for each line."""
+    words = ("plan", "--checkpoint", str(checkpoint), "--row-tokens", "8", "--search")
+    assert cli.run([*words, "--mesh.data", "1", "--mesh.tensor", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "here, expert 4, tensor 2" in out
+    assert "here, fsdp 4, tensor 2" in out
+    assert out.count("here, ") == 3
+    assert "memory a device" in out
+
+
+def test_operations_are_counted_as_often_as_they_run():
+    """In loops, on every device of a mesh, and of the branch that the platform takes."""
+    square = jnp.ones((8, 8))
+
+    def looped(x):
+        return jax.lax.scan(lambda x, _: (x @ square, None), x, length=5)[0]
+
+    def spread(x):
+        rows = PartitionSpec("data")
+        mesh = make_mesh(data=4, devices=jax.devices()[:4])
+        return jax.shard_map(lambda x: x @ square, mesh=mesh, in_specs=rows, out_specs=rows)(x)
+
+    def grouped(x):
+        sizes = jnp.array([3, 5], jnp.int32)
+        return jax.lax.ragged_dot(x, jnp.ones((2, 8, 8)), sizes)
+
+    def chosen(x):
+        return jax.lax.platform_dependent(x, tpu=grouped, default=lambda x: looped(x))
+
+    once = 2 * 8 * 8 * 8
+    counts = {looped: 5 * once, spread: once, grouped: once, jax.jit(looped): 5 * once}
+    for function, expected in counts.items():
+        assert program_flops(jax.make_jaxpr(function)(square).jaxpr, ragged=True) == expected
+    for ragged, expected in ((True, once), (False, 5 * once)):
+        assert program_flops(jax.make_jaxpr(chosen)(square).jaxpr, ragged=ragged) == expected
+
+
+def test_the_formula_is_the_forward_pass_of_the_program(checkpoint):
+    """Without a gradient; the program scores every key, the formula those before a token."""
+    model = load(checkpoint, dtype=jnp.float32)
+    config = model.config
+    rows, length = 2, 16
+    tokens = jnp.zeros((rows, length), jnp.int32)
+    traced = jax.make_jaxpr(lambda tokens: model(tokens).mtp_logits)(tokens)
+    layers = config.num_hidden_layers + config.num_nextn_predict_layers
+    heads = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
+    unseen = 2 * layers * heads * (length / 2) * rows * length
+    # Each weight of `all` counts three times: forward, and two products of the backward pass.
+    expected = model_flops(config, "all", rows, length, 1) / 3 + unseen
+    counted = program_flops(traced.jaxpr, ragged=True)
+    # Padding of the experts' rows to blocks, and the logits that nobody asked for.
+    assert counted == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "needed --checkpoint or --model-config"),
+        (("--checkpoint", "{}", "--topology", "v7:2x2"), "needed here or a slice of v5e, v5p"),
+        (("--checkpoint", "{}", "--topology", "v5p:3x2"), "needed here or one of v5p:2x2x1"),
+        (("--checkpoint", "{}", "--topology", "v5p"), "a family: needed a slice, or --search"),
+        (("--model-config", "missing.json"), "missing.json"),
+    ],
+)
+def test_what_cannot_be_planned(words, said, checkpoint, capsys):
+    assert cli.run(["plan", *(word.format(checkpoint) for word in words)]) in (1, 2)
+    assert said in capsys.readouterr().err
+
+
+def test_without_libtpu_it_is_said_what_to_install(monkeypatch, checkpoint, capsys):
+    monkeypatch.setattr(slices.importlib.util, "find_spec", lambda _: None)
+    words = ("plan", "--checkpoint", str(checkpoint), "--topology", "v5p:2x2x1")
+    assert cli.run(words) == 1
+    assert "the extra `tpu`" in capsys.readouterr().err
+
+
+def test_the_compilers_words_are_read():
+    """As libtpu says it where a program does not fit, of its temporaries and of all."""
+    said = "total memory required for HLO temporaries (512.00G) exceeds available HBM (95.73G)."
+    assert slices.memory_in(RuntimeError(said)) == (512 * 2**30, int(95.73 * 2**30))
+    said = "Ran out of memory in memory space hbm. Used 133.20G of 95.73G hbm. Exceeded hbm by 37G"
+    assert slices.memory_in(RuntimeError(said)) == (int(133.2 * 2**30), int(95.73 * 2**30))
+    assert slices.memory_in(RuntimeError("something else")) == (None, None)
+
+
+def test_a_config_alone_says_what_is_stored_in_fp8(checkpoint, tmp_path, capsys):
+    """Without a converted checkpoint: the same weights, and the same bytes, as with one."""
+    stored = open_checkpoint(checkpoint)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(stored.config.to_dict()))
+    assert ModelConfig.from_dict(json.loads(file.read_text())) == stored.config
+    words = ("--row-tokens", "8", "--mesh.data", "1", "--mesh.expert", "1", "--mesh.tensor", "1")
+    words = (*words, "--mesh.fsdp", "1")
+    (_, by_config), (_, by_checkpoint) = (
+        planned(capsys, *source, *words)
+        for source in (("--model-config", str(file)), ("--checkpoint", str(checkpoint)))
+    )
+    assert by_config["argument_bytes"] == by_checkpoint["argument_bytes"]
+    wider = planned(capsys, "--checkpoint", str(checkpoint), *words, "--stored", "bf16")[1]
+    assert wider["argument_bytes"] > by_config["argument_bytes"]

@@ -1,0 +1,221 @@
+"""Training on a mesh equals training on one device: 8 simulated devices, every axis."""
+
+import dataclasses
+import io
+import math
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import released
+from imported import import_tiny
+from jax.sharding import Mesh
+from rich.console import Console
+from trained import SIZES, read_rows, unfinished_copy
+
+from finetune.data.packing import Batch
+from finetune.devices import Workload, choose_shape, on_mesh, spread
+from finetune.evaluate import EvaluateSettings, evaluate
+from finetune.optimizer import make_optimizer
+from finetune.settings import (
+    MeshSettings,
+    ObjectiveSettings,
+    OptimizerSettings,
+    RunSettings,
+    SettingsError,
+    TrainMode,
+)
+from finetune.state import TrainState, make_train_step, start
+from finetune.train import train
+from finetune.weights import load_for_training
+from mtp_model import ModelConfig, dispatch, make_mesh, moe
+from mtp_model.checkpoint.directory import open_checkpoint
+from mtp_model.model import abstract_model, leaves_by_name
+
+KINDS = {"mtp, FP8": ("mtp", "fp8"), "all, bf16": ("all", "bf16")}
+CASES = [
+    ("mtp, FP8", {"data": 8}),
+    ("mtp, FP8", {"fsdp": 8}),
+    ("mtp, FP8", {"expert": 4}),
+    ("mtp, FP8", {"tensor": 2}),
+    ("all, bf16", {"data": 2, "expert": 2, "tensor": 2}),
+    ("all, bf16", {"fsdp": 2, "expert": 4}),
+]
+# A moment's root is as nothing beside this epsilon: steps are as long as gradients, which Adam's
+# own are not where gradients are of the size of rounding.
+SMOOTH = {
+    "objective": ObjectiveSettings(ce=0.5, kl=0.5),
+    "optimizer": OptimizerSettings(learning_rate=0.3, epsilon=1.0, warmup_fraction=0.0),
+}
+STEPS = 3
+TOLERANCE = 2e-6
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory) -> dict[str, Path]:
+    """Checkpoints of 12 experts, whose one dense, one MoE and one MTP layer differ."""
+    folder = tmp_path_factory.mktemp("stored")
+    sizes = SIZES | {"num_attention_heads": 6, "num_key_value_heads": 6}
+    return {
+        dtype: import_tiny(folder / dtype, dtype=dtype, sizes=sizes) for dtype in ("fp8", "bf16")
+    }
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[Batch]:
+    """Packed rows of two documents and padding."""
+    rng = np.random.default_rng(0)
+    rows, length = 8, 12
+    segments = np.tile(np.repeat(np.array([1, 2, 0], np.int32), [5, 5, 2]), (rows, 1))
+    positions = np.tile(np.r_[0:5, 0:5, 0:2].astype(np.int32), (rows, 1))
+    return [
+        Batch(
+            rng.integers(3, 300, (rows, length)).astype(np.int32),
+            segments,
+            positions,
+            np.minimum(segments, 1),
+        )
+        for _ in range(STEPS)
+    ]
+
+
+def three_steps(settings: RunSettings, checkpoint: Path, batches: list[Batch], mesh=None):
+    """Losses of the steps, and the trained leaves after them."""
+    optimizer = make_optimizer(settings.optimizer, 10, lambda _: True)
+    losses = []
+    with on_mesh(mesh):
+        split = load_for_training(str(checkpoint), settings.train, "float32", mesh=mesh)
+        step = make_train_step(split.graphdef, optimizer, settings)
+        state = start(split, optimizer)
+        for batch in batches:
+            state, result = step(state, split.frozen, spread(batch, mesh))
+            losses.append(float(result.loss))
+    assert isinstance(state, TrainState)
+    leaves = jax.tree_util.tree_leaves_with_path((state.trainable, state.biases))
+    return np.array(losses), {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
+
+
+def worst(got, want) -> float:
+    """The largest relative difference of a loss, or of a leaf's largest value."""
+    of_losses = np.abs(got[0] / want[0] - 1).max()
+    of_leaves = [np.abs(got[1][n] - x).max() / np.abs(x).max() for n, x in want[1].items()]
+    return max(of_losses, *of_leaves)
+
+
+@pytest.fixture(scope="module")
+def on_one_device(settings, stored, batches):
+    """By kind; the same settings, and what three steps give without a mesh."""
+    found = {}
+    for name, (mode, dtype) in KINDS.items():
+        run = dataclasses.replace(settings, train=mode, **SMOOTH)
+        found[name] = (run, stored[dtype], three_steps(run, stored[dtype], batches))
+    return found
+
+
+def mesh_of(axes: dict[str, int]) -> Mesh:
+    return make_mesh(**axes, devices=jax.devices()[: math.prod(axes.values())])
+
+
+@pytest.mark.parametrize(("kind", "axes"), CASES, ids=str)
+def test_three_steps_on_a_mesh_equal_three_on_one_device(
+    kind, axes, on_one_device, batches, monkeypatch
+):
+    """With so few slots a round that several rounds are needed."""
+    monkeypatch.setattr(dispatch, "CAPACITY", 0.1)
+    run, checkpoint, want = on_one_device[kind]
+    assert worst(three_steps(run, checkpoint, batches, mesh_of(axes)), want) <= TOLERANCE
+
+
+def test_what_would_be_noticed(on_one_device, batches, monkeypatch):
+    """Negative controls: a batch less, and experts whose parts by tensor are not added up."""
+    run, checkpoint, want = on_one_device["mtp, FP8"]
+    fewer = three_steps(run, checkpoint, [*batches[:2], batches[0]])
+    assert worst(fewer, want) > 100 * TOLERANCE
+    monkeypatch.setattr(moe.jax.lax, "psum", lambda x, _: x)
+    wrong = three_steps(run, checkpoint, batches, mesh_of({"tensor": 2}))
+    assert worst(wrong, want) > 100 * TOLERANCE
+
+
+def test_a_run_goes_on_upon_a_mesh(finished_and_log, settings, tmp_path):
+    """From the first checkpoint of a run on one device: as that went on, up to rounding."""
+    finished, _ = finished_and_log
+    copy = unfinished_copy(finished, settings, tmp_path / "run")
+    first, *later = sorted(int(path.name) for path in (copy.out / "checkpoints").iterdir())
+    for step in later:
+        shutil.rmtree(copy.out / "checkpoints" / str(step))
+    said = io.StringIO()
+    mesh = MeshSettings(data=1, fsdp=1, expert=2, tensor=2)
+    again = train(dataclasses.replace(copy, mesh=mesh), Console(file=said, width=200))
+    assert f"continuing after step {first}" in said.getvalue()
+    assert "computed in float32 on 4 devices (cpu): expert 2, tensor 2" in said.getvalue()
+    rows, expected = (read_rows(run.metrics) for run in (again.run, finished.run))
+    assert [row["step"] for row in rows] == [row["step"] for row in expected]
+    for name in ("loss", "grad_norm", "main_loss"):
+        found, wanted = ([row[name] for row in each] for each in (rows, expected))
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, err_msg=name)
+    assert open_checkpoint(again.run.final).leaves == open_checkpoint(finished.run.final).leaves
+    measured = [
+        evaluate(
+            EvaluateSettings(
+                checkpoint=str(again.run.final),
+                data=settings.data,
+                rows=2,
+                row_tokens=32,
+                max_rows=4,
+                mesh=chosen,
+            )
+        )
+        for chosen in (mesh, MeshSettings())
+    ]
+    losses = [[each.main_loss, *each.mtp_loss] for each in measured]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    assert measured[0].reached == measured[1].reached
+
+
+def v3(rows: int, mode: TrainMode = "mtp") -> Workload:
+    """DeepSeek-V3 with an FP8 main model."""
+    config = ModelConfig.from_dict(released.CONFIG)
+    leaves = leaves_by_name(abstract_model(config))
+    dtypes = dict.fromkeys(leaves, np.float32) | {
+        name: jnp.float8_e4m3fn for name in leaves if name.endswith("_proj.weight")
+    }
+    return Workload(config, dtypes, mode, rows)
+
+
+@pytest.mark.parametrize(
+    ("devices", "gigabytes", "asked", "chosen"),
+    [
+        (16, 103, {}, (1, 1, 16, 1)),
+        (64, 103, {}, (4, 1, 16, 1)),
+        (8, 103, {}, (1, 1, 8, 1)),  # fits by arithmetic nowhere: as little a device as can be
+        (64, 103, {"fsdp": 2}, (4, 2, 8, 1)),
+        (4, None, {}, (4, 1, 1, 1)),
+    ],
+)
+def test_the_mesh_that_is_chosen(devices, gigabytes, asked, chosen):
+    memory = gigabytes and gigabytes * 10**9
+    shape = choose_shape(MeshSettings(**asked), v3(rows=64), devices, memory)
+    assert tuple(shape.values()) == chosen
+
+
+@pytest.mark.parametrize(
+    ("asked", "rows", "said"),
+    [
+        ({"expert": 3}, 6, "--mesh.expert 3 makes 3 devices, needed a divisor of the 8"),
+        ({"expert": 8, "data": 1}, 12, "a batch has 12 rows, needed a multiple of 8"),
+        ({"tensor": 8, "expert": 2}, 8, "--mesh.expert 2 --mesh.tensor 8 makes 16 devices"),
+        ({"data": 4, "fsdp": 1, "expert": 4, "tensor": 1}, 8, "needed at most the 8"),
+    ],
+)
+def test_meshes_that_cannot_be_are_refused(asked, rows, said):
+    with pytest.raises(SettingsError, match=said):
+        choose_shape(MeshSettings(**asked), v3(rows), 8, None)
+
+
+def test_a_mesh_that_splits_an_expert_model_unevenly_is_refused(checkpoint):
+    work = Workload.of(open_checkpoint(checkpoint), "mtp", 8)
+    with pytest.raises(SettingsError, match=r"--mesh.expert is 8, needed a divisor of the 12"):
+        choose_shape(MeshSettings(expert=8), work, 8, None)
