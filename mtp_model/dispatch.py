@@ -1,137 +1,266 @@
 """Bringing each token to its experts and back: dropless, static shapes, with or without a mesh.
 
-Tokens are sorted by expert; under an expert axis every peer is sent a fixed number of rows by
-one all-to-all, and rounds are repeated until the fullest peer is served. The caller chooses the
-experts of each token, and says what an expert computes by a function (`serve`).
+Tokens are sorted by expert. The experts of a device are served in groups, one after the other, so
+that rows and weights exist for a group at a time. Under an expert axis every peer is sent a fixed
+number of rows by one all-to-all, and rounds are repeated until the fullest peer is served. The
+caller chooses the experts of each token, and says what an expert computes (`Served`).
 
-T tokens, K choices a token, N = T K rows, P peers, C slots a peer, M = P C slots, D hidden.
+The gradient is written out: no round's rows and weights are kept for it, and rows are moved by
+gathers only, which a scatter is slower than.
+
+T tokens, K choices a token, N = T K rows, P peers, G groups of experts a peer, C slots a peer,
+M = P C slots, D hidden.
 """
 
+import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from mtp_model.rows import inverse_permutation, move_rows
+from mtp_model.rows import gather_or_zero, inverse_permutation
 
 CAPACITY = 1.25  # slots a peer in one round, relative to a balanced load
+# Balanced rows of a group of experts on one device, about. Fewer take less memory, and more trips.
+GROUP_ROWS = 4096
+TOKENS_AT_A_TIME = 512  # tokens whose K rows are brought together at a time
 
-Serve = Callable[[jax.Array, jax.Array], jax.Array]  # rows [M, D], local expert [M] -> [M, D]
+
+class Served(NamedTuple):
+    """What the experts of a group compute of rows [M, D], given each row's expert [M].
+
+    A row of expert `size of the group` is empty and must give zeros. weights: arrays whose leading
+    dimension is the group's experts.
+    """
+
+    run: Callable[[jax.Array, jax.Array, Any], jax.Array]  # rows, expert, weights -> [M, D]
+    # d_out, rows, expert, weights -> what `run` gives, and gradients of rows and of weights (None
+    # for those that have none)
+    gradient: Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array, Any]]
+
+
+class _Shape(NamedTuple):
+    """What is known before any token is."""
+
+    num_tokens: int
+    num_choices: int
+    num_peers: int
+    num_groups: int  # of each peer
+    group: int  # experts in one
+    slots: int  # of a peer, in a round
+    axis: str | None
+
+    @property
+    def num_slots(self) -> int:
+        return self.num_peers * self.slots
 
 
 class _Plan(NamedTuple):
-    """How the rows of one device are spread over peers and rounds."""
+    """How the rows of one device are spread over peers, groups and rounds."""
 
     choice_N: jax.Array  # expert of each row
     order_N: jax.Array  # rows sorted by expert
     position_N: jax.Array  # where each row stands in that order
-    start_P1: jax.Array  # first sorted row of each peer, and the end
-    num_choices: int
-    experts_per_peer: int
-    slots: int
-
-    @property
-    def num_slots(self) -> int:
-        return (self.start_P1.shape[0] - 1) * self.slots
+    start_PG1: jax.Array  # first sorted row of each group of each peer, and the end of its last
+    rounds_G: jax.Array  # that each group takes, on all peers alike
 
 
-def _make_plan(choices_TK, num_experts: int, num_peers: int) -> tuple[_Plan, int]:
-    """The plan and the largest number of rounds it can need."""
+class _Seats(NamedTuple):
+    """Who sits where in one round. N, T, the group's size and M stand for nobody."""
+
+    row_of_slot_M: jax.Array
+    token_of_slot_M: jax.Array
+    expert_of_slot_M: jax.Array  # within the group
+    slot_of_row_TK: jax.Array
+
+
+def _make_shape(choices_TK, num_experts: int, num_peers: int, axis: str | None) -> _Shape:
     num_tokens, num_choices = choices_TK.shape
     per_peer = num_experts // num_peers
-    fullest = num_tokens * min(num_choices, per_peer)
-    balanced = math.ceil(num_tokens * num_choices / num_peers * CAPACITY)
-    slots = min(max(8, balanced), fullest)
+    wanted = min(max(1, num_tokens * num_choices // GROUP_ROWS), per_peer)
+    num_groups = next(count for count in range(wanted, 0, -1) if per_peer % count == 0)
+    group = per_peer // num_groups
+    balanced = math.ceil(num_tokens * num_choices / (num_peers * num_groups) * CAPACITY)
+    slots = min(max(8, balanced), num_tokens * min(num_choices, group))
+    return _Shape(num_tokens, num_choices, num_peers, num_groups, group, slots, axis)
+
+
+def _make_plan(shape: _Shape, choices_TK) -> _Plan:
     choice_N = choices_TK.reshape(-1)
     order_N = jnp.argsort(choice_N)
-    edges = jnp.arange(num_peers + 1, dtype=choice_N.dtype) * per_peer
-    start_P1 = jnp.searchsorted(choice_N[order_N], edges)
-    position_N = inverse_permutation(order_N)
-    plan = _Plan(choice_N, order_N, position_N, start_P1, num_choices, per_peer, slots)
-    return plan, math.ceil(fullest / slots)
+    count = shape.num_peers * shape.num_groups
+    first = jnp.arange(count + 1, dtype=choice_N.dtype) * shape.group
+    start = jnp.searchsorted(choice_N[order_N], first)
+    fullest_G = jnp.max(jnp.diff(start).reshape(shape.num_peers, shape.num_groups), axis=0)
+    if shape.axis:
+        fullest_G = lax.pmax(fullest_G, shape.axis)  # peers take the same rounds
+    of_peer = jnp.arange(shape.num_peers)[:, None] * shape.num_groups
+    start_PG1 = start[of_peer + jnp.arange(shape.num_groups + 1)[None]]
+    rounds_G = -(-fullest_G // shape.slots)
+    return _Plan(choice_N, order_N, inverse_permutation(order_N), start_PG1, rounds_G)
 
 
-def _round_slots(plan: _Plan, round_index) -> tuple[jax.Array, jax.Array]:
-    """The row in each slot (N in an empty one), and the slot of each row (M outside this round)."""
+def _take_seats(shape: _Shape, plan: _Plan, group, index) -> _Seats:
+    """Round `index` of a group."""
     num_rows = plan.order_N.shape[0]
-    first_P = plan.start_P1[:-1] + round_index * plan.slots
-    sorted_PC = first_P[:, None] + jnp.arange(plan.slots)[None]
-    filled = (sorted_PC < plan.start_P1[1:, None]).reshape(-1)
-    sorted_M = jnp.where(filled, sorted_PC.reshape(-1), 0)
-    row_of_slot_M = jnp.where(filled, plan.order_N[sorted_M], num_rows)
-    peer_N = plan.choice_N // plan.experts_per_peer
+    first_P = plan.start_PG1[:, group] + index * shape.slots
+    sorted_PC = first_P[:, None] + jnp.arange(shape.slots)[None]
+    filled = (sorted_PC < plan.start_PG1[:, group + 1][:, None]).reshape(-1)
+    row = plan.order_N[jnp.where(filled, sorted_PC.reshape(-1), 0)]
+    group_N = plan.choice_N // shape.group  # counted over all peers
+    peer_N = group_N // shape.num_groups
     offset_N = plan.position_N - first_P[peer_N]
-    inside = (offset_N >= 0) & (offset_N < plan.slots)
-    slot_of_row_N = jnp.where(inside, peer_N * plan.slots + offset_N, plan.num_slots)
-    return row_of_slot_M, slot_of_row_N
+    inside = (group_N % shape.num_groups == group) & (offset_N >= 0) & (offset_N < shape.slots)
+    slot_of_row = jnp.where(inside, peer_N * shape.slots + offset_N, shape.num_slots)
+    return _Seats(
+        row_of_slot_M=jnp.where(filled, row, num_rows),
+        token_of_slot_M=jnp.where(filled, row // shape.num_choices, shape.num_tokens),
+        expert_of_slot_M=jnp.where(filled, plan.choice_N[row] % shape.group, shape.group),
+        slot_of_row_TK=slot_of_row.reshape(shape.num_tokens, shape.num_choices),
+    )
 
 
-def _serve_round(plan: _Plan, round_index, x_TD, weights_TK, serve: Serve, exchange):
-    """Send one round of rows to their experts, bring the results back, sum them weighted."""
-    num_tokens, num_rows = x_TD.shape[0], plan.order_N.shape[0]
-    row_of_slot_M, slot_of_row_N = _round_slots(plan, round_index)
-    filled = row_of_slot_M < num_rows
-    row = jnp.minimum(row_of_slot_M, num_rows - 1)
-    token_of_slot_M = jnp.where(filled, row // plan.num_choices, num_tokens)
-    local_expert_M = plan.choice_N[row] % plan.experts_per_peer
-    local_expert_M = jnp.where(filled, local_expert_M, plan.experts_per_peer)
-    slots_TK = slot_of_row_N.reshape(num_tokens, plan.num_choices)
-    sent_MD = move_rows(x_TD, token_of_slot_M, slots_TK)
-    served_MD = serve(exchange(sent_MD), exchange(local_expert_M))
-    rows_ND = move_rows(exchange(served_MD), slot_of_row_N, row_of_slot_M[:, None])
-    rows_TKD = rows_ND.reshape(num_tokens, plan.num_choices, -1)
-    return jnp.einsum("tkd,tk->td", rows_TKD, weights_TK.astype(rows_TKD.dtype))
+def _exchange(shape: _Shape, x_M):
+    """Each peer's slots go to it; the same again brings them back."""
+    if not shape.axis:
+        return x_M
+    split = x_M.reshape(shape.num_peers, -1, *x_M.shape[1:])
+    return lax.all_to_all(split, shape.axis, 0, 0, tiled=True).reshape(x_M.shape)
 
 
-def _exchange_over(axis: str | None, num_peers: int):
-    def exchange(x_M):
-        split = x_M.reshape(num_peers, -1, *x_M.shape[1:])
-        received = lax.all_to_all(split, axis, 0, 0, tiled=True)
-        return received.reshape(x_M.shape)
+def _sum_choices(x_MD, slot_of_row_TK, weights_TK) -> jax.Array:
+    """sum over k of weights[t, k] * x[slot[t, k]], float32, some tokens at a time."""
 
-    return exchange if axis else lambda x_M: x_M
+    def of_tokens(args):
+        slots_CK, weights_CK = args
+        return jnp.einsum(
+            "tkd,tk->td",
+            gather_or_zero(x_MD, slots_CK),
+            weights_CK.astype(x_MD.dtype),
+            preferred_element_type=jnp.float32,
+        )
+
+    num_tokens = slot_of_row_TK.shape[0]
+    if num_tokens <= TOKENS_AT_A_TIME or num_tokens % TOKENS_AT_A_TIME:
+        return of_tokens((slot_of_row_TK, weights_TK))
+    parts = (x.reshape(-1, TOKENS_AT_A_TIME, x.shape[1]) for x in (slot_of_row_TK, weights_TK))
+    return lax.map(of_tokens, tuple(parts)).reshape(num_tokens, -1)
+
+
+def _send(shape: _Shape, seats: _Seats, x_TD) -> tuple[jax.Array, jax.Array]:
+    """The rows that this device serves, and the expert of each."""
+    sent_MD = gather_or_zero(x_TD, seats.token_of_slot_M)
+    return _exchange(shape, sent_MD), _exchange(shape, seats.expert_of_slot_M)
+
+
+def _round(shape: _Shape, served: Served, seats: _Seats, x_TD, weights_TK, own) -> jax.Array:
+    out_MD = _exchange(shape, served.run(*_send(shape, seats, x_TD), own))
+    return _sum_choices(out_MD, seats.slot_of_row_TK, weights_TK)
+
+
+def _round_gradient(shape: _Shape, served: Served, seats: _Seats, inputs, own, d_out_TD):
+    """Gradients of x and weights [T, K], float32, and of the experts' weights."""
+    x_TD, weights_TK = inputs
+    d_rows_MD = gather_or_zero(d_out_TD, seats.token_of_slot_M)
+    weight_M1 = gather_or_zero(weights_TK.reshape(-1, 1), seats.row_of_slot_M)
+    d_sent_MD = _exchange(shape, d_rows_MD * weight_M1.astype(d_rows_MD.dtype))
+    out_MD, d_received_MD, d_own = served.gradient(d_sent_MD, *_send(shape, seats, x_TD), own)
+    d_weight_M = jnp.einsum(
+        "md,md->m", _exchange(shape, out_MD), d_rows_MD, preferred_element_type=jnp.float32
+    )
+    d_weights_TK = gather_or_zero(d_weight_M[:, None], seats.slot_of_row_TK)[..., 0]
+    ones = jnp.ones_like(weights_TK)
+    d_x_TD = _sum_choices(_exchange(shape, d_received_MD), seats.slot_of_row_TK, ones)
+    return (d_x_TD, d_weights_TK), d_own
+
+
+def _over_rounds(shape: _Shape, plan: _Plan, group, step, start):
+    """`start` after step(seats, total) for each round of a group."""
+    if shape.slots == shape.num_tokens * min(shape.num_choices, shape.group):
+        return step(_take_seats(shape, plan, group, 0), start)  # one is enough for any load
+
+    def body(state):
+        index, total = state
+        return index + 1, step(_take_seats(shape, plan, group, index), total)
+
+    first = jnp.zeros((), plan.rounds_G.dtype)
+    return lax.while_loop(lambda state: state[0] < plan.rounds_G[group], body, (first, start))[1]
+
+
+def _over_groups(shape: _Shape, step, start, weights):
+    """step(total, group, weights of the group) -> total, result; for each group."""
+    if shape.num_groups == 1:
+        return step(start, 0, weights)
+
+    def split(x):
+        return x.reshape(shape.num_groups, shape.group, *x.shape[1:])
+
+    def of_group(total, args):
+        return step(total, *args)
+
+    total, results = lax.scan(
+        of_group, start, (jnp.arange(shape.num_groups), jax.tree.map(split, weights))
+    )
+    return total, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _through(shape: _Shape, served: Served, plan: _Plan, x_TD, weights_TK, weights):
+    def of_group(total_TD, group, own):
+        def step(seats, total_TD):
+            return total_TD + _round(shape, served, seats, x_TD, weights_TK, own)
+
+        return _over_rounds(shape, plan, group, step, total_TD), None
+
+    start = jnp.zeros(x_TD.shape, jnp.float32)
+    return _over_groups(shape, of_group, start, weights)[0].astype(x_TD.dtype)
+
+
+def _through_forward(shape, served, plan, x_TD, weights_TK, weights):
+    out = _through(shape, served, plan, x_TD, weights_TK, weights)
+    return out, (plan, x_TD, weights_TK, weights)
+
+
+def _through_backward(shape, served, residuals, d_out_TD):
+    plan, x_TD, weights_TK, weights = residuals
+
+    def gradient(seats, own):
+        return _round_gradient(shape, served, seats, (x_TD, weights_TK), own, d_out_TD)
+
+    def of_group(total, group, own):
+        def step(seats, totals):
+            return jax.tree.map(jnp.add, totals, gradient(seats, own))
+
+        seats = jax.eval_shape(lambda: _take_seats(shape, plan, group, 0))
+        none = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, seats, own)[1])
+        return _over_rounds(shape, plan, group, step, (total, none))
+
+    start = jnp.zeros(x_TD.shape, jnp.float32), jnp.zeros(weights_TK.shape, jnp.float32)
+    (d_x, d_weights), d_own = _over_groups(shape, of_group, start, weights)
+    return None, d_x.astype(x_TD.dtype), d_weights.astype(weights_TK.dtype), d_own
+
+
+_through.defvjp(_through_forward, _through_backward)
 
 
 def through_experts(
     x_TD: Float[Array, "T D"],
     choices_TK: Int[Array, "T K"],
     weights_TK: Float[Array, "T K"],
-    serve: Serve,
+    served: Served,
+    weights: Any,
     num_experts: int,
     num_peers: int = 1,
     axis: str | None = None,
 ) -> Float[Array, "T D"]:
     """sum over k of weights[t, k] * expert choices[t, k] of x[t], exact for any load.
 
-    serve computes the local experts of this device (a row of local expert `num_local` is empty
-    and must give zeros). With `axis`, call inside shard_map over that axis of `num_peers`.
+    weights: what `served` needs of the experts of this device, their number the leading dimension
+    of each array. With `axis`, call inside shard_map over that axis of `num_peers`.
     """
-    plan, num_rounds = _make_plan(choices_TK, num_experts, num_peers)
-    exchange = _exchange_over(axis, num_peers)
-
-    def serve_round(index):
-        return _serve_round(plan, index, x_TD, weights_TK, serve, exchange)
-
-    first = serve_round(0)
-    if num_rounds == 1:
-        return first
-    fullest = jnp.max(jnp.diff(plan.start_P1))
-    if axis:
-        fullest = lax.pmax(fullest, axis)  # peers take the same rounds
-
-    def guarded(index, work):
-        # checkpoint outside the cond: residuals of a round that is hardly ever taken are not kept
-        needed = fullest > index * plan.slots
-        return jax.checkpoint(lambda: lax.cond(needed, work, lambda: jnp.zeros_like(first)))()
-
-    def step(total, index):
-        return total + guarded(index, lambda: serve_round(index)), None
-
-    def remaining():
-        return lax.scan(step, jnp.zeros_like(first), jnp.arange(1, num_rounds))[0]
-
-    return first + guarded(1, remaining)
+    shape = _make_shape(choices_TK, num_experts, num_peers, axis)
+    return _through(shape, served, _make_plan(shape, choices_TK), x_TD, weights_TK, weights)

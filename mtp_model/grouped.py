@@ -105,7 +105,6 @@ def _blocked_ffn(rows_MD, expert_M, gate, up, down):
     return move_rows(out, slot_M, row_of_slot[:, None])
 
 
-@jax.custom_vjp
 def expert_ffn(
     rows_MD: Float[Array, "M D"],
     expert_M: Int[Array, "M"],
@@ -118,32 +117,30 @@ def expert_ffn(
     expert_M: local expert of each row, in any order; L for a row that no expert serves, which
     gives zeros.
 
-    The gradient chooses by platform once more. JAX would differentiate the choice as a `cond`,
-    which keeps the residuals of every branch, those of the branches that did not run as zeros: on
-    TPU the weights of every block of rows, three times 9.2 GiB for a layer of V3.
+    To be differentiated by `expert_ffn_gradient`: JAX would take the choice by platform as a
+    `cond`, which keeps the residuals of every branch, those of the branches that did not run as
+    zeros: on TPU the weights of every block of rows, three times 9.2 GiB for a layer of V3.
     """
     args = (rows_MD, expert_M, gate_LFD, up_LFD, down_LDF)
     return lax.platform_dependent(*args, tpu=_ragged_ffn, default=_blocked_ffn)
 
 
-def _ffn_forward(*args):
-    return expert_ffn(*args), args
+def expert_ffn_gradient(
+    d_out_MD: Float[Array, "M D"],
+    rows_MD: Float[Array, "M D"],
+    expert_M: Int[Array, "M"],
+    *weights: Float[Array, "L _ _"],
+) -> tuple[Float[Array, "M D"], Float[Array, "M D"], tuple[Array, ...]]:
+    """What `expert_ffn` gives, and the gradients of its rows and of its weights."""
 
+    def by(ffn):
+        def gradient(d_out_MD, rows_MD, expert_M, *weights):
+            out, pull_back = jax.vjp(lambda rows, *w: ffn(rows, expert_M, *w), rows_MD, *weights)
+            return out, *pull_back(d_out_MD)
 
-def _gradient_of(ffn):
-    """The gradients of rows and weights, as a function of d_out and the arguments of `ffn`."""
+        return gradient
 
-    def gradient(d_out_MD, rows_MD, expert_M, *weights):
-        _, pull_back = jax.vjp(lambda rows, *w: ffn(rows, expert_M, *w), rows_MD, *weights)
-        return pull_back(d_out_MD)
-
-    return gradient
-
-
-def _ffn_backward(args, d_out_MD):
-    ragged, blocked = _gradient_of(_ragged_ffn), _gradient_of(_blocked_ffn)
-    d_rows, *d_weights = lax.platform_dependent(d_out_MD, *args, tpu=ragged, default=blocked)
-    return d_rows, None, *d_weights
-
-
-expert_ffn.defvjp(_ffn_forward, _ffn_backward)
+    out, d_rows, *d_weights = lax.platform_dependent(
+        d_out_MD, rows_MD, expert_M, *weights, tpu=by(_ragged_ffn), default=by(_blocked_ffn)
+    )
+    return out, d_rows, tuple(d_weights)

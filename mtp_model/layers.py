@@ -82,13 +82,20 @@ class Weight(nnx.Module):
 
     def dense(self, dtype: jnp.dtype) -> Float[Array, "*stack out in"]:
         """The weight ready for a product in `dtype`: dequantised, gathered over storage axes."""
+        weight, scale = self.gathered(dtype)
+        if scale is None:
+            return weight
+        assert self.block is not None
+        return dequantise(weight, scale, self.block, dtype)
+
+    def gathered(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array | None]:
+        """The weight gathered over storage axes, in `dtype` or as FP8 with the scales beside it."""
         weight = self.weight[...]
         if weight.dtype != FP8:
-            return gather_for_use(weight.astype(dtype), self.axes)
+            return gather_for_use(weight.astype(dtype), self.axes), None
         if self.block is None:
             raise ValueError("an FP8 weight without block scales: the config has no block size")
-        weight = gather_for_use(weight, self.axes)
-        return dequantise(weight, self.weight_scale_inv[...], self.block, dtype)
+        return gather_for_use(weight, self.axes), self.weight_scale_inv[...]
 
 
 class Linear(Weight):

@@ -13,9 +13,9 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from mtp_model.config import ModelConfig
-from mtp_model.dispatch import through_experts
-from mtp_model.grouped import expert_ffn
-from mtp_model.layers import Linear, RouterBias, Weight, annotated, init_normal
+from mtp_model.dispatch import Served, through_experts
+from mtp_model.grouped import expert_ffn, expert_ffn_gradient
+from mtp_model.layers import Linear, RouterBias, Weight, annotated, dequantise, init_normal
 from mtp_model.sharding import BATCH_AXES, active_mesh, axis_size, gather_for_use
 
 
@@ -96,32 +96,28 @@ class Experts(nnx.Module):
 
     def __call__(self, x_BTD: Float[Array, "B T D"], routing: Routing) -> Float[Array, "B T D"]:
         projections = (self.gate_proj, self.up_proj, self.down_proj)
-        weights = tuple(projection.dense(x_BTD.dtype) for projection in projections)
+        stored = tuple(projection.gathered(x_BTD.dtype) for projection in projections)
         if active_mesh() is None:
-            return self._local(x_BTD, *routing, *weights)
-        batch = PartitionSpec(BATCH_AXES)
-        into, out_of = (
-            PartitionSpec("expert", *inner) for inner in (("tensor", None), (None, "tensor"))
-        )
+            return self._local(x_BTD, *routing, stored)
+        batch, scales = PartitionSpec(BATCH_AXES), PartitionSpec("expert")
+        into = PartitionSpec("expert", "tensor", None), scales
+        out_of = PartitionSpec("expert", None, "tensor"), scales
         return jax.shard_map(
             self._local,
-            in_specs=(batch, batch, batch, into, into, out_of),
+            in_specs=(batch, batch, batch, (into, into, out_of)),
             out_specs=batch,
             check_vma=False,
-        )(x_BTD, *routing, *weights)
+        )(x_BTD, *routing, stored)
 
-    def _local(self, x_BTD, choices_BTK, weights_BTK, gate_LFD, up_LFD, down_LDF):
+    def _local(self, x_BTD, choices_BTK, weights_BTK, stored):
         """The part of one device: its tokens, its experts, its part of their width."""
         num_peers = axis_size("expert")
-
-        def serve(rows_MD, expert_M):
-            return expert_ffn(rows_MD, expert_M, gate_LFD, up_LFD, down_LDF)
-
         out_TD = through_experts(
             x_BTD.reshape(-1, x_BTD.shape[-1]),
             choices_BTK.reshape(-1, choices_BTK.shape[-1]),
             weights_BTK.reshape(-1, weights_BTK.shape[-1]),
-            serve,
+            _served(self.gate_proj.block, x_BTD.dtype),
+            stored,
             self.num_experts,
             num_peers,
             "expert" if num_peers > 1 else None,
@@ -129,6 +125,35 @@ class Experts(nnx.Module):
         if axis_size("tensor") > 1:
             out_TD = jax.lax.psum(out_TD, "tensor")
         return out_TD.reshape(x_BTD.shape)
+
+
+def _served(block: tuple[int, int] | None, dtype: jnp.dtype) -> Served:
+    """Experts whose projections are (weight, None), or (FP8 weight, its scales), which have no
+    gradient: an FP8 weight is not trained. They are dequantised where they are used."""
+
+    def dense(stored):
+        for weight, scale in stored:
+            if scale is None:
+                yield weight
+            else:
+                assert block is not None
+                yield dequantise(weight, scale, block, dtype)
+
+    def run(rows_MD, expert_M, stored):
+        return expert_ffn(rows_MD, expert_M, *dense(stored))
+
+    def gradient(d_out_MD, rows_MD, expert_M, stored):
+        out_MD, d_rows_MD, d_weights = expert_ffn_gradient(
+            d_out_MD, rows_MD, expert_M, *dense(stored)
+        )
+        pairs = zip(stored, d_weights, strict=True)
+        return (
+            out_MD,
+            d_rows_MD,
+            tuple((d_weight if scale is None else None, None) for (_, scale), d_weight in pairs),
+        )
+
+    return Served(run, gradient)
 
 
 class MixtureOfExperts(nnx.Module):

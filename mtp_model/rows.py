@@ -15,8 +15,8 @@ def inverse_permutation(order: Int[Array, "M"]) -> Int[Array, "M"]:
     return jnp.zeros_like(order).at[order].set(indices, unique_indices=True)
 
 
-def _gather_or_zero(x_ND, index):
-    """x[index], zeros where index is len(x)."""
+def gather_or_zero(x_ND: Float[Array, "N D"], index: Int[Array, "*any"]) -> Float[Array, "*any D"]:
+    """x[index], zeros where index is N."""
     inside = index < x_ND.shape[0]
     rows = x_ND[jnp.minimum(index, x_ND.shape[0] - 1)]
     return jnp.where(jnp.expand_dims(inside, -1), rows, jnp.zeros((), x_ND.dtype))
@@ -32,15 +32,15 @@ def move_rows(
     source_M, for the gradient is gathered by it.
     """
     del targets_NJ
-    return _gather_or_zero(x_ND, source_M)
+    return gather_or_zero(x_ND, source_M)
 
 
 def _forward(x_ND, source_M, targets_NJ):
-    return _gather_or_zero(x_ND, source_M), targets_NJ
+    return gather_or_zero(x_ND, source_M), targets_NJ
 
 
 def _backward(targets_NJ, d_MD):
-    rows_NJD = _gather_or_zero(d_MD, targets_NJ)
+    rows_NJD = gather_or_zero(d_MD, targets_NJ)
     summed = jnp.sum(rows_NJD, axis=1, dtype=jnp.float32).astype(d_MD.dtype)
     return summed, None, None
 

@@ -3,6 +3,7 @@
 Without a mesh every function here leaves its argument as it is.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -33,6 +34,7 @@ GATHERED = STORED | {"hidden": None, "expert_hidden": None, "heads_of_lora": "te
 
 AnyMesh = Mesh | AbstractMesh
 Axes = tuple[str | None, ...]
+Rules = Mapping[str, str | tuple[str, ...] | None]  # mesh axes by logical axis
 
 
 def make_mesh(
@@ -71,7 +73,7 @@ def placement(
     axes: Axes,
     shape: tuple[int, ...],
     mesh: AnyMesh,
-    rules: Mapping[str, str | tuple[str, ...] | None] = STORED,
+    rules: Rules = STORED,
 ) -> NamedSharding:
     """Where a weight with these logical axes lives: stored, or with GATHERED while it is used.
 
@@ -106,11 +108,33 @@ def axis_size(name: str) -> int:
 
 
 def gather_for_use(weight: jax.Array, axes: Axes) -> jax.Array:
-    """Gather a weight over the axes that only its storage is split over."""
-    if active_mesh() is None:
-        return weight
-    spec = PartitionSpec(*(GATHERED[axis] if axis else None for axis in axes))
-    return jax.lax.with_sharding_constraint(weight, spec)
+    """Gather a weight over the axes that only its storage is split over.
+
+    Its gradient is left in parts, as the weight is stored.
+    """
+    return weight if active_mesh() is None else _gathered(weight, axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gathered(weight: jax.Array, axes: Axes) -> jax.Array:
+    return _constrained(weight, axes, GATHERED)
+
+
+def _gathered_forward(weight: jax.Array, axes: Axes) -> tuple[jax.Array, None]:
+    return _gathered(weight, axes), None
+
+
+def _gathered_backward(axes: Axes, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    return (_constrained(gradient, axes, STORED),)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)
+
+
+def _constrained(weight: jax.Array, axes: Axes, rules: Rules) -> jax.Array:
+    mesh = active_mesh()
+    assert mesh is not None
+    return jax.lax.with_sharding_constraint(weight, placement(axes, weight.shape, mesh, rules))
 
 
 def spread_batch(x: jax.Array) -> jax.Array:

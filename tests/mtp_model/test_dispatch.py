@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from mtp_model import grouped
-from mtp_model.dispatch import through_experts
-from mtp_model.grouped import block_rows, expert_ffn
+from mtp_model import dispatch, grouped
+from mtp_model.dispatch import Served, through_experts
+from mtp_model.grouped import block_rows, expert_ffn, expert_ffn_gradient
 from mtp_model.rows import move_rows
 from mtp_model.sharding import make_mesh
 
@@ -46,10 +46,16 @@ def one_by_one(x_TD, choices_TK, weights_TK, gate, up, down):
 
 
 def sorted_experts(x_TD, choices_TK, weights_TK, gate, up, down, peers=1, axis=None):
-    def serve(rows, expert):
-        return expert_ffn(rows, expert, gate, up, down)
+    served = Served(run, gradient)
+    return through_experts(x_TD, choices_TK, weights_TK, served, (gate, up, down), E, peers, axis)
 
-    return through_experts(x_TD, choices_TK, weights_TK, serve, E, peers, axis)
+
+def run(rows, expert, weights):
+    return expert_ffn(rows, expert, *weights)
+
+
+def gradient(d_out, rows, expert, weights):
+    return expert_ffn_gradient(d_out, rows, expert, *weights)
 
 
 def over_peers(peers: int):
@@ -86,15 +92,30 @@ def test_one_device(load):
 
 
 @pytest.mark.parametrize("load", LOADS)
+def test_one_device_with_several_groups(load, monkeypatch):
+    """Of two experts each, some tokens at a time; of one expert too many groups."""
+    monkeypatch.setattr(dispatch, "GROUP_ROWS", T * K // 4)
+    monkeypatch.setattr(dispatch, "TOKENS_AT_A_TIME", T // 2)
+    assert_same(result_and_gradients(sorted_experts, load), result_and_gradients(one_by_one, load))
+
+
+@pytest.mark.parametrize("load", LOADS)
 @pytest.mark.parametrize("peers", [2, 4])
 def test_peers_serve_every_row_whatever_the_load(peers, load):
-    got = result_and_gradients(over_peers(peers), load)
-    assert_same(got, result_and_gradients(one_by_one, load))
+    want = result_and_gradients(one_by_one, load)
+    assert_same(result_and_gradients(over_peers(peers), load), want)
+
+
+def test_peers_with_groups_and_few_slots(monkeypatch):
+    monkeypatch.setattr(dispatch, "GROUP_ROWS", 9)
+    monkeypatch.setattr(dispatch, "CAPACITY", 0.3)
+    want = result_and_gradients(one_by_one, LOADS[1])
+    assert_same(result_and_gradients(over_peers(2), LOADS[1]), want)
 
 
 def test_without_further_rounds_an_uneven_load_would_lose_rows(monkeypatch):
     """Negative control: one round alone does not serve the fullest peer."""
-    monkeypatch.setattr("mtp_model.dispatch.lax.scan", lambda _step, total, _rounds: (total, None))
+    monkeypatch.setattr("mtp_model.dispatch.lax.while_loop", lambda _more, body, start: body(start))
     got = result_and_gradients(over_peers(4), LOADS[1])
     with pytest.raises(AssertionError, match="relative error"):
         assert_same(got, result_and_gradients(one_by_one, LOADS[1]))
@@ -123,28 +144,23 @@ def test_ragged_and_blocked_products_agree():
     assert_same(run(grouped._ragged_ffn), run(grouped._blocked_ffn))
 
 
-def residual_bytes(ffn) -> int:
-    """What a backward pass through `ffn` keeps of the forward pass."""
-    expert = jnp.zeros((64,), jnp.int32)
+def residual_bytes(function) -> int:
+    """What a backward pass through a function of (x, gate, up, down) keeps of the forward pass."""
     args = (jnp.zeros((64, D), jnp.float32), *weights())
-
-    def pull_back(rows, *w):
-        return jax.vjp(lambda rows, *w: ffn(rows, expert, *w), rows, *w)[1]
-
-    return sum(
-        leaf.size * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(jax.eval_shape(pull_back, *args))
-    )
+    kept = jax.eval_shape(lambda *args: jax.vjp(function, *args)[1], *args)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
 
 
-def test_the_choice_by_platform_keeps_nothing_but_the_arguments():
-    arguments = (64 * D + 3 * E * F * D) * 4 + 64 * 4
-    assert residual_bytes(expert_ffn) <= arguments
-    # Negative control: a choice that JAX differentiates keeps the weights of each block of rows.
-    chosen = functools.partial(
-        jax.lax.platform_dependent, tpu=grouped._ragged_ffn, default=grouped._blocked_ffn
-    )
-    assert residual_bytes(chosen) > 2 * arguments
+def test_nothing_is_kept_for_the_backward_pass_but_the_arguments():
+    choices, share = jnp.zeros((64, K), jnp.int32), jnp.ones((64, K), jnp.float32)
+    arguments = (64 * D + 3 * E * F * D + 64 * K) * 4
+    plan = 4 * 64 * K * 4
+    kept = residual_bytes(lambda x, *w: sorted_experts(x, choices, share, *w))
+    assert kept <= arguments + plan
+    # Negative control: a choice by platform that JAX differentiates keeps the weights of each
+    # block of rows.
+    expert = jnp.zeros((64,), jnp.int32)
+    assert residual_bytes(lambda x, *w: expert_ffn(x, expert, *w)) > 2 * arguments
 
 
 @pytest.mark.parametrize(("rows", "experts", "block"), [(8192, 8, 128), (72, 8, 8), (512, 8, 32)])
