@@ -8,10 +8,11 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from mtp_model.config import ModelConfig
-from mtp_model.sharding import RULES, Axes, gather_for_use
+from mtp_model.sharding import BATCH_AXES, RULES, Axes, active_mesh, gather_for_use, placement
 
 INIT_STD = 0.02
 FP8 = jnp.float8_e4m3fn
@@ -124,7 +125,36 @@ class Embedding(Weight):
         super().__init__(shape, ("vocab", "hidden"), config, rngs, quantised=False)
 
     def lookup(self, tokens: Int[Array, "*batch"], dtype: jnp.dtype) -> Float[Array, "*batch D"]:
-        return jnp.take(self.weight[...], tokens, axis=0, mode="clip").astype(dtype)
+        """Rows of the table.
+
+        On a mesh the table is never gathered: each device looks up, in the part that it stores, the
+        tokens of all devices that store another part of the same rows, and sends each its own.
+        """
+        table_VD, mesh = self.weight[...], active_mesh()
+        if mesh is None:
+            return jnp.take(table_VD, tokens, axis=0, mode="clip").astype(dtype)
+        stored = placement(self.axes, table_VD.shape, mesh).spec
+        of_vocabulary, peers = stored
+
+        def local(table_VD, tokens_BT):
+            if peers:
+                tokens_BT = jax.lax.all_gather(tokens_BT, peers, axis=0, tiled=True)
+            if not of_vocabulary:
+                rows_BTD = jnp.take(table_VD, tokens_BT, axis=0, mode="clip").astype(dtype)
+            else:
+                own_BT = tokens_BT - jax.lax.axis_index(of_vocabulary) * table_VD.shape[0]
+                inside_BT = (own_BT >= 0) & (own_BT < table_VD.shape[0])
+                rows_BTD = jnp.take(table_VD, own_BT, axis=0, mode="clip").astype(dtype)
+                rows_BTD = jnp.where(inside_BT[..., None], rows_BTD, jnp.zeros((), dtype))
+            if peers:
+                rows_BTD = jax.lax.all_to_all(rows_BTD, peers, 0, rows_BTD.ndim - 1, tiled=True)
+            return jax.lax.psum(rows_BTD, of_vocabulary) if of_vocabulary else rows_BTD
+
+        batch = PartitionSpec(BATCH_AXES)
+        tokens = jnp.clip(tokens, 0, table_VD.shape[0] - 1)
+        return jax.shard_map(local, in_specs=(stored, batch), out_specs=batch, check_vma=False)(
+            table_VD, tokens
+        )
 
     def logits(self, h: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Float32 logits over the vocabulary."""
