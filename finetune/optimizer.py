@@ -1,8 +1,8 @@
-"""The optimizer of a run: learning rate, AdamW, and where its moments are placed."""
+"""The optimizer of a run: learning rate, AdamW, and how parameters and moments are kept."""
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,11 @@ import optax
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from finetune.settings import OptimizerSettings
+from finetune.settings import Kept, OptimizerSettings
 from mtp_model.model import leaf_name
 from mtp_model.sharding import everywhere
+
+T = TypeVar("T")
 
 
 def learning_rates(settings: OptimizerSettings, steps: int) -> Callable[[Any], Any]:
@@ -42,17 +44,37 @@ def make_optimizer(
     def decayed(trainable: nnx.State) -> nnx.State:
         return nnx.map_state(lambda path, _: is_matrix(leaf_name(path)), trainable)
 
-    return optax.chain(
-        optax.clip_by_global_norm(settings.clip_norm),
-        optax.adamw(
-            lambda count: rate(count + 1),
-            b1=settings.beta1,
-            b2=settings.beta2,
-            eps=settings.epsilon,
-            weight_decay=settings.weight_decay,
-            mask=decayed,
-        ),
+    adamw = optax.adamw(
+        lambda count: rate(count + 1),
+        b1=settings.beta1,
+        b2=settings.beta2,
+        eps=settings.epsilon,
+        weight_decay=settings.weight_decay,
+        mask=decayed,
     )
+    if settings.moments == "bfloat16":
+        adamw = _with_short_moments(adamw)
+    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), adamw)
+
+
+def _with_short_moments(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same, its moments bfloat16 between steps and float32 in them."""
+
+    def init(params: Any) -> optax.OptState:
+        return _cast_floats(optimizer.init(params), jnp.bfloat16)
+
+    def update(updates: Any, state: optax.OptState, params: Any = None) -> tuple[Any, Any]:
+        updates, state = optimizer.update(updates, _cast_floats(state, jnp.float32), params)
+        return updates, _cast_floats(state, jnp.bfloat16)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _cast_floats(tree: T, dtype: Any) -> T:
+    def cast(leaf: Any) -> Any:
+        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return jax.tree.map(cast, tree)
 
 
 def steps_taken(opt_state: optax.OptState) -> jax.Array:
@@ -64,22 +86,122 @@ def steps_taken(opt_state: optax.OptState) -> jax.Array:
     return optax.tree.get(opt_state, "count", filtering=is_of_the_rate)
 
 
-def initial(optimizer: optax.GradientTransformation, trainable: nnx.State) -> optax.OptState:
-    """The optimizer's state before the first step; moments are placed as their parameters are."""
+class Halved(NamedTuple):
+    """The optimizer's state where parameters are kept in halves."""
+
+    optimizer: optax.OptState  # of the whole parameters
+    low: nnx.State  # int16, of the parameters that are kept in halves
+
+
+def _is_halved(path: tuple) -> bool:
+    """Whether a step uses the leaf in the dtype that it computes in and no other: projections.
+
+    Norms are small; routers are used in float32; of embedding and head, gradients add up in the
+    dtype that they are kept in.
+    """
+    return path[-1] == "weight" and str(path[-2]).endswith("_proj")
+
+
+def halve(whole: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A float32 array as bfloat16, ties rounded away from 0, and the int16 that is missing."""
+    bits = jax.lax.bitcast_convert_type(whole, jnp.uint32)
+    high = (bits + jnp.uint32(0x8000)) >> jnp.uint32(16)
+    low = jax.lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.int16)
+    return jax.lax.bitcast_convert_type(high.astype(jnp.uint16), jnp.bfloat16), low
+
+
+def join(high: Any, low: Any, numbers: Any = jnp) -> Any:
+    """The float32 array that was halved, by jax.numpy or numpy."""
+    upper = high.view(numbers.uint16).astype(numbers.uint32)
+    lower = low.view(numbers.uint16).astype(numbers.uint32)
+    # Bits were carried over to the upper half where the lower has its highest bit set.
+    upper = upper - (lower >> numbers.uint32(15))
+    return ((upper << numbers.uint32(16)) | lower).view(numbers.float32)
+
+
+def halved(trainable: nnx.State) -> tuple[nnx.State, nnx.State]:
+    """Float32 parameters with projections in bfloat16, and what these are missing."""
+    high, low = [], []
+    for path, leaf in nnx.to_flat_state(trainable):
+        if _is_halved(path):
+            upper, lower = halve(leaf[...])
+            low.append((path, leaf.replace(lower)))
+            leaf = leaf.replace(upper)
+        high.append((path, leaf))
+    return nnx.from_flat_state(high), nnx.from_flat_state(low)
+
+
+def joined(trainable: nnx.State, low: nnx.State) -> nnx.State:
+    """Float32 parameters from halves."""
+    lower = dict(nnx.to_flat_state(low))
+    return nnx.from_flat_state(
+        [
+            (path, leaf.replace(join(leaf[...], lower[path][...])) if path in lower else leaf)
+            for path, leaf in nnx.to_flat_state(trainable)
+        ]
+    )
+
+
+def advance(
+    optimizer: optax.GradientTransformation, grads: nnx.State, opt_state: Any, trainable: nnx.State
+) -> tuple[nnx.State, optax.OptState]:
+    """Parameters and the optimizer's state after a step, each kept as it was."""
+    in_halves = isinstance(opt_state, Halved)
+    whole = joined(trainable, opt_state.low) if in_halves else _cast_floats(trainable, jnp.float32)
+    inner = opt_state.optimizer if in_halves else opt_state
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes its int32 count with floats
+        updates, inner = optimizer.update(grads, inner, whole)
+    moved = cast(nnx.State, optax.apply_updates(whole, updates))
+    if in_halves:
+        high, low = halved(moved)
+        return high, Halved(inner, low)
+    return jax.tree.map(lambda new, old: new.astype(old.dtype), moved, trainable), inner
+
+
+def initial(
+    optimizer: optax.GradientTransformation, trainable: nnx.State, kept: Kept = "float32"
+) -> tuple[nnx.State, optax.OptState]:
+    """Parameters and the optimizer's state before the first step, moments placed as parameters are.
+
+    trainable: float32; of those that are kept otherwise the memory is freed.
+    """
     placements = _placements(jax.eval_shape(optimizer.init, trainable), trainable)
-    return jax.jit(optimizer.init, out_shardings=placements)(trainable)
+    state = jax.jit(optimizer.init, out_shardings=placements)(trainable)
+    if kept == "float32":
+        return trainable, state
+    as_kept = _as_kept(trainable, state, kept)
+    for path, leaf in nnx.to_flat_state(trainable):
+        if _is_halved(path):
+            leaf[...].delete()
+    return as_kept
 
 
 def abstract_initial(
-    optimizer: optax.GradientTransformation, trainable: nnx.State
-) -> optax.OptState:
+    optimizer: optax.GradientTransformation, trainable: nnx.State, kept: Kept = "float32"
+) -> tuple[nnx.State, optax.OptState]:
     """The same without memory, of parameters without memory."""
     shapes = jax.eval_shape(optimizer.init, trainable)
-    return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        shapes,
-        _placements(shapes, trainable),
-    )
+    state = jax.tree.map(_described, shapes, _placements(shapes, trainable))
+    if kept == "float32":
+        return trainable, state
+    where = {path: leaf.get_value().sharding for path, leaf in nnx.to_flat_state(trainable)}
+
+    def placed(part: nnx.State) -> nnx.State:
+        return nnx.map_state(
+            lambda path, leaf: leaf.replace(_described(leaf.get_value(), where[path])), part
+        )
+
+    high, low = map(placed, jax.eval_shape(halved, trainable))
+    return high, Halved(state, low) if kept == "halves" else state
+
+
+def _as_kept(trainable: nnx.State, state: optax.OptState, kept: Kept) -> tuple[nnx.State, Any]:
+    high, low = halved(trainable)
+    return high, Halved(state, low) if kept == "halves" else state
+
+
+def _described(leaf: Any, where: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
 
 def _placements(opt_state: optax.OptState, trainable: nnx.State) -> optax.OptState:

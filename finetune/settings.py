@@ -15,6 +15,7 @@ from mtp_model.problems import UserError
 
 TrainMode = Literal["mtp", "all"]
 LambdaSchedule = Literal["constant", "linear", "step"]
+Kept = Literal["float32", "halves", "bfloat16"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 DataPaths = Annotated[
     tuple[Path, ...],
@@ -105,6 +106,12 @@ class OptimizerSettings:
     """Added to the root of the second moment."""
     clip_norm: float = 1.0
     """Gradients longer than this (global norm) are scaled down to it."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which the two means are kept between steps; bfloat16 is half the memory."""
+    parameters: Kept = "float32"
+    """How trained projections are kept: float32; halves, the same numbers as the bfloat16 that a
+    step computes with, and what is missing from float32 beside it; bfloat16 alone, in which steps
+    that are smaller than its rounding are lost."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ L layers, E experts.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,8 @@ from finetune.data.packing import Batch
 from finetune.objective.acceptance import Rounds
 from finetune.objective.losses import Asked, ExpertLoad, Measured, context_of, main_loss, measure
 from finetune.objective.objectives import lambdas, objective
-from finetune.optimizer import initial, steps_taken
-from finetune.settings import RunSettings, TrainMode
+from finetune.optimizer import advance, initial, steps_taken
+from finetune.settings import Kept, RunSettings, TrainMode
 from mtp_model import DeepSeekV3, RouterBias
 from mtp_model.sharding import active_mesh, everywhere, placement
 
@@ -32,7 +32,7 @@ BALANCED = {"mtp": nnx.All(RouterBias, _IN_MTP), "all": RouterBias}
 class TrainState(NamedTuple):
     """What changes from step to step; a checkpoint holds exactly this and the data position."""
 
-    trainable: nnx.State  # float32 parameters
+    trainable: nnx.State  # parameters: float32, or bfloat16
     biases: nnx.State  # router biases of the trained layers
     opt_state: optax.OptState
 
@@ -59,9 +59,12 @@ class StepResult(NamedTuple):
     finite_grads: jax.Array  # bool, one entry a trainable leaf
 
 
-def start(split: Split, optimizer: optax.GradientTransformation) -> TrainState:
+def start(
+    split: Split, optimizer: optax.GradientTransformation, kept: Kept = "float32"
+) -> TrainState:
     """The state before the first step."""
-    return TrainState(split.trainable, split.biases, initial(optimizer, split.trainable))
+    trainable, opt_state = initial(optimizer, split.trainable, kept)
+    return TrainState(trainable, split.biases, opt_state)
 
 
 def balance(biases: nnx.State, load: ExpertLoad, rate: float) -> nnx.State:
@@ -109,10 +112,8 @@ def make_train_step(
 
         grad_of = jax.value_and_grad(loss_of, has_aux=True)
         (loss, (measured, load)), grads = grad_of(state.trainable)
-        grads = _placed(grads)
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes its int32 count with floats
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-        trainable = cast(nnx.State, optax.apply_updates(state.trainable, updates))
+        grads = jax.tree.map(lambda grad: grad.astype(jnp.float32), _placed(grads))
+        trainable, opt_state = advance(optimizer, grads, state.opt_state, state.trainable)
         biases = balance(state.biases, load, settings.router_bias_rate)
         moved = TrainState(trainable, biases, opt_state)
         norm = optax.tree.norm(grads)

@@ -184,7 +184,7 @@ def _prepare(
         measure_step=make_measure_step(split.graphdef, asked),
         held_out=held_out,
         held_out_digest=digest_of(batch for batch, _ in held_out),
-        first_state=start(split, optimizer),
+        first_state=start(split, optimizer, settings.optimizer.parameters),
         console=console,
         stopping=stopping,
     )
@@ -262,7 +262,7 @@ def _raise_unless_room(job: _Job) -> None:
     saved = saved_steps(folder)
     left = -(-(settings.steps - max(saved, default=0)) // settings.checkpoints.every)
     more = max(min(left, settings.checkpoints.keep + 1 - len(saved)), 0)
-    final = sum(leaf.nbytes for leaf in jax.tree.leaves(job.first_state.trainable))
+    final = 4 * sum(leaf.size for leaf in jax.tree.leaves(job.first_state.trainable))
     raise_unless_room(folder, job.first_state, checkpoints=more, bytes_more=final)
 
 

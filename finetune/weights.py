@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from finetune.optimizer import Halved, join
 from finetune.settings import ComputeDtype, RunSettings, TrainMode
 from finetune.state import TRAINABLE, Split, TrainState
 from mtp_model import ModelConfig
@@ -103,8 +104,25 @@ def write_final(
     All other leaves are hard links. record: goes into provenance.json.
     """
     trained = [*nnx.to_flat_state(state.trainable), *nnx.to_flat_state(state.biases)]
-    changed = {leaf_name(path): changed_leaf(variable[...]) for path, variable in trained}
+    low = state.opt_state.low if isinstance(state.opt_state, Halved) else nnx.State({})
+    lower = dict(nnx.to_flat_state(low))
+    changed = {
+        leaf_name(path): _whole(changed_leaf(variable[...]), lower.get(path))
+        for path, variable in trained
+    }
     return write_derived(base, final, changed, record)
+
+
+def _whole(leaf: ChangedLeaf, lower: nnx.Variable | None) -> ChangedLeaf:
+    """A trained leaf as float32, whose lower half is kept apart where there is one."""
+    if lower is None:
+        return leaf
+    low = changed_leaf(lower[...])
+
+    def rows(index: tuple[int, ...], start: int, stop: int) -> np.ndarray:
+        return join(leaf.rows(index, start, stop), low.rows(index, start, stop), np)
+
+    return ChangedLeaf(dtype=np.dtype(np.float32), rows=rows)
 
 
 def changed_leaf(leaf: jax.Array) -> ChangedLeaf:

@@ -4,6 +4,7 @@ Source: DeepSeek-V3 report (arXiv 2412.19437) section 2.1.1.
 B batch, T position, S key position, D hidden, N heads, H head size, C kv-lora, R rotary size.
 """
 
+import itertools
 import math
 
 import jax
@@ -18,6 +19,7 @@ from mtp_model.rope import rotate, softmax_scale
 from mtp_model.sharding import BATCH_AXES, axis_size
 
 QUERY_CHUNK = 512  # scores exist for this many queries at a time: [B, N, 512, S] float32
+PARTS = 4  # of a sequence, whose queries see different numbers of keys: 5/8 of all scores
 KEPT_SCORES_BYTES = 64 << 20  # a layer's float32 scores up to this are kept for the backward pass
 
 
@@ -85,16 +87,23 @@ def attend(
     rows = jnp.minimum(jnp.arange(count * chunk), length - 1).reshape(count, chunk)
     chunks = (*jax.tree.map(in_chunks, (q_BTNH, own, segment_ids_BT)), rows)
 
-    def attend_chunk(chunk_of):
-        q, own_of, segments, rows_T = chunk_of
-        places = (segments, segment_ids_BT, rows_T)
-        return _attend_chunk(q.swapaxes(1, 2), keys, own_of, places, scale)
+    def attend_chunks(begin: int, end: int) -> Float[Array, "count B chunk N G"]:
+        """Some chunks in a row: no query of them sees a key behind the last one."""
+        seen = min(end * chunk, length)
+        seen_keys = jax.tree.map(lambda x: x[:, :, :seen], keys)
 
-    if not keeps_scores(q_BTNH.shape[0], length, q_BTNH.shape[2]):
-        attend_chunk = jax.checkpoint(attend_chunk)
-    if count == 1:
-        return attend_chunk(jax.tree.map(lambda x: x[0], chunks))
-    out = jnp.moveaxis(jax.lax.map(attend_chunk, chunks), 0, 1)
+        def attend_chunk(chunk_of):
+            q, own_of, segments, rows_T = chunk_of
+            places = (segments, segment_ids_BT[:, :seen], rows_T)
+            return _attend_chunk(q.swapaxes(1, 2), seen_keys, own_of, places, scale)
+
+        if not keeps_scores(q_BTNH.shape[0], length, q_BTNH.shape[2]):
+            attend_chunk = jax.checkpoint(attend_chunk)
+        return jax.lax.map(attend_chunk, jax.tree.map(lambda x: x[begin:end], chunks))
+
+    ends = [count * part // min(count, PARTS) for part in range(min(count, PARTS) + 1)]
+    out = jnp.concatenate([attend_chunks(*each) for each in itertools.pairwise(ends)])
+    out = jnp.moveaxis(out, 0, 1)
     return out.reshape(out.shape[0], count * chunk, *out.shape[3:])[:, :length]
 
 

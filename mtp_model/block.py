@@ -43,8 +43,13 @@ class DecoderLayer(nnx.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         context: Context,
+        remat: bool = False,
     ) -> LayerOutput:
-        attended_BTD, new = self.self_attn(self.input_layernorm(x_BTD), context)
+        """remat: what attention keeps for the backward pass is not there while that of the
+        feed-forward runs; of use where the whole layer is computed again."""
+        attend = type(self.self_attn).__call__
+        attend = jax.checkpoint(attend) if remat else attend
+        attended_BTD, new = attend(self.self_attn, self.input_layernorm(x_BTD), context)
         x_BTD = x_BTD + attended_BTD
         normed_BTD = self.post_attention_layernorm(x_BTD)
         if isinstance(self.mlp, MixtureOfExperts):
@@ -73,7 +78,7 @@ def run_stack(layers: DecoderLayer, x_BTD, context: Context, remat: bool):
     """
 
     def step(x_BTD, layer: DecoderLayer):
-        out = layer(x_BTD, context)
+        out = layer(x_BTD, context, remat)
         return out.x_BTD, out.expert_load_E
 
     return jax.lax.scan(jax.checkpoint(step) if remat else step, x_BTD, layers)

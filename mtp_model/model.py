@@ -4,8 +4,8 @@ Source: DeepSeek-V3 report (arXiv 2412.19437). B batch, T position, D hidden, V 
 E experts. Depth k = 1, 2, ... drafts the token after the k next ones.
 """
 
+import functools
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -150,7 +150,8 @@ class DeepSeekV3(nnx.Module):
         context: what the module sees besides; `earlier` where it was used in this round before.
         """
         module = take_layer(self.mtp, (depth - 1) % self.config.num_nextn_predict_layers)
-        run = jax.checkpoint(type(module).__call__) if self.remat else type(module).__call__
+        run = functools.partial(type(module).__call__, remat=self.remat)
+        run = jax.checkpoint(run) if self.remat else run
         return run(module, state_BTD, self.embed(tokens_BT), context)
 
     def __call__(
@@ -202,7 +203,7 @@ def abstract_model(
     """
     model = nnx.eval_shape(lambda: DeepSeekV3(config, nnx.Rngs(0), scope, compute_dtype))
     graph, state = nnx.split(model)
-    return nnx.merge(graph, nnx.map_state(partial(_described, dtypes or {}, mesh), state))
+    return nnx.merge(graph, nnx.map_state(functools.partial(_described, dtypes or {}, mesh), state))
 
 
 def abstract_layer(config: ModelConfig, stack_name: StackName) -> Layer:

@@ -69,8 +69,9 @@ class MultiTokenPredictor(nnx.Module):
         state_BTD: Float[Array, "B T D"],
         e_BTD: Float[Array, "B T D"],
         context: Context,
+        remat: bool = False,
     ) -> DraftStep:
         pair = [self.enorm(e_BTD), self.hnorm(state_BTD)]
         x_BTD = self.eh_proj(jnp.concatenate(pair, axis=-1))  # embedding first
-        y_BTD, load_E, new = self.block(x_BTD, context)
+        y_BTD, load_E, new = self.block(x_BTD, context, remat)
         return DraftStep(self.shared_head.norm(y_BTD), load_E, new)

@@ -34,6 +34,7 @@ from finetune.planning.slices import FAMILIES, HERE, Slice, family_of, memory_in
 from finetune.settings import (
     MeshSettings,
     ObjectiveSettings,
+    OptimizerSettings,
     RunSettings,
     SettingsError,
     TrainMode,
@@ -88,6 +89,7 @@ class PlanSettings:
     remat: Literal["layer", "none"] = "layer"
     """As in `train`, whose `auto` is `layer` on TPU."""
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     mesh: MeshSettings = field(default_factory=MeshSettings)
     json: bool = False
     """Print one JSON object instead of a table."""
@@ -301,9 +303,12 @@ def _step(settings: PlanSettings, work: Workload, mesh: Mesh, rows: int) -> _Ste
         draft_tokens=settings.draft_tokens,
         detach_main=settings.detach_main,
         objective=settings.objective,
+        optimizer=settings.optimizer,
     )
     optimizer = make_optimizer(run.optimizer, run.steps, lambda _: True)
-    state = TrainState(split.trainable, split.biases, abstract_initial(optimizer, split.trainable))
+    kept = settings.optimizer.parameters
+    trainable, opt_state = abstract_initial(optimizer, split.trainable, kept)
+    state = TrainState(trainable, split.biases, opt_state)
     step = make_train_step(split.graphdef, optimizer, run)
     batch = abstract_batch(rows, settings.row_tokens, mesh)
     return _Step(work=work, split=split, state=state, traced=step.trace(state, split.frozen, batch))

@@ -1,6 +1,8 @@
-"""The learning rate, and what weight decay is for."""
+"""The learning rate, what weight decay is for, and in which precision things are kept."""
 
+import dataclasses
 import itertools
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +10,13 @@ import numpy as np
 import pytest
 from flax import nnx
 from imported import import_tiny
+from trained import QUIET, assert_same_result, read_rows, unfinished_copy
 
-from finetune.optimizer import learning_rates, make_optimizer
-from finetune.settings import OptimizerSettings
+from finetune.optimizer import halve, join, learning_rates, make_optimizer
+from finetune.run.directory import RunError
+from finetune.settings import CheckpointSettings, OptimizerSettings
+from finetune.settings_file import read_yaml
+from finetune.train import Result, train
 from finetune.weights import load_for_training, matrices
 from mtp_model.checkpoint.directory import open_checkpoint
 
@@ -48,3 +54,82 @@ def test_weight_decay_is_for_matrices_only(tmp_path):
     assert len(norms) == 7
     assert not decayed & norms
     assert decayed | norms == {".".join(name) for name in dict(nnx.to_flat_state(updates))}
+
+
+def bit_patterns() -> np.ndarray:
+    """Random float32 values of every size, and those between two bfloat16."""
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0, 1 << 32, 100_000, dtype=np.uint32)
+    ties = (bits & 0xFFFF0000) | 0x8000
+    edges = np.array([0, 1 << 31, 0x8000, 0x7FFF, 0xFFFF, 0x3F80FFFF, 0x7F7F7FFF], np.uint32)
+    values = np.concatenate([bits, ties[:1000], edges]).view(np.float32)
+    return values[np.abs(values) < 3e38]
+
+
+def test_halves_are_the_same_number():
+    """The upper half is the nearest bfloat16, ties away from 0; nothing is lost."""
+    values = bit_patterns()
+    high, low = jax.jit(halve)(values)
+    assert (high.dtype, low.dtype) == (jnp.bfloat16, jnp.int16)
+    assert jax.jit(join)(high, low).tobytes() == values.tobytes()
+    assert join(np.asarray(high), np.asarray(low), np).tobytes() == values.tobytes()
+    nearest = values.astype(jnp.bfloat16)
+    tie = (values.view(np.uint32) & 0xFFFF) == 0x8000
+    assert (np.asarray(high)[~tie] == nearest[~tie]).all()
+    assert (np.abs(np.asarray(high, np.float32)[tie]) > np.abs(values[tie])).all()
+    assert np.asarray(high, np.float32).tobytes() != values.tobytes()  # negative control
+
+
+KEPT = {
+    "whole": {},
+    "halves": {"parameters": "halves"},
+    "bfloat16": {"parameters": "bfloat16"},
+    "short moments": {"moments": "bfloat16", "parameters": "halves"},
+}
+
+
+@pytest.fixture(scope="module")
+def trained(settings, tmp_path_factory) -> dict[str, Result]:
+    """Short runs that compute in bfloat16, by how they keep what they train."""
+    folder = tmp_path_factory.mktemp("kept")
+    short = dataclasses.replace(settings, steps=4, compute_dtype="bfloat16")
+    return {
+        name: train(
+            dataclasses.replace(
+                short,
+                out=folder / name,
+                optimizer=dataclasses.replace(settings.optimizer, **kept, learning_rate=2e-4),
+                checkpoints=CheckpointSettings(every=2),
+            ),
+            QUIET,
+        )
+        for name, kept in KEPT.items()
+    }
+
+
+def test_a_run_in_halves_is_the_run(trained):
+    """Bit for bit, in its logs and in what it leaves; bfloat16 alone is another one."""
+    assert_same_result(trained["halves"].run.path, trained["whole"].run.path)
+    with pytest.raises(AssertionError):
+        assert_same_result(trained["bfloat16"].run.path, trained["whole"].run.path)
+
+
+def test_short_moments_are_nearly_the_run(trained):
+    losses = {
+        name: [row["loss"] for row in read_rows(result.run.metrics)]
+        for name, result in trained.items()
+    }
+    assert losses["short moments"] != losses["whole"]
+    np.testing.assert_allclose(losses["short moments"], losses["whole"], rtol=2e-3)
+
+
+def test_what_is_kept_short_goes_on_bit_for_bit(trained, tmp_path):
+    """From a checkpoint in the middle; and not with parameters kept otherwise."""
+    whole = trained["short moments"]
+    settings = read_yaml(whole.run.path / "config.yaml")
+    copy = unfinished_copy(whole, settings, tmp_path / "again")
+    shutil.rmtree(copy.out / "checkpoints" / "4")
+    otherwise = dataclasses.replace(settings.optimizer, parameters="float32")
+    with pytest.raises(RunError, match=r"--optimizer.parameters was halves, is now float32"):
+        train(dataclasses.replace(copy, optimizer=otherwise), QUIET)
+    assert_same_result(train(copy, QUIET).run.path, whole.run.path)
