@@ -96,7 +96,10 @@ class Experts(nnx.Module):
 
     def __call__(self, x_BTD: Float[Array, "B T D"], routing: Routing) -> Float[Array, "B T D"]:
         projections = (self.gate_proj, self.up_proj, self.down_proj)
-        stored = tuple(projection.gathered(x_BTD.dtype) for projection in projections)
+        if axis_size("tensor") > 1:  # which splits blocks of FP8 scales too
+            stored = tuple((projection.dense(x_BTD.dtype), None) for projection in projections)
+        else:
+            stored = tuple(projection.gathered(x_BTD.dtype) for projection in projections)
         if active_mesh() is None:
             return self._local(x_BTD, *routing, stored)
         batch, scales = PartitionSpec(BATCH_AXES), PartitionSpec("expert")

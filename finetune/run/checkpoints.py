@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -245,6 +246,9 @@ def _on_host(leaf: jax.Array) -> np.ndarray:
     if leaf.is_fully_addressable and len(leaf.devices()) == 1:
         (device,) = leaf.devices()
         if device.platform == "cpu":
+            if leaf.dtype == jnp.bfloat16:  # which numpy takes from nobody
+                as_bits: Any = jax.lax.bitcast_convert_type(leaf, jnp.uint16)
+                return np.from_dlpack(as_bits).view(leaf.dtype)
             buffer: Any = leaf
             return np.from_dlpack(buffer)
     return np.asarray(leaf)
