@@ -167,7 +167,7 @@ def test_a_run_goes_on_upon_a_mesh(finished_and_log, settings, tmp_path):
                 max_rows=4,
                 mesh=chosen,
             )
-        )
+        ).summary
         for chosen in (mesh, MeshSettings())
     ]
     losses = [[each.main_loss, *each.mtp_loss] for each in measured]
