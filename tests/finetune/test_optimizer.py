@@ -17,7 +17,7 @@ from finetune.optimizer import Halved, halve, join, joined, learning_rates, make
 from finetune.run.directory import RunError
 from finetune.settings import CheckpointSettings, Kept, OptimizerSettings, RunSettings
 from finetune.settings_file import read_yaml
-from finetune.state import TrainState, make_train_step, start
+from finetune.state import make_train_step, start
 from finetune.train import Result, train
 from finetune.weights import load_for_training, matrices
 from mtp_model.checkpoint.directory import open_checkpoint
@@ -82,37 +82,41 @@ def test_halves_are_the_same_number():
     assert np.asarray(high, np.float32).tobytes() != values.tobytes()  # negative control
 
 
-def steps_of(settings: RunSettings, kept: Kept, batch: Batch) -> tuple[list[float], TrainState]:
-    """Losses of three steps in bfloat16, no rounding left out, and the state after them."""
+def moved_by(settings: RunSettings, kept: Kept, batch: Batch) -> tuple[list[float], np.ndarray]:
+    """Losses of two steps in bfloat16, no rounding left out, and how they moved the parameters."""
     run = dataclasses.replace(settings, compute_dtype="bfloat16")
     split = load_for_training(settings.checkpoint, "mtp", "bfloat16")
+    before = jax.device_get(split.trainable)
     optimizer = make_optimizer(OptimizerSettings(learning_rate=2e-4), 10, lambda _: True)
     state = start(split, optimizer, kept)
     step = make_train_step(split.graphdef, optimizer, run).lower(state, split.frozen, batch)
     # XLA may otherwise compute with float32 parameters where it is told to round them.
     compiled = step.compile(compiler_options={"xla_allow_excess_precision": False})
     losses = []
-    for _ in range(3):
+    for _ in range(2):
         state, result = compiled(state, split.frozen, batch)
         losses.append(float(result.loss))
-    return losses, state
+    after = state.trainable
+    if isinstance(state.opt_state, Halved):
+        after = joined(after, state.opt_state.low)
+    pairs = zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True)
+    moved = [(np.asarray(new, np.float32) - old).reshape(-1) for new, old in pairs]
+    return losses, np.concatenate(moved)
 
 
 def test_steps_in_halves_are_the_steps(settings):
-    """Bit for bit; with bfloat16 alone they are others."""
+    """No part of a step is lost; with bfloat16 alone small ones are."""
     tokens = np.random.default_rng(0).integers(3, 300, (2, 16)).astype(np.int32)
     ones = np.ones_like(tokens)
     positions = np.tile(np.arange(16, dtype=np.int32), (2, 1))
     batch = Batch(tokens, ones, positions, ones)
-    (whole, as_whole), (in_halves, as_halves), (alone, _) = (
-        steps_of(settings, kept, batch) for kept in ("float32", "halves", "bfloat16")
+    (whole, expected), (in_halves, moved), (_, alone) = (
+        moved_by(settings, kept, batch) for kept in ("float32", "halves", "bfloat16")
     )
-    assert in_halves == whole
-    assert isinstance(as_halves.opt_state, Halved)
-    again = joined(as_halves.trainable, as_halves.opt_state.low)
-    pairs = zip(jax.tree.leaves(again), jax.tree.leaves(as_whole.trainable), strict=True)
-    assert all(np.array_equal(one, other) for one, other in pairs)
-    assert alone != whole
+    assert in_halves == pytest.approx(whole, rel=1e-6)
+    length = np.linalg.norm(expected)
+    assert np.linalg.norm(moved - expected) < 1e-3 * length
+    assert np.linalg.norm(alone - expected) > 0.1 * length
 
 
 KEPT = {"whole": {}, "short moments": {"moments": "bfloat16", "parameters": "halves"}}
