@@ -17,6 +17,7 @@ from finetune.state import TRAINABLE
 from mtp_model import ModelConfig, make_mesh
 from mtp_model.checkpoint.directory import Checkpoint
 from mtp_model.model import abstract_model
+from mtp_model.problems import UserError
 from mtp_model.sharding import (
     BATCH_AXES,
     GATHERED,
@@ -54,8 +55,14 @@ class Workload(NamedTuple):
 def devices_for(settings: MeshSettings, workload: Workload) -> Mesh | None:
     """The mesh that settings ask for on this machine, or None for one device.
 
-    SettingsError says which axes do not fit the model, the batch or the devices.
+    SettingsError says which axes do not fit the model, the batch or the devices; UserError where
+    several processes form a cluster.
     """
+    if jax.process_count() > 1:
+        raise UserError(
+            f"this is one of {jax.process_count()} processes of a cluster, needed a single one: runs "
+            "on several hosts are not supported yet"
+        )
     devices = jax.devices()
     asked = _asked(settings)
     if not asked and (len(devices) == 1 or devices[0].platform == "cpu"):

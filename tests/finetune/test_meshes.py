@@ -17,7 +17,7 @@ from rich.console import Console
 from trained import SIZES, read_rows, unfinished_copy
 
 from finetune.data.packing import Batch
-from finetune.devices import Workload, choose_shape, on_mesh, spread
+from finetune.devices import Workload, choose_shape, devices_for, on_mesh, spread
 from finetune.evaluate import EvaluateSettings, evaluate
 from finetune.optimizer import make_optimizer
 from finetune.settings import (
@@ -34,6 +34,7 @@ from finetune.weights import load_for_training
 from mtp_model import ModelConfig, dispatch, make_mesh, moe
 from mtp_model.checkpoint.directory import open_checkpoint
 from mtp_model.model import abstract_model, leaves_by_name
+from mtp_model.problems import UserError
 
 KINDS = {"mtp, FP8": ("mtp", "fp8"), "all, bf16": ("all", "bf16")}
 CASES = [
@@ -219,3 +220,11 @@ def test_a_mesh_that_splits_an_expert_model_unevenly_is_refused(checkpoint):
     work = Workload.of(open_checkpoint(checkpoint), "mtp", 8)
     with pytest.raises(SettingsError, match=r"--mesh.expert is 8, needed a divisor of the 12"):
         choose_shape(MeshSettings(expert=8), work, 8, None)
+
+
+def test_several_hosts_are_refused(checkpoint, monkeypatch):
+    """Each would train alone, and write over the others."""
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    work = Workload.of(open_checkpoint(checkpoint), "mtp", 8)
+    with pytest.raises(UserError, match="one of 4 processes of a cluster, needed a single one"):
+        devices_for(MeshSettings(), work)
