@@ -60,8 +60,8 @@ def devices_for(settings: MeshSettings, workload: Workload) -> Mesh | None:
     """
     if jax.process_count() > 1:
         raise UserError(
-            f"this is one of {jax.process_count()} processes of a cluster, needed a single one: runs "
-            "on several hosts are not supported yet"
+            f"this is one of {jax.process_count()} processes of a cluster, needed a single one: "
+            "runs on several hosts are not supported yet"
         )
     devices = jax.devices()
     asked = _asked(settings)

@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from finetune.settings import Kept, OptimizerSettings
+from finetune.settings import Kept, OptimizerSettings, Schedule
 from mtp_model.model import leaf_name
 from mtp_model.sharding import everywhere
 
@@ -18,21 +18,32 @@ T = TypeVar("T")
 
 
 def learning_rates(settings: OptimizerSettings, steps: int) -> Callable[[Any], Any]:
-    """Learning rate of a step (counted from 1): linear up to the highest, then a cosine down.
+    """Learning rate of a step (counted from 1): linear up to the highest, then by its schedule.
 
-    The last step has `final_fraction` of the highest.
+    The last step has `final_fraction` of the highest, unless the rate is constant.
     """
     warmup = math.ceil(settings.warmup_fraction * steps)
     falling = max(steps - warmup, 1)
-    low = settings.final_fraction
+    left_of = _SCHEDULES[settings.schedule]
+    low = 1.0 if settings.schedule == "constant" else settings.final_fraction
 
     def rate(step):
         rising = step / max(warmup, 1)
         progress = jnp.clip((step - warmup) / falling, 0.0, 1.0)
-        fallen = low + (1.0 - low) * 0.5 * (1.0 + jnp.cos(math.pi * progress))
+        fallen = low + (1.0 - low) * left_of(progress)
         return settings.learning_rate * jnp.where(step < warmup, rising, fallen)
 
     return rate
+
+
+# What is left of the way down, 1 to 0, after a part of the steps that follow warm-up.
+_DECAY = 0.2  # of the steps, in which wsd falls
+_SCHEDULES: dict[Schedule, Callable[[Any], Any]] = {
+    "cosine": lambda progress: 0.5 * (1.0 + jnp.cos(math.pi * progress)),
+    "linear": lambda progress: 1.0 - progress,
+    "constant": lambda _: 1.0,
+    "wsd": lambda progress: jnp.minimum(1.0, (1.0 - progress) / _DECAY),
+}
 
 
 def make_optimizer(

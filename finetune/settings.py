@@ -15,6 +15,7 @@ from mtp_model.problems import UserError
 
 TrainMode = Literal["mtp", "all"]
 LambdaSchedule = Literal["constant", "linear", "step"]
+Schedule = Literal["cosine", "linear", "constant", "wsd"]
 Kept = Literal["float32", "halves", "bfloat16"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 DataPaths = Annotated[
@@ -88,10 +89,13 @@ class ObjectiveSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
-    """AdamW with linear warm-up, cosine decay and gradient clipping."""
+    """AdamW with linear warm-up, a learning rate that falls, and gradient clipping."""
 
     learning_rate: float = 5e-5
     """Highest learning rate, reached after warm-up."""
+    schedule: Schedule = "cosine"
+    """How it goes from there to that of the last step: by a cosine, by a line, not at all
+    (constant), or by a line over the last fifth of the steps (wsd: warm-up, stable, decay)."""
     warmup_fraction: float = 0.05
     """Part of the steps in which the learning rate rises from 0."""
     final_fraction: float = 0.1

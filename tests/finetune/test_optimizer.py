@@ -33,6 +33,25 @@ def test_learning_rate_warms_up_and_falls_to_its_last_value():
     assert float(learning_rates(OptimizerSettings(warmup_fraction=0), 1)(1)) > 0
 
 
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("linear", [0.5, 1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2]),
+        ("constant", [0.5] + [1] * 9),
+        ("wsd", [0.5] + [1] * 7 + [0.7, 0.2]),
+        ("cosine", [0.5, 1, 0.96955, 0.88284, 0.75307, 0.6, 0.44693, 0.31716, 0.23045, 0.2]),
+    ],
+)
+def test_schedules(schedule, expected):
+    """By hand: two of ten steps up, eight down to a fifth."""
+    settings = OptimizerSettings(
+        learning_rate=1.0, warmup_fraction=0.2, final_fraction=0.2, schedule=schedule
+    )
+    rate = learning_rates(settings, steps=10)
+    found = [float(rate(step)) for step in range(1, 11)]
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
 def test_weight_decay_is_for_matrices_only(tmp_path):
     """With gradients of zero, decay is all that moves."""
     sizes = {"num_hidden_layers": 2, "first_k_dense_replace": 1}
