@@ -18,6 +18,7 @@ from rich.text import Text
 from mtp_model.problems import Problem, ProblemsError, group_problems
 
 _MOST_LINES = 60
+LEGEND = "upper right"  # of drawings; to look for the best place takes seconds with many points
 _PIPED_WIDTH = 120  # a file or a pipe has no width of its own
 
 

@@ -22,6 +22,7 @@ from converters.verifying.verify import Part, StorageCheck, Verification
 from mtp_model.files.untrusted_json import shown
 from mtp_model.problems import group_names
 from mtp_model.reporting import (
+    LEGEND,
     Facts,
     Grid,
     Picture,
@@ -108,7 +109,7 @@ def _draw_layers(axes: Any, logits: LogitsCheck) -> None:
     step = -(-len(names) // _MOST_LABELS)
     axes.set_xticks(range(0, len(names), step), names[::step], rotation=45, ha="right")
     axes.set_ylabel("|ours - reference| / |reference|")
-    axes.legend()
+    axes.legend(loc=LEGEND)
 
 
 def _draw_positions(axes: Any, logits: LogitsCheck, allowed: str) -> None:
@@ -119,7 +120,7 @@ def _draw_positions(axes: Any, logits: LogitsCheck, allowed: str) -> None:
     axes.axhline(logits.tolerance, color=allowed, linestyle="--", label="allowed")
     axes.set_xlabel("position (tokens)")
     axes.set_ylabel("max |ours - reference| / max |reference|")
-    axes.legend()
+    axes.legend(loc=LEGEND)
 
 
 def _draw_kl(axes: Any, logits: LogitsCheck) -> None:
@@ -133,7 +134,7 @@ def _draw_kl(axes: Any, logits: LogitsCheck) -> None:
     axes.hist(powers, bins=40, label=labels)
     axes.set_xlabel("KL(reference || ours), log10 of nats")
     axes.set_ylabel("positions")
-    axes.legend()
+    axes.legend(loc=LEGEND)
 
 
 def _draw_sample(axes: Any, depth: DepthCheck) -> None:

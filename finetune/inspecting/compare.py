@@ -12,7 +12,7 @@ import tyro
 from finetune.inspecting.results import TEXTS, AcceptanceResult, read_results
 from finetune.run.report import between, number, percent
 from finetune.settings import SettingsError
-from mtp_model.reporting import Facts, Grid, Picture, Section, drawing, html
+from mtp_model.reporting import LEGEND, Facts, Grid, Picture, Section, drawing, html
 
 PICTURE = (8.0, 4.0)  # inches
 SIDES = {"draft_tokens": "drafts a round", "sampling": "rule", "temperature": "temperature"}
@@ -209,7 +209,7 @@ def _draw_positions(axes: Any, results: Mapping[str, AcceptanceResult]) -> None:
         )  # fmt: skip
     axes.set_xticks(range(1, 1 + max(each.draft_tokens for each in results.values())))
     axes.set(xlabel="draft k", ylabel="accepted", ylim=(0, 1.02))
-    axes.legend()
+    axes.legend(loc=LEGEND)
 
 
 def _draw_lengths(axes: Any, results: Mapping[str, AcceptanceResult]) -> None:

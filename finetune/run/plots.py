@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from finetune.run.metrics import Row
+from mtp_model.reporting import LEGEND
 
 Value = Callable[[Row], float | None]
 MAIN_COLOUR = "0.35"
@@ -46,7 +47,7 @@ def _draw_losses(axes: Axes, steps: Sequence[Row], evaluations: Sequence[Row]) -
     for depth in range(_num_depths(steps, evaluations)):
         _draw_both(axes, steps, evaluations, _entry("mtp_loss", depth), *_look(depth))
     axes.set_ylabel("loss (nats a token)")
-    axes.legend(title="lines: training, dots: held-out", frameon=False)
+    axes.legend(title="lines: training, dots: held-out", frameon=False, loc=LEGEND)
 
 
 def _draw_acceptance(axes: Axes, steps: Sequence[Row], evaluations: Sequence[Row]) -> None:
@@ -56,7 +57,8 @@ def _draw_acceptance(axes: Axes, steps: Sequence[Row], evaluations: Sequence[Row
     axes.set_ylabel("drafts accepted")
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.legend(title="lines: training, dots: held-out (bars: 95 %)", frameon=False)
+    title = "lines: training, dots: held-out (bars: 95 %)"
+    axes.legend(title=title, frameon=False, loc=LEGEND)
 
 
 def _draw_both(
