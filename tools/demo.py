@@ -50,7 +50,7 @@ SIZES = {
     "weight_block_size": [128, 128],
 }
 NUM_FILES = 5
-PRETRAIN_STEPS, MAIN_STEPS, MTP_STEPS = 100, 35, 25
+PRETRAIN_STEPS, MAIN_STEPS, MTP_STEPS = 90, 35, 24
 EVALUATION_ROWS = 96
 DRAFTS = 3  # tokens that a server drafts with the one module, again and again
 BATCH = ["--batch.rows", "16", "--batch.row-tokens", "128"]
