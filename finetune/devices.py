@@ -48,8 +48,7 @@ class Workload(NamedTuple):
     @classmethod
     def of(cls, checkpoint: Checkpoint, trained: TrainMode | None, rows: int) -> "Workload":
         """What a checkpoint is to be used for."""
-        dtypes = {name: leaf.dtype for name, leaf in checkpoint.leaves.items()}
-        return cls(checkpoint.config, dtypes, trained, rows)
+        return cls(checkpoint.config, checkpoint.dtypes, trained, rows)
 
 
 def devices_for(settings: MeshSettings, workload: Workload) -> Mesh | None:
@@ -160,8 +159,12 @@ def describe_mesh(mesh: Mesh | None) -> str:
     """Devices and axes in a few words: `8 devices: expert 4, tensor 2`."""
     if mesh is None:
         return f"1 device ({jax.devices()[0].platform})"
-    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
-    return f"{mesh.size} devices ({mesh.devices.flat[0].platform}): {axes}"
+    return f"{mesh.size} devices ({mesh.devices.flat[0].platform}): {axes_in_words(mesh.shape)}"
+
+
+def axes_in_words(shape: Mapping[str, int]) -> str:
+    """The axes that split something, `expert 4, tensor 2`."""
+    return ", ".join(f"{name} {size}" for name, size in shape.items() if size > 1) or "1 device"
 
 
 def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:

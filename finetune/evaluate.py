@@ -1,7 +1,6 @@
 """`finetune-deepseek evaluate`, a file of its own as `train` has: measure a checkpoint on text."""
 
 import functools
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -207,7 +206,7 @@ def _by_source(
 
 def initializer_range(checkpoint: Checkpoint) -> float:
     """The deviation that the model's weights began with, by its config.json."""
-    found = json.loads((checkpoint.path / "config.json").read_bytes()).get("initializer_range")
+    found: Any = checkpoint.config_dict.get("initializer_range")
     return float(found) if type(found) in (int, float) and found > 0 else INIT_STD
 
 

@@ -180,11 +180,11 @@ def initial(
     state = jax.jit(optimizer.init, out_shardings=placements)(trainable)
     if kept == "float32":
         return trainable, state
-    as_kept = _as_kept(trainable, state, kept)
+    high, low = halved(trainable)
     for path, leaf in nnx.to_flat_state(trainable):
         if _is_halved(path):
             leaf[...].delete()
-    return as_kept
+    return high, _as_kept(state, low, kept)
 
 
 def abstract_initial(
@@ -203,12 +203,11 @@ def abstract_initial(
         )
 
     high, low = map(placed, jax.eval_shape(halved, trainable))
-    return high, Halved(state, low) if kept == "halves" else state
+    return high, _as_kept(state, low, kept)
 
 
-def _as_kept(trainable: nnx.State, state: optax.OptState, kept: Kept) -> tuple[nnx.State, Any]:
-    high, low = halved(trainable)
-    return high, Halved(state, low) if kept == "halves" else state
+def _as_kept(state: optax.OptState, low: nnx.State, kept: Kept) -> optax.OptState:
+    return Halved(state, low) if kept == "halves" else state
 
 
 def _described(leaf: Any, where: Any) -> jax.ShapeDtypeStruct:

@@ -59,6 +59,11 @@ class StepResult(NamedTuple):
     finite_grads: jax.Array  # bool, one entry a trainable leaf
 
 
+def num_parameters(state: nnx.State) -> int:
+    """Weights in a part of a model; router biases and scales are none."""
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.filter_state(state, nnx.Param)))
+
+
 def start(
     split: Split, optimizer: optax.GradientTransformation, kept: Kept = "float32"
 ) -> TrainState:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
 
@@ -52,6 +51,7 @@ from finetune.state import (
     asked_by,
     make_measure_step,
     make_train_step,
+    num_parameters,
     start,
 )
 from finetune.weights import (
@@ -380,7 +380,7 @@ def _raise_if_rows_are_short(settings: RunSettings, config: ModelConfig) -> None
 def _plan(job: _Job) -> str:
     """What will be done, in numbers."""
     settings = job.settings
-    trainable, frozen = map(_num_parameters, (job.split.trainable, job.split.frozen))
+    trainable, frozen = map(num_parameters, (job.split.trainable, job.split.frozen))
     what = {"mtp": "the MTP modules, main model frozen", "all": "main model and MTP modules"}
     row_tokens = settings.batch.rows * settings.batch.row_tokens
     return (
@@ -388,10 +388,6 @@ def _plan(job: _Job) -> str:
         f"{settings.steps} steps of up to {row_tokens:,} tokens, computed in {job.computed_in} on "
         f"{describe_mesh(job.mesh)}"
     )
-
-
-def _num_parameters(state: nnx.State) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(nnx.filter_state(state, nnx.Param)))
 
 
 def _result(run: RunDirectory) -> Result:

@@ -53,8 +53,8 @@ def load(
     checkpoint = open_checkpoint(path)
     config = checkpoint.config
     computed_in = jnp.dtype(compute_dtype or dtype or config.dtype)
-    dtypes = {name: leaf.dtype for name, leaf in checkpoint.leaves.items()}
-    graph, state = nnx.split(abstract_model(config, scope, dtypes, mesh, computed_in))
+    model = abstract_model(config, scope, checkpoint.dtypes, mesh, computed_in)
+    graph, state = nnx.split(model)
     model = nnx.merge(graph, _restore(checkpoint, state))
     if dtype is not None:
         cast_weights(model, dtype)

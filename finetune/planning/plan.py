@@ -22,6 +22,7 @@ from finetune.devices import (
     MeshShape,
     Workload,
     abstract_batch,
+    axes_in_words,
     choose_shape,
     gathered_bytes,
     on_mesh,
@@ -39,7 +40,7 @@ from finetune.settings import (
     SettingsError,
     TrainMode,
 )
-from finetune.state import TRAINABLE, Split, TrainState, make_train_step
+from finetune.state import TRAINABLE, Split, TrainState, make_train_step, num_parameters
 from mtp_model import ModelConfig, make_mesh
 from mtp_model.checkpoint.directory import open_checkpoint
 from mtp_model.files.untrusted_json import parse
@@ -128,7 +129,6 @@ class Plan:
 class _Step:
     """A step without memory, ready to be compiled."""
 
-    work: Workload
     split: Split
     state: TrainState
     traced: Any
@@ -189,8 +189,7 @@ def _model(settings: PlanSettings) -> tuple[ModelConfig, dict[str, Any]]:
         )
     if settings.checkpoint is not None:
         checkpoint = open_checkpoint(settings.checkpoint)
-        config = checkpoint.config
-        dtypes = {name: leaf.dtype for name, leaf in checkpoint.leaves.items()}
+        config, dtypes = checkpoint.config, checkpoint.dtypes
     else:
         assert settings.model_config is not None
         config = ModelConfig.from_dict(_read_config(settings.model_config))
@@ -237,7 +236,10 @@ def _compiled(settings: PlanSettings, work: Workload, place: Slice, shape: MeshS
     count = math.prod(shape.values())
     mesh = make_mesh(**shape, devices=place.devices[:count])
     rows = settings.rows or count // shape["tensor"]
-    with progress(f"plan {place.name}, {_words(shape)}", "steps", total=3) as report, on_mesh(mesh):
+    with (
+        progress(f"plan {place.name}, {axes_in_words(shape)}", "steps", total=3) as report,
+        on_mesh(mesh),
+    ):
         report(0, 3, "tracing")
         step = _step(settings, work, mesh, rows)
         report(1, 3, "lowering")
@@ -254,7 +256,7 @@ def _compiled(settings: PlanSettings, work: Workload, place: Slice, shape: MeshS
     if memory is not None:
         kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
         needed = memory.argument_size_in_bytes + kept + memory.temp_size_in_bytes
-    trainable, frozen = (_parameters(part) for part in (step.split.trainable, step.split.frozen))
+    trainable, frozen = (num_parameters(part) for part in (step.split.trainable, step.split.frozen))
     depths = settings.draft_tokens or work.config.num_nextn_predict_layers
     formula = model_flops(work.config, settings.train, rows, settings.row_tokens, depths)
     of_program = program_flops(step.traced.jaxpr.jaxpr, ragged=place.family is not None)
@@ -311,7 +313,7 @@ def _step(settings: PlanSettings, work: Workload, mesh: Mesh, rows: int) -> _Ste
     state = TrainState(trainable, split.biases, opt_state)
     step = make_train_step(split.graphdef, optimizer, run)
     batch = abstract_batch(rows, settings.row_tokens, mesh)
-    return _Step(work=work, split=split, state=state, traced=step.trace(state, split.frozen, batch))
+    return _Step(split=split, state=state, traced=step.trace(state, split.frozen, batch))
 
 
 def _as_trained(work: Workload, mode: TrainMode) -> dict[str, Any]:
@@ -351,11 +353,3 @@ def _sent_to_experts(work: Workload, shape: MeshShape, tokens: int) -> float:
     )
     passes = {"mtp": 1, "all": 4}[work.trained or "mtp"] * c.num_moe_layers
     return 2 * a_pass * (passes + 4 * c.num_nextn_predict_layers)
-
-
-def _parameters(state: nnx.State) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(nnx.filter_state(state, nnx.Param)))
-
-
-def _words(shape: MeshShape) -> str:
-    return " ".join(f"{name} {size}" for name, size in shape.items() if size > 1) or "one device"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from finetune.devices import axes_in_words
 from finetune.planning.plan import LINKS, MATRIX_UNITS, MEMORY, Plan
 from mtp_model.reporting import Facts, Grid, Section
 
@@ -16,14 +17,13 @@ def plan_sections(plans: Sequence[Plan]) -> list[Section]:
     sections: list[Section] = []
     if len(plans) > 1:
         rows = [
-            (f"{each.topology}, {_mesh(each)}", _fits(each), _gb(each.total_bytes), _s(each.step_s))
-            for each in plans
+            (_where(each), _fits(each), _gb(each.total_bytes), _s(each.step_s)) for each in plans
         ]
         sections.append(Grid(("", "fits", "GB a device", "s a step"), rows))
     best = plans[-1]
     facts = [
         ("slice", f"{best.topology}: {best.chips} chips, {best.devices} devices"),
-        ("mesh", _mesh(best)),
+        ("mesh", axes_in_words(best.mesh)),
         ("step", f"--train {best.train}, {best.rows} rows of {best.row_tokens:,} tokens"),
         ("fits", _fits(best)),
         ("memory a device", f"{_gb(best.total_bytes)} of {_gb(best.limit_bytes)} GB"),
@@ -55,10 +55,8 @@ def plan_json(plans: Sequence[Plan]) -> dict[str, Any]:
     return found | ({"tried": [asdict(each) for each in plans]} if len(plans) > 1 else {})
 
 
-def _mesh(found: Plan) -> str:
-    return (
-        ", ".join(f"{name} {size}" for name, size in found.mesh.items() if size > 1) or "1 device"
-    )
+def _where(found: Plan) -> str:
+    return f"{found.topology}, {axes_in_words(found.mesh)}"
 
 
 def _fits(found: Plan) -> str:

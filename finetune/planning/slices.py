@@ -36,30 +36,33 @@ class Family:
     sizes: tuple[str, ...]  # from the smallest
 
 
+_SQUARES = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
+
 FAMILIES = {
     "v5e": Family(
         flops=197e12,
         hbm_bytes=819e9,
         interconnect_bytes=200e9,
-        sizes=("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+        sizes=_SQUARES,
     ),
     "v5p": Family(
         flops=459e12,
         hbm_bytes=2765e9,
         interconnect_bytes=600e9,
-        sizes=("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
+        sizes=_CUBES,
     ),
     "v6e": Family(
         flops=918e12,
         hbm_bytes=1640e9,
         interconnect_bytes=448e9,
-        sizes=("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+        sizes=_SQUARES,
     ),
     "tpu7x": Family(
         flops=2307e12,
         hbm_bytes=7380e9,
         interconnect_bytes=1200e9,
-        sizes=("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
+        sizes=_CUBES,
     ),
 }
 

@@ -96,6 +96,11 @@ class Checkpoint:
         return ModelConfig.from_dict({**self.config_dict, "mtp_hidden_state": hidden_state})
 
     @property
+    def dtypes(self) -> dict[str, Any]:
+        """What each leaf is stored in, by its path."""
+        return {name: leaf.dtype for name, leaf in self.leaves.items()}
+
+    @property
     def params(self) -> Place:
         """The Orbax tree."""
         return self.path / PARAMS
