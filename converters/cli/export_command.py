@@ -14,6 +14,7 @@ from converters.exporting.exporter import export_checkpoint
 from converters.exporting.result import ExportSummary
 from converters.format.listing import SUFFIX, list_checkpoint
 from converters.publishing.serving import (
+    ENGINES,
     PRE_NORM,
     RECYCLING,
     SAMPLING,
@@ -218,7 +219,7 @@ def serving(checkpoint: Checkpoint, model: str, drafts: int) -> Iterator[Section
     if not drafts:
         return
     vllm, sglang = serve_lines(model, drafts)
-    yield "\n".join(["to serve it with its MTP module (vLLM 0.11 or newer, SGLang):", vllm, sglang])
+    yield "\n".join([f"to serve it with its MTP module ({ENGINES}):", vllm, sglang])
     notes = [SAMPLING]
     if drafts > checkpoint.config.num_nextn_predict_layers:
         notes.append(RECYCLING)

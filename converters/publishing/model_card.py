@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from converters.publishing.serving import SAMPLING, num_drafts, serve_lines
+from converters.publishing.serving import ENGINES, SAMPLING, num_drafts, serve_lines
 from converters.sources.source import HUB_ID
 from mtp_model.files.untrusted_json import shown
 
@@ -183,7 +183,7 @@ def _number(value: float | None) -> str:
 def _serving(repo_id: str, drafts: int) -> str:
     tokens = "one token" if drafts == 1 else f"{drafts} tokens"
     commands = "\n".join(serve_lines(repo_id, drafts))
-    return f"""Serve it with its MTP module drafting {tokens} a step (vLLM 0.11 or newer):
+    return f"""Serve it with its MTP module drafting {tokens} a step ({ENGINES}):
 
 ```
 {commands}

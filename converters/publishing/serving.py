@@ -1,7 +1,6 @@
 """How engines serve a checkpoint with its MTP module, for the model card and for `export`.
 
-Facts: vLLM takes `"method": "mtp"` since 0.11, and samples drafts (`draft_sample_method`) since
-its pull request 40269; SGLang has `--speculative-use-rejection-sampling` since its 26312.
+The versions, and where each is seen, are in docs/serving.md.
 """
 
 import json
@@ -9,14 +8,15 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+ENGINES = "vLLM 0.11 or newer, SGLang 0.5.10 or newer"
 RECYCLING = (
     "more drafts than MTP modules reuse them: vLLM feeds a module its own normed state, as it was "
-    "trained, since its pull request 45895 (June 2026); older versions accept less after the first"
+    "trained, from 0.24 on; older versions accept less after the first (SGLang is as trained)"
 )
 SAMPLING = (
     "at a temperature above 0 more drafts are accepted where they are sampled too: "
-    '"draft_sample_method": "probabilistic" in vLLM\'s speculative config (since its pull request '
-    "40269), --speculative-use-rejection-sampling for SGLang (since its pull request 26312)"
+    '"draft_sample_method": "probabilistic" in vLLM\'s speculative config (vLLM 0.22 or newer), '
+    "--speculative-use-rejection-sampling for SGLang (0.5.14 or newer)"
 )
 PRE_NORM = (
     "this module was made for the main model's state before model.norm (mtp_hidden_state "
