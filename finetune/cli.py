@@ -157,6 +157,7 @@ def _result_sections(result: Result) -> Iterator[Section]:
         yield from comparison_sections(result.before, result.after)
     final = _shown(result.run.final)
     yield (
+        f"report: {_shown(result.run.page)}\n"
         f"curves: {_shown(result.run.curves)}\n"
         f"checkpoint: {final}\n"
         f"next: convert-deepseek export {final} DST"

@@ -38,7 +38,7 @@ from finetune.run.checkpoints import (
 )
 from finetune.run.directory import RunDirectory
 from finetune.run.metrics import RunLog, Summary, first_and_last, measure_text, summarise
-from finetune.run.plots import draw_curves
+from finetune.run.plots import draw_curves, write_run_report
 from finetune.run.report import evaluation_sentence
 from finetune.run.resuming import resume, say_what_is_done_again
 from finetune.run.stopping import NOT_STOPPING, Stopping
@@ -138,6 +138,7 @@ def train(
         record = {"by": "finetune-deepseek train", "settings": as_plain(settings)}
         record |= {"computed_in": computed_in}
         record |= {"held_out": {"before": measured[0], "after": measured[1]}} if measured else {}
+        write_run_report(run, settings)
         write_final(base, run.final, state, record)
     return _result(run)
 

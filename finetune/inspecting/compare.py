@@ -12,9 +12,11 @@ import tyro
 from finetune.inspecting.results import TEXTS, AcceptanceResult, read_results
 from finetune.run.report import between, number, percent
 from finetune.settings import SettingsError
-from mtp_model.reporting import LEGEND, Facts, Grid, Picture, Section, drawing, html
+from mtp_model.report_folder import Findings, write_report
+from mtp_model.reporting import LEGEND, Facts, Grid, Picture, Section, drawing
 
 PICTURE = (8.0, 4.0)  # inches
+_PAGE = ".html"
 SIDES = {"draft_tokens": "drafts a round", "sampling": "rule", "temperature": "temperature"}
 
 
@@ -31,7 +33,8 @@ class CompareSettings:
     `generate --speculate K --json` printed, and a server's metrics: JSON with vLLM's num_drafts,
     num_draft_tokens, num_accepted_tokens, num_accepted_tokens_per_pos, or its /metrics page."""
     report: Path | None = None
-    """Write a page with table and pictures to this file (.html); it needs nothing beside it."""
+    """Write report.json, report.md and report.html into this folder; or, to a file whose name ends
+    with .html, only that page with table and pictures, which needs nothing beside it."""
     json: bool = False
     """Print one JSON object instead of a table."""
 
@@ -59,18 +62,36 @@ def compare(settings: CompareSettings) -> SideBySide:
         faults.append("no result is given, needed at least one: a run's folder, or a file")
     twice = {path for path in settings.results if settings.results.count(path) > 1}
     faults += [f"{path} is given twice" for path in sorted(twice)]
-    if settings.report and settings.report.suffix != ".html":
-        faults.append(f"--report is {settings.report}, needed a name that ends with .html")
+    if settings.report and _is_other_file(settings.report):
+        needed = "needed a folder, or a name that ends with .html"
+        faults.append(f"--report is {settings.report}, {needed}")
     if faults:
         raise SettingsError("settings that cannot be used", faults)
     read = read_results(settings.results)
     results = {_letter(number): each for number, each in enumerate(read)}
     found = SideBySide(results, _incomparable(results))
     if settings.report:
-        page = html("acceptance compared", [*sections(found), *_pictures(results)])
-        settings.report.parent.mkdir(parents=True, exist_ok=True)
-        settings.report.write_text(page, encoding="utf-8")
+        _write(settings.report, found)
     return found
+
+
+def _is_other_file(report: Path) -> bool:
+    """Whether it is named as a file that is no page: report.png, report.json."""
+    return report.suffix[1:].isalpha() and report.suffix != _PAGE and not report.is_dir()
+
+
+def _write(where: Path, found: SideBySide) -> None:
+    report = Findings(
+        title="acceptance compared",
+        plain=as_json(found),
+        sections=sections(found),
+        pictures=_pictures(found.results),
+    )
+    if where.suffix == _PAGE:
+        where.parent.mkdir(parents=True, exist_ok=True)
+        where.write_text(report.page(), encoding="utf-8")
+    else:
+        write_report(where, report)
 
 
 def _letter(number: int) -> str:

@@ -14,6 +14,7 @@ from finetune.settings_file import read_yaml, write_yaml
 from mtp_model.checkpoint.directory import COMPLETE
 from mtp_model.files.open import as_place
 from mtp_model.problems import UserError
+from mtp_model.report_folder import REPORT_HTML, clear_report
 
 
 class RunError(UserError):
@@ -50,6 +51,11 @@ class RunDirectory:
     @property
     def curves(self) -> Path:
         return self.path / "curves.png"
+
+    @property
+    def page(self) -> Path:
+        """What a finished run did, for people; beside it the same for programs."""
+        return self.path / REPORT_HTML
 
     @property
     def checkpoints(self) -> Path:
@@ -154,6 +160,7 @@ class RunDirectory:
         if self.finished:
             aside = self.final.with_name(f"final-of-{saved.steps}-steps")
             self.final.rename(aside)
+        clear_report(self.path)
         self._save(settings)
         return aside
 
@@ -173,6 +180,7 @@ class RunDirectory:
             shutil.rmtree(folder, ignore_errors=True)
         for file in (self.metrics, self.evaluations, self.curves, self.resolved, self.config):
             file.unlink(missing_ok=True)
+        clear_report(self.path)
 
 
 def _by_text(settings: RunSettings) -> RunSettings:

@@ -1,4 +1,4 @@
-"""curves.png: what a run did, drawn from the rows of its logs.
+"""What a run did, drawn from the rows of its logs: curves.png, and report.html with its tables.
 
 Thin lines are training batches; dots are evaluations on held-out text.
 """
@@ -12,11 +12,17 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from finetune.run.metrics import Row
-from mtp_model.reporting import LEGEND
+from finetune.run.directory import RunDirectory
+from finetune.run.metrics import Row, Summary, Thinned, first_and_last, read_rows
+from finetune.run.report import comparison_sections
+from finetune.settings import RunSettings
+from finetune.settings_file import as_plain
+from mtp_model.report_folder import Findings, write_report
+from mtp_model.reporting import LEGEND, Facts, Picture, Section, drawing
 
 Value = Callable[[Row], float | None]
-MAIN_COLOUR = "0.35"
+MAIN_COLOUR = "gray"  # seen on light and on dark
+_WIDE = (9.0, 3.5)  # inches
 DEPTH_COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
 
 
@@ -31,15 +37,85 @@ def draw_curves(path: Path, steps: Sequence[Row], evaluations: Sequence[Row], ti
     figure.suptitle(title, fontsize=13)
     _draw_losses(loss, steps, evaluations)
     _draw_acceptance(acceptance, steps, evaluations)
-    _draw_line(rate, steps, lambda row: row.get("lr"), color="tab:gray", linewidth=1.5)
-    rate.set_ylabel("learning rate")
-    rate.set_ylim(bottom=0)
-    rate.set_xlabel("step")
-    rate.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _draw_rate(rate, steps)
+    _draw_steps(rate)
     for axes in (loss, acceptance, rate):
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        _draw_grid(axes)
     figure.savefig(path, dpi=120)
+
+
+def write_run_report(run: RunDirectory, settings: RunSettings) -> None:
+    """Write report.json, report.md and report.html of a finished run into its folder."""
+    measured = first_and_last(run.evaluations)
+    before, after = map(Summary.from_json, measured) if measured else (None, None)
+    sections: list[Section] = [Facts(_facts(settings))]
+    sections += comparison_sections(before, after) if before and after else []
+    steps, evaluations = (_thinned(file) for file in (run.metrics, run.evaluations))
+    plain = {
+        "run": str(run.path),
+        "settings": as_plain(settings),
+        "before": before and before.to_json(),
+        "after": after and after.to_json(),
+    }
+    report = Findings(
+        title=f"Run {run.path.name}",
+        plain=plain,
+        sections=sections,
+        pictures=_pictures(steps, evaluations) if steps or evaluations else (),
+        images={"loss, acceptance, learning rate": run.curves.name} if run.curves.is_file() else {},
+    )
+    write_report(run.path, report)
+
+
+def _facts(settings: RunSettings) -> list[tuple[str, str]]:
+    weights = settings.objective.weights()
+    return [
+        ("checkpoint", settings.checkpoint),
+        ("data", ", ".join(map(str, settings.data))),
+        ("trained", f"--train {settings.train}, {settings.steps:,} steps"),
+        ("objective", ", ".join(f"{name} {weight:g}" for name, weight in weights.items())),
+    ]
+
+
+def _thinned(file: Path) -> list[Row]:
+    kept = Thinned()
+    for row in read_rows(file):
+        kept.add(row)
+    return kept.rows()
+
+
+def _pictures(steps: Sequence[Row], evaluations: Sequence[Row]) -> list[Picture]:
+    """The three parts of curves.png, each alone."""
+
+    def drawn(title: str, draw: Callable[[Axes], None]) -> Picture:
+        def all_of(axes: Axes) -> None:
+            draw(axes)
+            _draw_steps(axes)
+            _draw_grid(axes)
+
+        return drawing(title, all_of, _WIDE)
+
+    return [
+        drawn("loss", lambda axes: _draw_losses(axes, steps, evaluations)),
+        drawn("acceptance", lambda axes: _draw_acceptance(axes, steps, evaluations)),
+        drawn("learning rate", lambda axes: _draw_rate(axes, steps)),
+    ]
+
+
+def _draw_steps(axes: Axes) -> None:
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _draw_grid(axes: Axes) -> None:
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_rate(axes: Axes, steps: Sequence[Row]) -> None:
+    _draw_line(axes, steps, lambda row: row.get("lr"), color="tab:gray", linewidth=1.5)
+    axes.set_ylabel("learning rate")
+    axes.set_ylim(bottom=0)
 
 
 def _draw_losses(axes: Axes, steps: Sequence[Row], evaluations: Sequence[Row]) -> None:

@@ -197,3 +197,6 @@ def test_a_rate_that_depends_on_the_steps_follows_the_new_number(
     assert (derived["settings"]["steps"], derived["computed_in"]) == (14, "float32")
     assert yaml.safe_load((copy / "resolved.yaml").read_text()) == {"compute_dtype": "float32"}
     assert json.dumps(derived["held_out"]["after"]["step"]) == "14"
+    report = json.loads((copy / "report.json").read_text())
+    assert report["settings"]["steps"] == 14
+    assert report["after"]["acceptance"] == derived["held_out"]["after"]["acceptance"]

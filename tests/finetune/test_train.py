@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from browser import assert_readable
 from flax import nnx
 from gcs_server import BUCKET
 from imported import import_tiny
@@ -178,6 +179,19 @@ def test_curves_tensorboard_and_settings_are_written(finished, settings):
     assert saved == settings
     assert saved.compute_dtype == "auto"
     assert finished.run.resolved.read_text() == "compute_dtype: float32\n"
+
+
+def test_a_finished_run_has_a_report(finished, settings, tmp_path):
+    run = finished.run
+    report = json.loads((run.path / "report.json").read_text())
+    assert report["report_version"] == 1
+    assert report["settings"]["steps"] == settings.steps
+    assert report["before"] == json.loads(json.dumps(finished.before.to_json()))
+    assert report["after"] == json.loads(json.dumps(finished.after.to_json()))
+    assert report["before"] != report["after"]
+    assert "| mean accepted length (95 %) |" in (run.path / "report.md").read_text()
+    assert run.page.read_text().count("<svg") == 3
+    assert_readable(run.page, tmp_path)
 
 
 def test_final_says_where_it_comes_from(finished, checkpoint):

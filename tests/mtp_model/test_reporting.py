@@ -2,6 +2,10 @@
 
 import re
 from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from browser import assert_readable, seen
 
 from mtp_model.reporting import Facts, Grid, drawing, html
 
@@ -59,3 +63,13 @@ def test_a_drawing_has_the_readers_own_ink():
     assert colours == {"#1f77b4"}
     assert "fill: currentColor" in svg
     assert svg == drawing("a drawing", drawn, (4, 3)).svg
+
+
+def test_a_browser_shows_what_is_wrong_with_a_page(tmp_path: Path):
+    """The control of those tests that open a report: no drawing, and something from elsewhere."""
+    page = tmp_path / "page.html"
+    page.write_text(html("page", ["a line of text " * 5] * 30))
+    with pytest.raises(AssertionError, match="no drawing is seen"):
+        assert_readable(page, tmp_path)
+    page.write_text(html("page", []) + "<img src='http://127.0.0.1:1/x.png'>")
+    assert "Content Security Policy" in seen(page, tmp_path, "light")[1]

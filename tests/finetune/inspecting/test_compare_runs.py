@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from advice import follows
+from browser import assert_readable
 from rich.console import Console
 
 from finetune import cli
@@ -289,4 +290,13 @@ def test_all_that_is_wrong_is_said_together(tmp_path, capsys):
     assert cli.run(["compare", str(paths[1]), str(paths[1]), "--report", "x.png"]) == 2
     said = capsys.readouterr().err
     assert "is given twice" in said
-    assert "--report is x.png, needed a name that ends with .html" in said
+    assert "--report is x.png, needed a folder, or a name that ends with .html" in said
+
+
+def test_a_report_is_a_folder_too(tmp_path, capsys):
+    paths = written(tmp_path, a=evaluated(), b=COUNTS)
+    found = compared(capsys, *paths, "--report", tmp_path / "report-0.5")
+    report = tmp_path / "report-0.5"
+    assert json.loads((report / "report.json").read_text()) == {"report_version": 1, **found}
+    assert "| mean accepted length | 1.700 | 2.500 |" in (report / "report.md").read_text()
+    assert_readable(report / "report.html", tmp_path)
