@@ -18,7 +18,8 @@ from typing import get_args
 from converters.cli.main import main as convert
 from converters.format.listing import open_safetensors
 from converters.sources.open import open_source
-from converters.verifying.logits.check import TOLERANCE, check_logits
+from converters.verifying.logits.check import check_logits
+from converters.verifying.logits.depths import TOLERANCE
 from mtp_model.checkpoint.directory import open_checkpoint
 from mtp_model.reporting import Grid, markdown
 from tools.make_tiny_checkpoint import Flavour, make_tiny_checkpoint

@@ -31,7 +31,7 @@ def run_verify(command: Verify) -> int:
         links = command.follow_links
         opened = checkpoint_of(command.src, command.mtp_from, follow_links=links)
         if command.logits:
-            _raise_unless_files(opened)
+            _raise_if_of_two(opened)
     with progress("digests") as report:
         digests = check_digests(checkpoint, workers=command.workers, progress=report)
     storage, logits = None, None
@@ -77,12 +77,8 @@ def _logits(source: SourceCheckpoint, checkpoint: Checkpoint, command: Verify) -
         return check_logits(source, checkpoint, text=command.text, saved=saved, progress=report)
 
 
-def _raise_unless_files(source: SourceCheckpoint) -> None:
-    """The reference reads safetensors files by itself, so they have to be in a folder."""
-    detail = None
-    if source.source.is_far:
-        detail = "is not on this machine; --logits needs a local folder, download it first"
-    elif source.taken:
-        detail = "is of two sources, and --logits reads one folder; export CKPT, and verify that"
-    if detail:
+def _raise_if_of_two(source: SourceCheckpoint) -> None:
+    """The reference reads a checkpoint's own files by itself, not those of two."""
+    if source.taken:
+        detail = "is of two sources, and --logits reads one; export CKPT, and verify that"
         raise ProblemsError(source.source.name, [Problem("source", "SRC", detail)])

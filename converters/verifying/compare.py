@@ -21,8 +21,9 @@ from converters.format.listing import open_safetensors
 from converters.format.mapping import GROUPS, SCALE_SUFFIX, group_of_name, layer_of, mtp_layers
 from converters.sources.source import Finish, Source
 from converters.verifying.digests import DEFAULT_WORKERS
+from converters.verifying.fetched import fetched_ahead
 from converters.verifying.tensors import Errors, PairComparer, Stored, ratio
-from converters.verifying.verify import STORAGE_FIELDS, fetched_ahead
+from converters.verifying.verify import STORAGE_FIELDS
 from mtp_model.families import read_config
 from mtp_model.files.untrusted_json import shown
 from mtp_model.model import Scope

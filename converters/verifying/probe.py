@@ -15,6 +15,7 @@ import numpy as np
 
 from converters.format.fit import sound_fit
 from converters.format.listing import SourceCheckpoint
+from converters.verifying.fetched import fetched_by_part, module_of
 from converters.verifying.logits.check import raise_unless_it_fits
 from converters.verifying.logits.text import text_problem, tokens_of_text
 from mtp_model.problems import Problem, ProblemsError
@@ -112,18 +113,17 @@ def probe(source: SourceCheckpoint, text: str, progress: OnProgress) -> ProbeRes
     where = source.source.name
     if not config.num_nextn_predict_layers:
         raise ProblemsError(where, [Problem("MTP", "num_nextn_predict_layers", _NO_MODULE)])
-    if source.source.is_far:
-        detail = "is not on this machine; probe needs a local folder, download it first"
-        raise ProblemsError(where, [Problem("source", "SRC", detail)])
     raise_unless_it_fits(where, config, "probe on a larger machine")
     tokens = _rows(text, source, config.vocab_size)
     from converters.verifying.logits import torch_probe  # here: it needs the extra `verify`
 
     state = torch_probe.STATES[config.mtp_hidden_state != "post_norm"]
-    run = torch_probe.TorchProbe(source, tokens)
-    main_loss = float(run.run_main(progress).mean())
-    found = sorted(run.run_module(), key=lambda losses: losses.by_token.mean())
-    next_depth = run.run_next(found[0])
+    with fetched_by_part(source, _parts(source, config.num_hidden_layers)) as finish:
+        run = torch_probe.TorchProbe(source, tokens)
+        main_loss = float(run.run_main(progress, finish).mean())
+        found = sorted(run.run_module(), key=lambda losses: losses.by_token.mean())
+        next_depth = run.run_next(found[0])
+        finish(_REST)
     layers = config.num_hidden_layers + 2
     progress(layers, layers)
     usual = {"order": torch_probe.ORDERS[0], "state": state, "label": torch_probe.LABELS[0]}
@@ -143,7 +143,15 @@ def probe(source: SourceCheckpoint, text: str, progress: OnProgress) -> ProbeRes
     )
 
 
+_REST = "rest"
 _NO_MODULE = "is 0: there is no MTP module whose convention could be told"
+
+
+def _parts(source: SourceCheckpoint, layers: int) -> dict[str, tuple[str, ...]]:
+    """The main model's layers, each of which is read once, and all else, which is read again."""
+    main = [f"model.layers.{index}" for index in range(layers)]
+    rest = sorted({module_of(name) for name in source.tensors} - set(main))
+    return {**{name: (name,) for name in main}, _REST: tuple(rest)}
 
 
 def _rows(text: str, source: SourceCheckpoint, vocab_size: int) -> np.ndarray:

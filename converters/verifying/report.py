@@ -1,10 +1,8 @@
-"""What `verify` says, and the folder of --report: report.json, report.md, report.html and a
-picture."""
+"""What `verify` says, draws, and writes into the folder of --report."""
 
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +15,13 @@ from converters.verifying.compare import (
     ComparedPart,
     Comparison,
 )
-from converters.verifying.logits.check import DepthCheck, LogitsCheck
+from converters.verifying.logits.check import LogitsCheck
+from converters.verifying.logits.depths import DepthCheck
 from converters.verifying.verify import Part, StorageCheck, Verification
+from mtp_model import report_folder
 from mtp_model.files.untrusted_json import shown
 from mtp_model.problems import group_names
+from mtp_model.report_folder import Findings
 from mtp_model.reporting import (
     LEGEND,
     Facts,
@@ -29,17 +30,12 @@ from mtp_model.reporting import (
     Section,
     cut,
     drawing,
-    html,
     human_bytes,
-    markdown,
     plural,
     problem_report,
-    to_json,
 )
 
-REPORT_JSON, REPORT_MD, REPORT_HTML = "report.json", "report.md", "report.html"
 LOGITS_PNG = "logits.png"
-REPORT_VERSION = 1  # of report.json; a key that is new does not change it
 _MOST_NAMES = 12
 _MOST_CHANGED = 10
 _SMALLEST = 1e-10  # what a difference of exactly 0 is drawn as, on a logarithmic axis
@@ -51,28 +47,27 @@ def write_report(folder: str | Path, found: Verification | Comparison) -> None:
     """Write the report into `folder`, which is made when missing; files in it are replaced."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    plain = {"report_version": REPORT_VERSION, **found.to_dict()}
-    (folder / REPORT_JSON).write_text(to_json(plain) + "\n", encoding="utf-8")
-    when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     if isinstance(found, Comparison):
-        title, sections = f"Comparison of {found.a} and {found.b}", [*comparison(found)]
+        title, sections, logits = f"Comparison of {found.a} and {found.b}", comparison(found), None
     else:
-        title, sections = f"Verification of {found.checkpoint}", [*verification(found)]
-    text = f"# {title}\n\n{when}\n\n" + markdown(sections)
-    pictures = []
-    if isinstance(found, Verification) and found.logits:
-        _draw(found.logits, folder / LOGITS_PNG)
-        text += f"\n![difference by position]({LOGITS_PNG})\n"
-        pictures = _pictures(found.logits)
-    (folder / REPORT_MD).write_text(text, encoding="utf-8")
-    page = html(title, [when, *sections, *pictures])
-    (folder / REPORT_HTML).write_text(page, encoding="utf-8")
+        title, sections = f"Verification of {found.checkpoint}", verification(found)
+        logits = found.logits
+    if logits:
+        _draw(logits, folder / LOGITS_PNG)
+    report = Findings(
+        title=title,
+        plain=found.to_dict(),
+        sections=[*sections],
+        pictures=_pictures(logits) if logits else (),
+        images={"difference by position": LOGITS_PNG} if logits else None,
+    )
+    report_folder.write_report(folder, report)
 
 
 def clear_report(folder: str | Path) -> None:
     """Remove an earlier report: while a new one is on its way, nothing there looks finished."""
-    for name in (REPORT_JSON, REPORT_MD, REPORT_HTML, LOGITS_PNG):
-        (Path(folder) / name).unlink(missing_ok=True)
+    report_folder.clear_report(folder)
+    (Path(folder) / LOGITS_PNG).unlink(missing_ok=True)
 
 
 def _draw(logits: LogitsCheck, file: Path) -> None:
@@ -93,6 +88,9 @@ def _pictures(logits: LogitsCheck) -> list[Picture]:
         drawing("error by position", lambda axes: _draw_positions(axes, logits, "gray"), wide),
         drawing("divergence of our distribution", lambda axes: _draw_kl(axes, logits), wide),
     ]
+    if any(depth.acceptance is not None for depth in logits.depths):
+        title = "drafts that are the main model's greedy choice, with all before them"
+        pictures.append(drawing(title, lambda axes: _draw_acceptance(axes, logits), wide))
     for depth in logits.depths:
         title = f"logits of the {_name(depth)}, some of all"
         pictures.append(drawing(title, functools.partial(_draw_sample, depth=depth), square))
@@ -134,6 +132,17 @@ def _draw_kl(axes: Any, logits: LogitsCheck) -> None:
     axes.hist(powers, bins=40, label=labels)
     axes.set_xlabel("KL(reference || ours), log10 of nats")
     axes.set_ylabel("positions")
+    axes.legend(loc=LEGEND)
+
+
+def _draw_acceptance(axes: Any, logits: LogitsCheck) -> None:
+    """Two bars for each MTP depth: the reference's share of accepted drafts, and ours."""
+    depths = [depth for depth in logits.depths if depth.acceptance is not None]
+    for side, label in enumerate(("reference", "ours")):
+        rates = [(d.reference_acceptance, d.acceptance)[side] for d in depths]
+        axes.bar([d.depth + 0.4 * side - 0.2 for d in depths], rates, width=0.35, label=label)
+    axes.set_xticks([depth.depth for depth in depths])
+    axes.set(xlabel="MTP depth", ylabel="accepted, share of positions", ylim=(0, 1))
     axes.legend(loc=LEGEND)
 
 
@@ -218,10 +227,25 @@ def logits_sections(logits: LogitsCheck) -> Iterator[Section]:
         yield f"text of {plural(logits.tokens, 'token')}: {shown(logits.text)}"
     differences = ("largest difference", "allowed", "rms", "1 - cosine", "KL, nats")
     yield Grid(("logits", "positions", *differences, "same argmax", "same top 5"), rows)
+    yield from _acceptance(logits)
     yield _layers(logits)
     if logits.rounded_leaves:
         leaves = plural(len(logits.rounded_leaves), "leaf", "leaves")
         yield f"{leaves} of CKPT, finer than SRC: compared as export rounds and quantises them."
+
+
+def _acceptance(logits: LogitsCheck) -> Iterator[Section]:
+    """Of each draft: how often it is accepted, and whether both sides decide alike."""
+    rows = [
+        (_name(d), *(f"{100 * rate:.2f} %" for rate in rates if rate is not None))
+        for d in logits.depths
+        for rates in [(d.reference_acceptance, d.acceptance, d.acceptance_agreement)]
+        if d.acceptance is not None
+    ]
+    if rows:
+        yield Grid(("greedy drafts accepted", "reference", "ours", "alike"), rows)
+        if logits.text is None:
+            yield "built-in tokens are random, and hardly any draft is accepted: see --text"
 
 
 def _layers(logits: LogitsCheck) -> Grid:

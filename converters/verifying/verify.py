@@ -8,11 +8,9 @@ Every tensor of the source is compared with what export writes for it, so this h
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from converters.exporting.encode import Encoder
@@ -20,14 +18,14 @@ from converters.exporting.plan import origin
 from converters.format.fit import sound_fit
 from converters.format.listing import Listing, SourceCheckpoint
 from converters.format.mapping import GROUPS, Slot, group_of
-from converters.sources.source import Finish, Read, Source
+from converters.sources.source import Source
 from converters.verifying.digests import DEFAULT_WORKERS, DigestCheck
+from converters.verifying.fetched import fetched_ahead
 from converters.verifying.files import differing_files, plan_of_source
 from converters.verifying.logits.check import LogitsCheck
 from converters.verifying.tensors import Difference, TensorComparer
 from mtp_model.checkpoint.directory import Checkpoint
 from mtp_model.config import ModelConfig
-from mtp_model.files.local import raise_if_full
 from mtp_model.model import Scope
 from mtp_model.problems import Problem, raise_if_any
 from mtp_model.progress import OnProgress
@@ -155,16 +153,6 @@ def _differences(
                 if progress:
                     progress(done, total)
     return sorted(found, key=lambda difference: comparer.place(difference.name))
-
-
-@contextmanager
-def fetched_ahead(source: Source, reads: Mapping[str, Sequence[Read]]) -> Iterator[Finish]:
-    """`Source.staged` in a temporary folder; CheckpointError where its disk has no room."""
-    with TemporaryDirectory(prefix="convert-deepseek-") as folder:
-        needed = source.room_needed(reads, Path(folder))
-        raise_if_full(needed, "set TMPDIR to a folder on another disk")
-        with source.staged(reads, Path(folder)) as finish:
-            yield finish
 
 
 def _comparable(

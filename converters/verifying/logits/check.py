@@ -18,12 +18,15 @@ from converters.exporting.plan import make_plan
 from converters.format.header import DTYPES
 from converters.format.listing import SourceCheckpoint
 from converters.format.mapping import Slot
+from converters.verifying.fetched import fetched_by_part
+from converters.verifying.logits.depths import TOLERANCE, DepthCheck, compare_depths
 from converters.verifying.logits.jax_parts import EXPERTS_BYTES, ExportedLeaves, JaxParts
 from converters.verifying.logits.layers import (
     LayerCheck,
     Parts,
     SavedWalk,
     Walk,
+    modules_of_parts,
     valid_positions,
     walk,
     worst_row,
@@ -38,7 +41,6 @@ from mtp_model.reporting import human_bytes, plural
 if TYPE_CHECKING:
     from converters.verifying.logits.torch_reference import Get
 
-TOLERANCE = 1e-5  # max |a - b| / max |b| of logits, |a - b| / |b| of a state, float32
 SEED = 20_241_226
 LENGTH = 48
 Documents = tuple[tuple[int, ...], ...]
@@ -46,40 +48,8 @@ Documents = tuple[tuple[int, ...], ...]
 DOCUMENTS = ((LENGTH,), (19, 7, 16))
 SPOT_DOCUMENTS = ((12,), (5, 4))  # few tokens choose few experts, and reading these takes the time
 MOST_TOKENS = 512  # of a text: their logits of V3 need half of what its head does
-_SAMPLE = 200  # pairs of logits of a depth, for who draws them
 _HEAD = "lm_head"
-
-
-@dataclass(frozen=True, kw_only=True)
-class DepthCheck:
-    """Logits of the main model (depth 0) or of an MTP depth, where both have a defined input.
-
-    relative_difference: max |ours - reference| / max |reference|; rms_relative_difference: root
-    mean square over root mean square. by_position: the first one's numerator at each position of a
-    row, the larger of the batch's rows; None where no row has one.
-    argmax_agreement: share of rows of logits whose largest entry is the same; top5_agreement: the
-    mean share of the five largest that are.
-    cosine: of the vectors of logits of a position, the smallest. kl, kl_largest: Kullback-Leibler
-    divergence of our distribution from the reference's in nats, mean and largest.
-    """
-
-    depth: int
-    rows: int
-    relative_difference: float
-    rms_relative_difference: float
-    cosine: float
-    kl: float
-    kl_largest: float
-    argmax_agreement: float
-    top5_agreement: float
-    by_position: tuple[float | None, ...]
-    kl_by_row: tuple[float, ...]
-    sample: tuple[tuple[float, float], ...]
-    """Some logits, as (reference, ours)."""
-
-    @property
-    def holds(self) -> bool:
-        return self.relative_difference <= TOLERANCE
+FETCHED = "logits.fetched"  # a folder beside what is saved: files of a far source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,12 +86,13 @@ def check_logits(
 ) -> LogitsCheck:
     """Compare main model and every MTP depth, as far as the checkpoint directory holds them.
 
-    source: a local folder. text: what is compared on, by the source's tokenizer; None: built-in
-    tokens. spot: of the main model's layers run only those of _spot_layers, on few tokens: nothing
-    of the size of the model is read. seed: of the built-in tokens. saved: a file that is written
-    after each layer, from which the same comparison goes on, and which is gone once it has ended.
-    Raises CheckpointError where the machine has too little memory, ProblemsError for a text that
-    is none of this model's, UserError without torch.
+    source: of a far one, the files of each part of the network are fetched for it, and deleted.
+    text: what is compared on, by the source's tokenizer; None: built-in tokens. spot: of the main
+    model's layers run only those of _spot_layers, on few tokens, and read no others. seed: of the
+    built-in tokens. saved: a file that is written after each layer, from which the same comparison
+    goes on, and which is gone once it has ended.
+    Raises CheckpointError where the machine has too little memory, or room for what is fetched,
+    ProblemsError for a text that is none of this model's, UserError without torch.
     """
     config = checkpoint.config
     instead = "verify without --logits, which needs little memory, or on a larger machine"
@@ -137,17 +108,32 @@ def check_logits(
     held = held_slots(checkpoint)
     dtypes = {name: files[name].dtype for name in held if name in files}
     finer = _finer_leaves(checkpoint, held, dtypes)
-    stored = torch_reference.weights_of(Path(source.source.name), source.config)
     reference = torch_reference.TorchReference(
-        source.config, _rounded_like(checkpoint, held, finer, stored)
+        source.config, _rounded_like(checkpoint, held, finer, _weights(source))
     )
     exported = ExportedLeaves(Encoder(checkpoint, held, dtypes), finer)
     ours = JaxParts(checkpoint, exported, tokens, segments)
     theirs = torch_reference.TorchParts(reference, tokens, segments)
     kept = SavedWalk(saved, _identity(source, checkpoint, tokens)) if saved else None
+    begun = (kept and kept.read()) or Walk()
     layers = _spot_layers(config, scope) if spot else range(config.num_hidden_layers)
-    done = walk(ours, theirs, config, scope, segments, layers=layers, saved=kept, progress=progress)
-    depths, head = _compare_heads(done, ours, theirs, segments)
+    parts = {**modules_of_parts(config, scope, layers), _HEAD: (_HEAD,)}
+    to_run = dict([*parts.items()][begun.done :])
+    with fetched_by_part(source, to_run, saved and saved.with_name(FETCHED)) as finish:
+        done = walk(
+            ours,
+            theirs,
+            config,
+            scope,
+            segments,
+            layers=layers,
+            begun=begun,
+            saved=kept,
+            finish=finish,
+            progress=progress,
+        )
+        depths, head = _compare_heads(done, ours, theirs, segments)
+        finish(_HEAD)
     checks = (*done.checks, head)
     wrong = (check.name for check in checks if not check.alone <= TOLERANCE)
     if saved:
@@ -171,14 +157,25 @@ def _spot_layers(config: ModelConfig, scope: Scope) -> list[int]:
     return sorted({0, dense} if no_module and dense < config.num_hidden_layers else {0})
 
 
+def _weights(source: SourceCheckpoint) -> "Get":
+    """The source's weights by checkpoint name, read with no code of the import."""
+    # Here: they need the extra `verify`.
+    from converters.verifying.logits.torch_weights import far_weights, weights_of
+
+    place = source.source
+    if not place.is_far:
+        return weights_of(Path(place.name), source.config)
+    files = sorted(set(_files(source)))
+    return far_weights(files, place.read_into, source.config, place.name)
+
+
 def _identity(source: SourceCheckpoint, checkpoint: Checkpoint, tokens: np.ndarray) -> object:
     """What a saved comparison belongs to: these weights, these files, these tokens."""
-    folder = Path(source.source.name)
-    files = {file: (folder / file).stat() for file in sorted(set(_files(source)))}
+    place = source.source
     return {
-        "source": str(folder.resolve()),
+        "source": place.name if place.is_far else str(Path(place.name).resolve()),
         "config": digest_of_json(dict(source.config)),
-        "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in files.items()},
+        "files": {file: place.fingerprint(file) for file in sorted(set(_files(source)))},
         "checkpoint": digest_of_json(checkpoint.provenance["pieces"]),
         "tokens": tokens.tolist(),
     }
@@ -199,7 +196,7 @@ def _compare_heads(
     wanted = _by_depth(theirs, reference)
     got, alone = _by_depth(ours, own), _by_depth(ours, reference)
     valid = np.stack([valid_positions(segments, first + k) for k in range(len(pairs))])
-    depths = tuple(_compare(first + k, got[k], wanted[k], valid[k]) for k in range(len(pairs)))
+    depths = compare_depths(first, got, wanted, valid)
     return depths, LayerCheck(
         name=_HEAD,
         depth=0,
@@ -300,58 +297,3 @@ def _rounded_like(
         return weight.bfloat16().float() if name in rounds else weight
 
     return rounded
-
-
-def _compare(depth: int, ours: np.ndarray, theirs: np.ndarray, valid: np.ndarray) -> DepthCheck:
-    """Logits [B, T, V] of one depth, at the positions whose input token is in their document."""
-    a, b = ours[valid], theirs[valid]
-    peak = np.abs(b).max()
-    difference_BT = np.where(valid, np.abs(ours - theirs).max(axis=-1), 0) / peak
-    kl = _divergences(a, b)
-    return DepthCheck(
-        depth=depth,
-        rows=int(valid.sum()),
-        relative_difference=float(difference_BT.max()),
-        rms_relative_difference=float(np.linalg.norm(a - b) / np.linalg.norm(b)),
-        cosine=float(_cosines(a, b).min()),
-        kl=float(kl.mean()),
-        kl_largest=float(kl.max()),
-        argmax_agreement=float((a.argmax(-1) == b.argmax(-1)).mean()),
-        top5_agreement=_shared_largest(a, b),
-        by_position=tuple(
-            float(worst) if any_valid else None
-            for worst, any_valid in zip(difference_BT.max(0), np.any(valid, axis=0), strict=True)
-        ),
-        kl_by_row=tuple(kl.tolist()),
-        sample=_sample(a, b),
-    )
-
-
-def _sample(ours: np.ndarray, theirs: np.ndarray) -> tuple[tuple[float, float], ...]:
-    """Pairs of logits, evenly from all of [N, V]."""
-    chosen = np.linspace(0, ours.size - 1, min(_SAMPLE, ours.size)).astype(int)
-    return tuple(zip(theirs.ravel()[chosen].tolist(), ours.ravel()[chosen].tolist(), strict=True))
-
-
-def _cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Of vectors [N, V], one each, in float64."""
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    return (a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))
-
-
-def _divergences(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    """KL(theirs || ours) of logits [N, V], in nats, each at least 0."""
-    p, q = _log_probabilities(theirs), _log_probabilities(ours)
-    return np.maximum((np.exp(p) * (p - q)).sum(-1), 0)
-
-
-def _log_probabilities(logits: np.ndarray) -> np.ndarray:
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-
-
-def _shared_largest(a: np.ndarray, b: np.ndarray, count: int = 5) -> float:
-    """The mean share of the `count` largest entries of a row that are so in both."""
-    count = min(count, a.shape[-1])
-    top = [np.argpartition(x, -count, axis=-1)[:, -count:] for x in (a, b)]
-    return float((top[0][:, :, None] == top[1][:, None]).any(-1).mean())

@@ -15,6 +15,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from converters.sources.source import Finish
 from mtp_model.config import ModelConfig
 from mtp_model.model import Scope
 from mtp_model.problems import UserError
@@ -95,6 +96,17 @@ def _steps(config: ModelConfig, scope: Scope, chosen: Collection[int]) -> Iterat
             yield _Step(f"model.layers.{layers + index}", "module", (index,), index + 1)
 
 
+def modules_of_parts(
+    config: ModelConfig, scope: Scope, chosen: Collection[int]
+) -> dict[str, tuple[str, ...]]:
+    """The parts of a walk in order, each with the modules that either side reads for it."""
+    embedding = "model.embed_tokens"
+    return {
+        step.name: (step.name, embedding) if step.part == "module" else (step.name,)
+        for step in _steps(config, scope, chosen)
+    }
+
+
 def walk(
     ours: Parts,
     theirs: Parts,
@@ -103,14 +115,17 @@ def walk(
     segments: np.ndarray,
     *,
     layers: Collection[int] | None = None,
+    begun: Walk | None = None,
     saved: "SavedWalk | None" = None,
+    finish: Finish | None = None,
     progress: OnProgress | None = None,
 ) -> Walk:
-    """Run all parts but the head, from where `saved` was left.
+    """Run all parts but the head, from where `begun` was left.
 
-    layers: those of the main model that are run, one fed by the one before it; None: all.
+    layers: those of the main model that are run, one fed by the one before it; None: all. saved:
+    is written after each part. finish: told each part that has been run.
     """
-    now = (saved and saved.read()) or Walk()
+    now = begun or Walk()
     chosen = range(config.num_hidden_layers) if layers is None else layers
     steps = list(_steps(config, scope, chosen))
     for step in steps[now.done :]:
@@ -120,6 +135,8 @@ def walk(
         now.done += 1
         if saved:
             saved.write(now)
+        if finish:
+            finish(step.name)
     if progress:
         progress(len(steps), len(steps))
     return now

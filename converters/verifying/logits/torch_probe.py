@@ -15,6 +15,7 @@ from converters.format import fp8
 from converters.format.header import DTYPES
 from converters.format.listing import SourceCheckpoint
 from converters.format.mapping import SCALE_SUFFIX
+from converters.sources.source import Finish
 from mtp_model.problems import UserError
 from mtp_model.progress import OnProgress
 
@@ -66,13 +67,14 @@ class TorchProbe:
         self.heads = HEADS if self._has_own_head() else HEADS[:1]
 
     @torch.no_grad()
-    def run_main(self, progress: OnProgress) -> np.ndarray:
-        """Run the main model; its loss of every token."""
+    def run_main(self, progress: OnProgress, finish: Finish) -> np.ndarray:
+        """Run the main model; its loss of every token. finish: told each layer that was run."""
         layers = self._config["num_hidden_layers"]
         x = self._reference.embed(self._tokens)
         for index in range(layers):
             progress(index, layers + 2)
             x = self._reference.layer(index, x, self._places)
+            finish(f"model.layers.{index}")
         self._states = {STATES[0]: self._reference.norm(x), STATES[1]: x}
         progress(layers, layers + 2)
         logits = functional.linear(self._states[STATES[0]], self._get("lm_head.weight"))

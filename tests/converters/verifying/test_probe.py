@@ -1,6 +1,7 @@
 """`probe`: modules that were trained here under one convention each, and which it says it was."""
 
 import json
+import tempfile
 from pathlib import Path
 
 import jax
@@ -8,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from advice import done, follows, told
-from hub_client import lone_hub
+from gcs_server import GcsServer, key_of
+from hub_client import fetched_bytes, lone_hub
 from imported import TOLERANCE, import_folder, load_float32
 from roundtrip import tree_bytes
 
@@ -182,7 +184,23 @@ def test_weights_are_those_of_the_reference(tmp_path: Path):
         ours(quantised)
 
 
-def test_a_source_that_is_not_here_is_refused(usual: Path, text: Path, tmp_path: Path, capsys):
+def test_a_source_that_is_far_is_probed(
+    usual: Path, text: Path, tmp_path: Path, capsys, gcs: GcsServer, url: str
+):
+    """Of the Hub and of a bucket, as where it is on this disk."""
+    for name, content in tree_bytes(usual).items():
+        gcs.put(f"{key_of(url)}/{name}", content)
+    found = []
+    (tmp_path / "fetched").mkdir()
     with pytest.MonkeyPatch.context() as patch, lone_hub(tmp_path, patch) as hub:
+        patch.setattr(tempfile, "tempdir", str(tmp_path / "fetched"))
         hub.add("org/far", tree_bytes(usual))
-        assert "probe needs a local folder" in told(capsys, "probe", "org/far", "--data", text)
+        for src in (usual, "org/far", url):
+            done("probe", src, "--data", text, "--json")
+            found.append(json.loads(capsys.readouterr().out))
+            assert found[-1].pop("source").startswith(str(src))
+        assert fetched_bytes(hub) >= sum(
+            file.stat().st_size for file in usual.glob("*.safetensors")
+        )
+    assert found[0] == found[1] == found[2]
+    assert not [*(tmp_path / "fetched").iterdir()]

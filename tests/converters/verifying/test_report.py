@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from browser import assert_readable
 from imported import import_tiny
 from verified import Pair, opened, storage
 
 from converters.verifying.digests import check_digests
-from converters.verifying.logits.check import LENGTH, TOLERANCE, LogitsCheck, check_logits
+from converters.verifying.logits.check import LENGTH, LogitsCheck, check_logits
+from converters.verifying.logits.depths import TOLERANCE, accepted_drafts, compare_depths
 from converters.verifying.report import write_report
 from converters.verifying.verify import Verification
 from mtp_model.checkpoint.directory import open_checkpoint
@@ -28,30 +30,75 @@ def kept_logits(kept: Pair, _torch: None) -> LogitsCheck:
     return check_logits(opened(kept[0]), open_checkpoint(kept[1]))
 
 
-def test_report_folder(kept: Pair, kept_logits: LogitsCheck, tmp_path: Path):
-    checkpoint = open_checkpoint(kept[1])
+@pytest.fixture(scope="module")
+def report(kept: Pair, kept_logits: LogitsCheck, tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = Verification(
         source=str(kept[0]),
         checkpoint=str(kept[1]),
-        digests=check_digests(checkpoint),
+        digests=check_digests(open_checkpoint(kept[1])),
         storage=storage(*kept),
         logits=kept_logits,
     )
-    write_report(tmp_path / "report", found)
-    content = json.loads((tmp_path / "report" / "report.json").read_text())
+    folder = tmp_path_factory.mktemp("verified") / "report"
+    write_report(folder, found)
+    return folder
+
+
+def test_report_folder(report: Path):
+    content = json.loads((report / "report.json").read_text())
     assert content["holds"] is True
     assert content["storage"]["parts"]["MTP modules"]["differing"] == 0
     assert content["logits"]["depths"][1]["rows"] == 86
-    text = (tmp_path / "report" / "report.md").read_text()
+    text = (report / "report.md").read_text()
     assert "| total | 331 |" in text
     assert "![difference by position](logits.png)" in text
-    assert (tmp_path / "report" / "logits.png").read_bytes().startswith(b"\x89PNG")
+    assert (report / "logits.png").read_bytes().startswith(b"\x89PNG")
     assert content["report_version"] == 1
-    page = (tmp_path / "report" / "report.html").read_text()
-    assert page.count("<svg") == 5  # by layer, by position, KL, and logits of two depths
+    page = (report / "report.html").read_text()
+    assert page.count("<svg") == 6  # by layer and position, KL, acceptance, logits of two depths
     assert ">layers.4</text>" in page
     assert "not finite" not in page
     assert "<td>MTP modules</td>" in page
+    assert "<td>MTP depth 1</td><td>0.00 %</td><td>0.00 %</td><td>100.00 %</td>" in page
+    assert content["logits"]["depths"][0]["acceptance"] is None
+    assert content["logits"]["depths"][1]["acceptance_agreement"] == 1.0
+
+
+def test_a_browser_shows_the_report(report: Path, tmp_path: Path):
+    assert_readable(report / "report.html", tmp_path)
+
+
+def test_accepted_drafts_are_those_a_decoder_would_keep():
+    """Against a loop over positions; ours differs from theirs in a share of the choices."""
+    rng = np.random.default_rng(5)
+    wanted = rng.integers(4, size=(2, 12))  # the token that row i of the main model predicts
+    sides = [np.eye(4)[np.stack([wanted, wanted, wanted])] for _ in range(2)]
+    for side in sides:
+        for k in (1, 2):  # depth k predicts what row i + k of the main model does, mostly
+            wrong = rng.random((2, 12)) < 0.4
+            side[k] = np.eye(4)[np.roll((wanted + wrong * rng.integers(1, 4)) % 4, -k, axis=1)]
+    valid = np.ones((3, 2, 12), bool)
+    valid[1:, 0, 5:] = valid[1, :, -1:] = valid[2, :, -2:] = False
+    counts = {1: [0, 0, 0], 2: [0, 0, 0]}
+    for depth, row, i in ((k, *place) for k in (1, 2) for place in np.argwhere(valid[k])):
+        kept = [
+            all(
+                side[k, row, i].argmax() == side[0, row, i + k].argmax()
+                for k in range(1, depth + 1)
+            )
+            for side in sides
+        ]
+        counts[depth] = [
+            n + found for n, found in zip(counts[depth], (*kept, kept[0] == kept[1]), strict=True)
+        ]
+    main, *depths = compare_depths(0, sides[0], sides[1], valid)
+    assert main.acceptance is None
+    for depth in depths:
+        shares = (depth.acceptance, depth.reference_acceptance, depth.acceptance_agreement)
+        assert shares == pytest.approx([n / depth.rows for n in counts[depth.depth]])
+        assert all(share is not None and 0 < share < 1 for share in shares)
+    assert compare_depths(1, sides[0], sides[1], valid)[0].acceptance is None
+    assert accepted_drafts(sides[0])[0] is None
 
 
 def test_a_report_of_logits_that_are_no_numbers(

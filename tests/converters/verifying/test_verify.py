@@ -20,11 +20,11 @@ from converters.verifying.digests import check_digests
 from converters.verifying.logits.check import (
     DOCUMENTS,
     LENGTH,
-    TOLERANCE,
     LogitsCheck,
     check_logits,
     seeded_batch,
 )
+from converters.verifying.logits.depths import TOLERANCE
 from converters.verifying.verify import StorageCheck
 from mtp_model.checkpoint.derived import ChangedLeaf, write_derived
 from mtp_model.checkpoint.directory import Checkpoint, CheckpointError, open_checkpoint
