@@ -80,5 +80,5 @@ def _logits(source: SourceCheckpoint, checkpoint: Checkpoint, command: Verify) -
 def _raise_if_of_two(source: SourceCheckpoint) -> None:
     """The reference reads a checkpoint's own files by itself, not those of two."""
     if source.taken:
-        detail = "is of two sources, and --logits reads one; export CKPT, and verify that"
+        detail = "is of two sources, and --logits reads one folder; export CKPT, and verify that"
         raise ProblemsError(source.source.name, [Problem("source", "SRC", detail)])

@@ -19,11 +19,13 @@ def fetched_ahead(
 
     kept: a folder in which whole files stay when this is interrupted, for the next time.
     """
-    advice = "give --report a folder" if kept else "set TMPDIR to a folder"
+    advice = "set TMPDIR to a folder on another disk"
+    if kept:
+        advice = "give --report a folder on another disk"
     place = nullcontext(kept) if kept else TemporaryDirectory(prefix="convert-deepseek-")
     with place as folder:
         needed = source.room_needed(reads, Path(folder))
-        raise_if_full(needed, f"{advice} on another disk")
+        raise_if_full(needed, advice)
         with source.staged(reads, Path(folder)) as finish:
             yield finish
 

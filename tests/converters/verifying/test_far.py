@@ -1,11 +1,13 @@
 """Logits of a source that is not on this machine: the same, a few of its files on disk at once."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from advice import done
+from advice import done, follows, told
 from gcs_server import GcsServer, key_of
 from hub_client import REPO, fetched_bytes, lone_hub
 from hub_server import HubServer
@@ -87,8 +89,21 @@ def test_a_model_on_the_hub_is_compared_a_part_at_a_time(
 
 
 @pytest.mark.usefixtures("hub")
-def test_the_command_takes_a_model_on_the_hub(pair: Pair, tmp_path: Path, capsys):
-    done("verify", REPO, pair[1], "--logits", "--report", tmp_path / "report")
+@follows("give --report a folder on another disk")
+def test_the_command_takes_a_model_on_the_hub(
+    pair: Pair, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+):
+    """Where the disk of its report has room for the files; without a report TMPDIR's has to."""
+    command = ("verify", REPO, pair[1], "--logits", "--report")
+    real = shutil.disk_usage
+    full = SimpleNamespace(free=1000)
+
+    def usage(path: object) -> object:
+        return full if "small" in str(path) else real(tmp_path)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    assert "give --report a folder on another disk" in told(capsys, *command, tmp_path / "small")
+    done(*command, tmp_path / "report")
     assert "logits agree" in capsys.readouterr().out
     assert {file.name for file in (tmp_path / "report").iterdir()} == {
         *("report.json", "report.md", "report.html", "logits.png")
