@@ -52,6 +52,10 @@ _PUSH = (
     "then upload DST to this model on the Hub, made private where there is none; the token comes "
     "from HF_TOKEN or `hf auth login`"
 )
+_ACCEPTANCE = (
+    "for the model card of --push: what `finetune-deepseek evaluate --json` printed of CKPT, any "
+    "number of files; NAME=FILE names the domain"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,9 +105,12 @@ class Export:
     dst: _Dst
     dtype: Literal["keep", "bf16"] = "keep"
     """of the weights; keep: as in the source, what was trained quantised again; bf16: no FP8"""
+    draft: Literal["vllm", "sglang"] | None = None
+    """only the MTP module and a config.json, as this engine loads a draft beside the main model"""
     base: Annotated[str | None, arg(metavar="SRC", help=_BASE)] = None
     mtp_from: _MtpFrom = None
     push: Annotated[str | None, arg(metavar="ORG/NAME", help=_PUSH)] = None
+    acceptance: Annotated[tuple[str, ...], arg(metavar="FILE", help=_ACCEPTANCE)] = ()
     verify: Annotated[bool, arg(help=_NO_VERIFY)] = True
     workers: _Workers = 3
     overwrite: _Overwrite = False
@@ -220,6 +227,10 @@ def _export_fault(command: Export) -> str | None:
         return "--mtp-from belongs to --base SRC, as at import; leave it out, or name both"
     if command.base and command.dtype != "keep":
         return f"--base keeps files as they are; with --dtype {command.dtype} none would be"
+    if command.draft and command.base:
+        return "--base completes a whole checkpoint, --draft writes a module alone; leave out one"
+    if command.acceptance and command.push is None:
+        return "--acceptance is for the model card of --push; name both, or leave it out"
     if command.push is not None and not _MODEL.fullmatch(command.push):
         return f"--push {command.push} is no model on the Hub; needed ORG/NAME"
     if command.push is not None and command.dst.startswith("gs://"):

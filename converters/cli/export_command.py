@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from converters.exporting.destination import forget_record
 from converters.exporting.exporter import export_checkpoint
 from converters.exporting.result import ExportSummary
 from converters.format.listing import SUFFIX, list_checkpoint
+from converters.publishing.measured import MeasuredAcceptance, read_measured
 from converters.publishing.serving import (
     ENGINES,
     PRE_NORM,
@@ -46,6 +47,7 @@ _MOST_REQUANTISED = 8
 def run_export(command: Export) -> int:
     """Export, check what was written, push if asked to; 1 where the check does not hold."""
     checkpoint = open_checkpoint(command.ckpt)
+    measured = read_measured(command.acceptance, command.ckpt)
     base = None
     follow_links = command.follow_links
     if command.base and command.mtp_from:
@@ -59,18 +61,18 @@ def run_export(command: Export) -> int:
             command.dst,
             dtype=command.dtype,
             base=base,
+            draft=command.draft,
             workers=command.workers,
             overwrite=command.overwrite,
             continuable=command.push is not None,
             progress=report,
         )
     seconds = time.monotonic() - began_s
-    keeps_dtypes = command.dtype == "keep"
-    checked = _check(checkpoint, summary, keeps_dtypes) if command.verify else None
+    checked = _check(checkpoint, summary, command) if command.verify else None
     holds = checked is None or checked.holds
     pushed = None
     if command.push and holds:
-        pushed = _push(Path(command.dst), command.push, checkpoint, checked)
+        pushed = _push(command, command.push, checkpoint, checked, measured)
     model = command.push or (command.dst if not is_address(command.dst) else "DIR")
     servable = holds and summary.mtp_modules > 0
     drafts = num_drafts(checkpoint.provenance, checkpoint.config_dict) if servable else 0
@@ -81,16 +83,30 @@ def run_export(command: Export) -> int:
         "seconds": seconds,
         "verified": checked.to_dict() if checked else None,
         "pushed": dataclasses.asdict(pushed) if pushed else None,
-        "serve": list(serve_lines(model, drafts)) if drafts else [],
+        "serve": _serve_lines(command, model, drafts) if drafts else [],
     }
     sections = [*exported(summary, seconds, pushed), *verified(checked)]
-    sections += serving(checkpoint, model, drafts)
+    sections += serving(checkpoint, plain["serve"], drafts)
     print_result(sections, plain, as_json=command.json)
     return 0 if holds else 1
 
 
-def _check(checkpoint: Checkpoint, summary: ExportSummary, keeps_dtypes: bool) -> "ExportCheck":
+def _serve_lines(command: Export, model: str, drafts: int) -> list[str]:
+    """The commands of vLLM and SGLang; of a draft that of its engine, beside the main model."""
+    if not command.draft:
+        return [*serve_lines(model, drafts)]
+    lines = serve_lines("MAIN_MODEL", drafts, draft=model)
+    return [lines[command.draft != "vllm"]]
+
+
+def _check(checkpoint: Checkpoint, summary: ExportSummary, command: Export) -> "ExportCheck":
     """What was written, before it is shown or pushed."""
+    keeps_dtypes = command.dtype == "keep"
+    if command.draft:
+        from converters.verifying.export_gate import check_draft
+
+        workers = command.workers
+        return check_draft(checkpoint, summary, keeps_dtypes=keeps_dtypes, workers=workers)
     import jax
 
     # Both sides of the logits run on this machine's cores: an accelerator may be busy.
@@ -102,9 +118,14 @@ def _check(checkpoint: Checkpoint, summary: ExportSummary, keeps_dtypes: bool) -
 
 
 def _push(
-    folder: Path, repo_id: str, checkpoint: Checkpoint, checked: "ExportCheck | None"
+    command: Export,
+    repo_id: str,
+    checkpoint: Checkpoint,
+    checked: "ExportCheck | None",
+    measured: Sequence[MeasuredAcceptance],
 ) -> "Pushed":
     """Upload what was exported; on failure ProblemsError that says how to go on."""
+    folder = Path(command.dst)
     # Here and not above: it loads huggingface_hub, which folders don't need.
     from converters.publishing.push import push_folder
 
@@ -122,6 +143,8 @@ def _push(
                 repo_id,
                 provenance=checkpoint.provenance,
                 verified=checked.to_dict() if checked else None,
+                measured=measured,
+                draft=command.draft,
                 progress=report,
             )
     except ProblemsError as err:
@@ -214,12 +237,11 @@ def _storage_verdict(checked: "ExportCheck") -> str:
     return "; ".join(parts)
 
 
-def serving(checkpoint: Checkpoint, model: str, drafts: int) -> Iterator[Section]:
+def serving(checkpoint: Checkpoint, lines: Sequence[str], drafts: int) -> Iterator[Section]:
     """How to serve what was exported with its MTP module drafting so many; nothing for none."""
     if not drafts:
         return
-    vllm, sglang = serve_lines(model, drafts)
-    yield "\n".join([f"to serve it with its MTP module ({ENGINES}):", vllm, sglang])
+    yield "\n".join([f"to serve it with its MTP module ({ENGINES}):", *lines])
     notes = [SAMPLING]
     if drafts > checkpoint.config.num_nextn_predict_layers:
         notes.append(RECYCLING)

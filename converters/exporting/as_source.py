@@ -13,7 +13,7 @@ from converters.exporting.encode import Encoder
 from converters.exporting.plan import make_plan
 from converters.format.header import TensorInfo, start_of_file
 from converters.format.joined import overlapping
-from converters.format.listing import CONFIG_FILE
+from converters.format.listing import CONFIG_FILE, INDEX_FILE
 from converters.sources.source import Buffer, Fingerprint, Source, byte_view, range_fault
 from mtp_model.checkpoint.directory import COMPLETE, Checkpoint
 from mtp_model.files.place import Place
@@ -41,10 +41,14 @@ class DirectorySource(Source):
         self._encoder = Encoder(checkpoint, plan.slots, held)
         config = checkpoint.config_dict
         state = checkpoint.provenance["mtp_hidden_state"]
-        self._config = json.dumps({**config, "mtp_hidden_state": state}).encode()
+        text = json.dumps({**config, "mtp_hidden_state": state}).encode()
+        self._texts = {CONFIG_FILE: text}
+        if INDEX_FILE in checkpoint.side_files():
+            self._texts[INDEX_FILE] = (checkpoint.path / INDEX_FILE).read_bytes()
         self._complete = (checkpoint.path / COMPLETE).digest()
         sizes = {file: header.size for file, header in self._headers.items()}
-        self._sizes = dict(sorted({**sizes, CONFIG_FILE: len(self._config)}.items()))
+        sizes |= {file: len(text) for file, text in self._texts.items()}
+        self._sizes = dict(sorted(sizes.items()))
 
     @property
     def scope(self) -> Scope:
@@ -84,8 +88,8 @@ class DirectorySource(Source):
 
     def _start(self, file: str) -> bytes:
         """The bytes of a file that are no tensor's."""
-        if file == CONFIG_FILE:
-            return self._config
+        if file in self._texts:
+            return self._texts[file]
         return start_of_file(self._headers[file].raw)
 
     def _read_tensor(self, tensor: TensorInfo, begin: int, out: np.ndarray) -> None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 from converters.exporting.destination import claimed, keep_record, raise_if_within
+from converters.exporting.draft import Engine, draft_plan
 from converters.exporting.encode import Encoder, Requantisation
 from converters.exporting.files import ExportFiles
 from converters.exporting.plan import Dtype, ExportPlan, make_plan
@@ -32,7 +33,7 @@ from converters.format.header import Header, TensorInfo
 from converters.format.listing import SUFFIX, Listing
 from converters.format.mapping import TABLE_VERSION, mtp_layers
 from converters.format.writer import StreamWriter
-from mtp_model.checkpoint.directory import COMPLETE, CONFIG, UNFINISHED, Checkpoint
+from mtp_model.checkpoint.directory import COMPLETE, UNFINISHED, Checkpoint
 from mtp_model.files.journal import Fingerprint, Journal
 from mtp_model.files.open import as_place
 from mtp_model.files.place import Place
@@ -48,6 +49,7 @@ def export_checkpoint(
     *,
     dtype: Dtype = "keep",
     base: Listing | None = None,
+    draft: Engine | None = None,
     workers: int = DEFAULT_WORKERS,
     overwrite: bool = False,
     continuable: bool = False,
@@ -58,6 +60,7 @@ def export_checkpoint(
     dtype: `keep` gives the source's files, `bf16` the same with all weights in bfloat16.
     base: the source that `checkpoint` was imported from. Its files without changed tensors are
     linked or copied, and it gives the tensors that `checkpoint` does not hold; for `keep` only.
+    draft: only the MTP module, as this engine loads it; without a base.
     continuable: the finished export may be run again, and does nothing, until forget_record(dst);
     only in a folder on this machine. progress: told the bytes that are done, and their total.
     Raises ProblemsError for a damaged checkpoint, one that lacks tensors of its source, or another
@@ -65,12 +68,14 @@ def export_checkpoint(
     """
     dst = as_place(dst)
     files = ExportFiles(dst)
-    plan = make_plan(checkpoint, dtype, has_base=base is not None)
+    plan = make_plan(checkpoint, dtype, has_base=base is not None, in_part=draft is not None)
+    if draft:
+        plan = draft_plan(plan, checkpoint, draft)
     if base:
         if base.source.folder:
             raise_if_within(dst, base.source.folder)
         check_base(base, checkpoint)
-    fingerprint = _fingerprint(checkpoint, dtype, base)
+    fingerprint = _fingerprint(checkpoint, dtype, base, draft)
     with claimed(dst, fingerprint, overwrite=overwrite):
         with closing(Journal(dst / UNFINISHED, fingerprint)) as journal:
             done = _still_there(files, journal.entries)
@@ -90,7 +95,7 @@ def export_checkpoint(
         path=dst,
         base=base.source.name if base else None,
         files=exported,
-        num_side_files=len(checkpoint.side_files()),
+        num_side_files=len(plan.side_files(checkpoint)),
         num_tensors=sum(len(file.tensors) for file in plan.files),
         mtp_modules=len(mtp_layers(plan.dtypes)),
         written_bytes=sum(f.size for f in exported if f.how in ("written", "copy")),
@@ -99,10 +104,13 @@ def export_checkpoint(
     )
 
 
-def _fingerprint(checkpoint: Checkpoint, dtype: Dtype, base: Listing | None) -> Fingerprint:
+def _fingerprint(
+    checkpoint: Checkpoint, dtype: Dtype, base: Listing | None, draft: Engine | None
+) -> Fingerprint:
     """Everything that the files depend on: COMPLETE holds the digests of all other digests."""
     complete = {COMPLETE: {"digest": (checkpoint.path / COMPLETE).digest()}}
     options = {"dtype": dtype, "--base": base is not None, "table version": TABLE_VERSION}
+    options |= {"--draft": draft} if draft else {}
     state = base_state(base, checkpoint) if base else {}
     return {"options": options, "files": complete, **state}
 
@@ -215,7 +223,7 @@ class _Export:
             name=file.file,
             size=file.size,
             digest=out.digest,
-            same_as_source=self._plan.dtype == "keep" and not changed,
+            same_as_source=self._plan.dtype == "keep" and not changed and not self._plan.whole,
             changed=changed,
             requantised=tuple(tensor.cost for tensor in written if tensor.cost),
         )
@@ -266,7 +274,7 @@ def _source_digests(plan: ExportPlan, checkpoint: Checkpoint) -> dict[str, str |
     records = checkpoint.provenance["source"]["files"]
     return {
         tensor.name: digest
-        for file in plan.files
+        for file in plan.whole or plan.files
         for tensor, digest in zip(file.tensors, records[file.file]["tensors"], strict=True)
     }
 
@@ -280,9 +288,9 @@ def _delete_others(dst: Place, plan: ExportPlan) -> None:
 
 
 def _write_side_files(checkpoint: Checkpoint, dst: Place, plan: ExportPlan) -> None:
-    """Everything but tensors, config.json last: without it nobody takes this for a checkpoint."""
+    """Everything but tensors."""
     digests = checkpoint.side_file_digests()
-    for name in sorted(checkpoint.side_files(), key=lambda name: name == CONFIG):
+    for name in plan.side_files(checkpoint):
         file = dst / name
         file.parent.make_folder()
         if name in plan.replaced:

@@ -23,7 +23,8 @@ class ExportPlan:
     """What an export writes, made once a command.
 
     dtype `keep`: headers and dtypes are the source's. slots: of the tensors whose leaves the
-    checkpoint has. replaced: side files whose content is not the checkpoint's.
+    checkpoint has. replaced: side files whose content is not the checkpoint's. whole: of an MTP
+    module alone, the files of the checkpoint that it is of; its only side file is config.json.
     """
 
     dtype: Dtype
@@ -31,25 +32,34 @@ class ExportPlan:
     slots: Mapping[str, Slot]
     replaced: dict[str, bytes]
     notes: tuple[str, ...]
+    whole: tuple[Header, ...] = ()
 
     @property
     def dtypes(self) -> dict[str, str]:
         """Dtype of every tensor that is written."""
         return {tensor.name: tensor.dtype for file in self.files for tensor in file.tensors}
 
+    def side_files(self, checkpoint: Checkpoint) -> list[str]:
+        """What is written beside the tensors, config.json last: without it nobody takes this for a
+        checkpoint."""
+        names = [CONFIG] if self.whole else checkpoint.side_files()
+        return sorted(names, key=lambda name: name == CONFIG)
+
     def held(self, file: Header) -> tuple[TensorInfo, ...]:
         """The tensors of a file that the checkpoint has, copies of them included."""
         return tuple(tensor for tensor in file.tensors if tensor.name in self.slots)
 
 
-def make_plan(checkpoint: Checkpoint, dtype: Dtype, *, has_base: bool = False) -> ExportPlan:
+def make_plan(
+    checkpoint: Checkpoint, dtype: Dtype, *, has_base: bool = False, in_part: bool = False
+) -> ExportPlan:
     """The plan; ProblemsError when the checkpoint lacks tensors, and there is no base to have them.
 
-    With a base the dtype is `keep`.
+    With a base the dtype is `keep`. in_part: only some tensors will be written.
     """
     assert dtype == "keep" or not has_base
     scope = checkpoint.provenance["scope"]
-    if scope != "all" and not has_base:
+    if scope != "all" and not (has_base or in_part):
         detail = (
             f"was imported with --scope {scope}, which left out the other tensors of its source"
         )

@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from converters.publishing.serving import ENGINES, SAMPLING, num_drafts, serve_lines
+from converters.publishing.measured import MeasuredAcceptance, measured_table
+from converters.publishing.serving import ENGINES, SAMPLING_ENGINES, num_drafts, serve_lines
 from converters.sources.source import HUB_ID
 from mtp_model.files.untrusted_json import shown
 
@@ -25,14 +26,19 @@ def merged_readme(
     provenance: Mapping[str, Any],
     config: Mapping[str, Any],
     verified: Mapping[str, Any] | None = None,
+    measured: Sequence[MeasuredAcceptance] = (),
+    draft: str | None = None,
 ) -> str:
     """The card of a model as README.md. verified: what export's check found; None: it made none.
+    measured: acceptance of this checkpoint. draft: the engine that an MTP module alone is for.
 
     Every line of an existing README stays. Its front matter gets the keys that it lacks; our
     section comes after that, or in the place of our section of an earlier push.
     """
     front, body = _split(existing or "")
-    section = f"{BEGIN}\n{_section(repo_id, provenance, config, verified)}\n{END}\n"
+    section = (
+        f"{BEGIN}\n{_section(repo_id, provenance, config, verified, measured, draft)}\n{END}\n"
+    )
     before, found, rest = body.partition(BEGIN)
     if found and END in rest:
         body = before + section + rest.partition(END)[2].removeprefix("\n")
@@ -64,14 +70,34 @@ def _section(
     provenance: Mapping[str, Any],
     config: Mapping[str, Any],
     verified: Mapping[str, Any] | None,
+    measured: Sequence[MeasuredAcceptance],
+    draft: str | None,
 ) -> str:
-    parts = [f"# {repo_id.split('/')[-1]}", _origin(provenance), _table(provenance, config)]
+    parts = [f"# {repo_id.split('/')[-1]}", _origin(provenance)]
+    parts += [_ALONE.format(engine=_ENGINE_NAMES[draft])] if draft else []
+    parts.append(_table(provenance, config))
     parts += _acceptance(provenance.get("derived", []))
-    parts += _claims(repo_id, provenance, verified) if verified else [_UNVERIFIED]
+    parts += [measured_table(measured), _MEASURED] if measured else []
+    if draft and verified:
+        tensors = f"{verified['tensors']:,} tensors, of {verified['values']:,} values"
+        parts.append(f"Verified when it was exported: {tensors}, with the whole export's bytes.")
+    else:
+        parts += _claims(repo_id, provenance, verified) if verified else [_UNVERIFIED]
     has_module = verified is None or verified["mtp_tensors"] > 0
     if has_module and (drafts := num_drafts(provenance, config)):
-        parts.append(_serving(repo_id, drafts))
+        parts.append(_serving(repo_id, drafts, draft))
     return "\n\n".join(parts)
+
+
+_ENGINE_NAMES = {"vllm": "vLLM", "sglang": "SGLang"}
+_ALONE = (
+    "The MTP module alone, as {engine} loads a draft, in the number format of the main model that "
+    "it was trained beside: it drafts for that one, and generates nothing by itself."
+)
+_MEASURED = (
+    "Accepted: the first k drafts of a round are all accepted. Rules: `greedy`; `target`: the main "
+    "model samples, drafts are greedy; `rejection`: drafts are sampled too."
+)
 
 
 def _origin(provenance: Mapping[str, Any]) -> str:
@@ -180,16 +206,22 @@ def _number(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.3f}"
 
 
-def _serving(repo_id: str, drafts: int) -> str:
+def _serving(repo_id: str, drafts: int, draft: str | None) -> str:
     tokens = "one token" if drafts == 1 else f"{drafts} tokens"
-    commands = "\n".join(serve_lines(repo_id, drafts))
-    return f"""Serve it with its MTP module drafting {tokens} a step ({ENGINES}):
+    if draft:
+        lines = serve_lines("MAIN_MODEL", drafts, draft=repo_id, sampled=True)
+        commands, engines = [lines[draft != "vllm"]], SAMPLING_ENGINES.split(", ")[draft != "vllm"]
+    else:
+        commands, engines = serve_lines(repo_id, drafts, sampled=True), SAMPLING_ENGINES
+    block = "\n".join(commands)
+    return f"""Serve it with its MTP module drafting {tokens} a step ({engines}):
 
 ```
-{commands}
+{block}
 ```
 
-{SAMPLING[0].upper()}{SAMPLING[1:]}."""
+The last option samples drafts at a temperature above 0, so that more of them are accepted. Versions
+without it ({ENGINES}) serve the module too."""
 
 
 def _split(text: str) -> tuple[str, str]:

@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi, constants
 
 from converters.format.listing import SUFFIX, list_checkpoint
+from converters.publishing.measured import MeasuredAcceptance
 from converters.publishing.model_card import merged_readme
 from converters.sources.hub_errors import REQUEST_ERRORS, hub_error, persist
 from converters.sources.hub_fetch import fetch_small
@@ -49,14 +50,16 @@ def push_folder(
     *,
     provenance: Mapping[str, Any],
     verified: Mapping[str, Any] | None = None,
+    measured: Sequence[MeasuredAcceptance] = (),
+    draft: str | None = None,
     progress: OnProgress | None = None,
 ) -> Pushed:
     """Upload an exported checkpoint; what is on the Hub already is not sent again.
 
     A repository that is made for this is private. provenance: of the checkpoint directory that was
-    exported. verified: what export's check found, for the card. progress is told the bytes that are
-    committed, and their total. Raises CheckpointError for a folder that is unfinished,
-    ProblemsError for one that is no checkpoint, and for whatever the Hub refuses.
+    exported. verified, measured, draft: for the card, as merged_readme has them. progress is told
+    the bytes that are committed, and their total. Raises CheckpointError for a folder that is
+    unfinished, ProblemsError for one that is no checkpoint, and for whatever the Hub refuses.
     """
     folder = Path(folder)
     if (folder / UNFINISHED).is_dir():
@@ -69,7 +72,7 @@ def push_folder(
     _make_repository(api, repo_id)
     config = json.loads((folder / CONFIG).read_bytes())
     existing = _existing_readme(folder, repo_id)
-    readme = merged_readme(existing, repo_id, provenance, config, verified)
+    readme = merged_readme(existing, repo_id, provenance, config, verified, measured, draft)
     sizes = source.files()
     sent: list[CommitOperationAdd] = []
     for batch in _batches(sizes):

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 ENGINES = "vLLM 0.11 or newer, SGLang 0.5.10 or newer"
+SAMPLING_ENGINES = "vLLM 0.22 or newer, SGLang 0.5.14 or newer"
 RECYCLING = (
     "more drafts than MTP modules reuse them: vLLM feeds a module its own normed state, as it was "
     "trained, from 0.24 on; older versions accept less after the first (SGLang is as trained)"
@@ -32,14 +33,29 @@ def num_drafts(provenance: Mapping[str, Any], config: Mapping[str, Any]) -> int:
     return (next(filter(None, reversed(trained)), None) or modules) if modules else 0
 
 
-def serve_lines(model: str, drafts: int) -> tuple[str, str]:
-    """The commands of vLLM and SGLang. model: a folder or a model on the Hub."""
-    name = shlex.quote(model)
-    config = json.dumps({"method": "mtp", "num_speculative_tokens": drafts})
-    vllm = f"vllm serve {name} --speculative-config '{config}'"
-    sglang = (
-        f"python3 -m sglang.launch_server --model-path {name} --speculative-algorithm NEXTN \\\n"
-        f"  --speculative-num-steps {drafts} --speculative-eagle-topk 1 \\\n"
-        f"  --speculative-num-draft-tokens {drafts + 1}"
-    )
-    return vllm, sglang
+def serve_lines(
+    model: str, drafts: int, *, draft: str | None = None, sampled: bool = False
+) -> tuple[str, str]:
+    """The commands of vLLM and SGLang. model, draft: a folder or a model on the Hub.
+
+    draft: an MTP module beside a main model that need not have one. sampled: drafts are sampled at
+    a temperature, as rejection sampling needs it.
+    """
+    config: dict[str, Any] = {"method": "mtp", "num_speculative_tokens": drafts}
+    config |= {"model": draft} if draft else {}
+    config |= {"draft_sample_method": "probabilistic"} if sampled else {}
+    vllm = f"vllm serve {shlex.quote(model)} --speculative-config {_quoted(json.dumps(config))}"
+    lines = [
+        f"python3 -m sglang.launch_server --model-path {shlex.quote(model)} "
+        "--speculative-algorithm NEXTN",
+        *([f"--speculative-draft-model-path {shlex.quote(draft)}"] if draft else []),
+        f"--speculative-num-steps {drafts} --speculative-eagle-topk 1",
+        f"--speculative-num-draft-tokens {drafts + 1}",
+        *(["--speculative-use-rejection-sampling"] if sampled else []),
+    ]
+    return vllm, " \\\n  ".join(lines)
+
+
+def _quoted(text: str) -> str:
+    """In single quotes, also where the shell would need none."""
+    return "'" + text.replace("'", "'\"'\"'") + "'"

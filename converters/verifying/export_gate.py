@@ -13,12 +13,15 @@ from typing import Any
 
 import numpy as np
 
+from converters.exporting.as_source import DirectorySource
 from converters.exporting.result import ExportSummary
 from converters.format.fit import fit
 from converters.format.header import DTYPES
 from converters.format.listing import SourceCheckpoint, open_safetensors
 from converters.format.mapping import SCALE_SUFFIX, Slot, layer_of, slots
+from converters.format.mtp_from import find_module
 from converters.sources.open import open_source
+from converters.verifying.compare import Side, compare, open_side
 from converters.verifying.logits.check import (
     SEED,
     LogitsCheck,
@@ -36,6 +39,7 @@ from mtp_model.reporting import human_bytes
 SMALL_BYTES = 2_000_000_000  # of tensors: up to here all layers are run
 _PIECE_BYTES = 16 << 20
 _MTP = "mtp."
+_COPIES = (".embed_tokens.weight", ".shared_head.head.weight")  # in a module
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +102,48 @@ def check_export(
     return dataclasses.replace(
         storage, logits=logits, logits_left_out=why_not, warnings=tuple(warnings)
     )
+
+
+def check_draft(
+    checkpoint: Checkpoint, summary: ExportSummary, *, keeps_dtypes: bool, workers: int
+) -> ExportCheck:
+    """Check an MTP module that was written alone, as whoever takes it in would read it.
+
+    keeps_dtypes: then its bytes are compared with those of the whole export; else names, shapes
+    and what was read back while it was written have to do.
+    """
+    try:
+        source = open_source(str(summary.path))
+        module = find_module(source)
+        problems = (
+            [*_draft_problems(open_side(source), checkpoint, workers)] if keeps_dtypes else []
+        )
+    except ProblemsError as error:
+        return _unreadable(error)
+    copies = [name for name in module.tensors if name.endswith(_COPIES)]
+    return ExportCheck(
+        tensors=len(module.tensors),
+        values=sum(math.prod(tensor.shape) for tensor in module.tensors.values()),
+        copies=len(copies),
+        main_changed=None,
+        mtp_changed=len(summary.changed) if keeps_dtypes else None,
+        mtp_tensors=len(module.tensors) - len(copies),
+        rounded=0,
+        problems=tuple(problems),
+        warnings=(),
+        logits_left_out="a module alone has none; those of the whole export are",
+    )
+
+
+def _draft_problems(draft: Side, checkpoint: Checkpoint, workers: int) -> Iterator[Problem]:
+    """Where it is not what the whole export writes; copies may be left out."""
+    found = compare(draft, open_side(DirectorySource(checkpoint)), workers=workers)
+    if found.holds:
+        return
+    for tensor in found.differences:
+        yield Problem("draft", tensor.name, "has other values than the whole export writes")
+    for name in (*found.only_in_a, *found.only_in_b):
+        yield Problem("draft", name, "is in only one of the draft and the whole export")
 
 
 def _of_a_tie(logits: LogitsCheck) -> str:

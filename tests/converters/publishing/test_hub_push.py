@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import yaml
+from advice import done, follows
 from hub_client import TOKEN, lone_hub
 from hub_server import Fault, HubServer, is_large
 from roundtrip import make_source, run_import, tree_bytes
 
+from converters.cli.main import main
 from converters.publishing import push as push_module
+from converters.publishing.measured import read_measured
 from converters.publishing.model_card import BEGIN, END, merged_readme
 from converters.publishing.push import Pushed, push_folder
 from mtp_model.checkpoint.directory import UNFINISHED, CheckpointError, open_checkpoint
@@ -225,14 +228,138 @@ def test_the_card_says_where_from_what_changed_and_how_to_serve(provenance):
         "| acceptance of draft 2 | 0.500 | not measured |",
         "| mean accepted length | 2.251 | not measured |",
         f"vllm serve {REPO} --speculative-config "
-        """'{"method": "mtp", "num_speculative_tokens": 1}'""",
-        "  --speculative-num-draft-tokens 2",
+        """'{"method": "mtp", "num_speculative_tokens": 1, """
+        """"draft_sample_method": "probabilistic"}'""",
+        "  --speculative-num-draft-tokens 2 \\",
+        "  --speculative-use-rejection-sampling",
     ):
         assert line in readme.splitlines()
     assert "| changed | 2 of " in readme
     assert "unchanged: `dense_layers`, " in readme
     assert "deepseek-mtp " in readme.split("| tools | ")[1].splitlines()[0]
     assert "/home/me" not in readme
+
+
+def evaluation(checkpoint: Path, **changes: Any) -> dict[str, Any]:
+    """What `evaluate --json` prints, in part."""
+    found = {
+        "checkpoint": str(checkpoint),
+        "sampling": "greedy",
+        "temperature": 1.0,
+        "acceptance": [0.8, 0.5, None],
+        "mean_accepted_length": 2.5,
+        "mean_accepted_length_interval": [2.4, 2.6],
+        "num_drafts": 1234,
+    }
+    return found | changes
+
+
+def test_the_card_has_the_acceptance_that_was_measured(provenance, tmp_path):
+    """By domain, rule and number of drafts; of several sources each."""
+    one = evaluation(tmp_path / "run/final")
+    source = {**one, "source": "/home/me/texts/law|2.jsonl", "mean_accepted_length": None}
+    sampled = {"sampling": "rejection", "temperature": 0.7, "acceptance": [0.9]}
+    contents = {
+        "code.json": one,
+        "mixed.json": evaluation(
+            tmp_path / "run/final", sources=[source, {**source, "source": "b"}]
+        ),
+        "sampled.json": evaluation(tmp_path / "run/final", **sampled),
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    words = [str(tmp_path / "code.json"), str(tmp_path / "mixed.json")]
+    words.append(f"prose={tmp_path / 'sampled.json'}")
+    measured = read_measured(words, str(tmp_path / "run/final"))
+    config = {"num_nextn_predict_layers": 1}
+    readme = merged_readme(None, REPO, provenance, config, measured=measured)
+    rows = [line for line in readme.splitlines() if line.startswith("|") and "%" in line]
+    assert rows[1:] == [
+        "|code|greedy|0|3|2.50 (2.40 to 2.60)|80.0%, 50.0%, -|1,234|",
+        "|mixed: b|greedy|0|3|- (2.40 to 2.60)|80.0%, 50.0%, -|1,234|",
+        "|mixed: law\\|2.jsonl|greedy|0|3|- (2.40 to 2.60)|80.0%, 50.0%, -|1,234|",
+        "|prose|rejection|0.7|1|2.50 (2.40 to 2.60)|90.0%|1,234|",
+    ]
+    assert rows[0].startswith("|domain|rule|temperature|drafts a round|")
+    assert "/home/me" not in readme
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("{", "cannot be read: "),
+        ("[1]", "is no evaluation; needed what `finetune-deepseek evaluate --json` printed"),
+        (json.dumps({"documents": 3}), "is no evaluation"),
+        ({"checkpoint": "/other"}, "is of /other, not of "),
+        ({"sampling": "beam"}, "has sampling beam, needed one of greedy, target, rejection"),
+        ({"temperature": "hot"}, "has temperature hot, needed a number"),
+        ({"acceptance": [1.5]}, "has acceptance [1.5], needed shares of 0 to 1"),
+        ({"acceptance": []}, "has acceptance [], needed shares of 0 to 1"),
+        ({"mean_accepted_length": [2]}, "has mean_accepted_length [2], needed a number"),
+        ({"mean_accepted_length_interval": [2]}, "needed two numbers"),
+        ({"num_drafts": None}, "needed a count"),
+        ({"sources": [1]}, "needed a list of objects"),
+        ({"sources": [{"acceptance": [2]}]}, "has a source None, needed a name"),
+    ],
+)
+def test_what_is_no_evaluation_of_this_checkpoint_is_told(tmp_path, content, told):
+    file = tmp_path / "file.json"
+    whole = evaluation(tmp_path)
+    file.write_text(content if isinstance(content, str) else json.dumps(whole | content))
+    with pytest.raises(ProblemsError) as error:
+        read_measured([str(file)], str(tmp_path))
+    assert told in str(error.value)
+    file.write_text(json.dumps(whole))
+    assert read_measured([str(file)], str(tmp_path))
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_a_draft_is_pushed_with_a_card_of_its_own(hub, exported, tmp_path, engine):
+    """The module alone, how it is served beside its main model, and what was measured."""
+    ckpt = tmp_path / "ckpt"
+    run_import(exported, ckpt)
+    file = tmp_path / "evaluation.json"
+    file.write_text(json.dumps(evaluation(ckpt)))
+    command = ("export", ckpt, tmp_path / "draft", "--draft", engine, "--push", REPO)
+    done(*command, "--acceptance", f"law={file}")
+    found = on_the_hub(hub)
+    assert found.keys() == {"mtp.safetensors", "config.json", "README.md", ".gitattributes"}
+    assert found["mtp.safetensors"] == (tmp_path / "draft/mtp.safetensors").read_bytes()
+    card = found["README.md"].decode()
+    name, other = {"vllm": ("vLLM", "sglang"), "sglang": ("SGLang", "vllm serve")}[engine]
+    assert f"The MTP module alone, as {name} loads a draft" in card
+    assert "|law|greedy|0|3|" in card
+    assert other not in card
+    line = {
+        "vllm": 'vllm serve MAIN_MODEL --speculative-config \'{"method": "mtp", '
+        '"num_speculative_tokens": 1, "model": "org/Tuned-V3", '
+        '"draft_sample_method": "probabilistic"}\'',
+        "sglang": "  --speculative-draft-model-path org/Tuned-V3 \\",
+    }[engine]
+    assert line in card.splitlines()
+    tensors = "100" if engine == "vllm" else "98"
+    assert f"Verified when it was exported: {tensors} tensors, of " in card
+
+
+@follows("; name both, or leave it out", "writes a module alone; leave out one")
+def test_wrong_usage_of_drafts_and_acceptance_is_told(exported, tmp_path, capsys, hub):
+    ckpt = tmp_path / "ckpt"
+    run_import(exported, ckpt)
+    file = tmp_path / "evaluation.json"
+    file.write_text(json.dumps(evaluation(ckpt)))
+    command = ["export", str(ckpt), str(tmp_path / "out")]
+    for more, message in (
+        (["--acceptance", str(file)], "name both, or leave it out"),
+        (["--draft", "vllm", "--base", str(exported)], "leave out one"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main([*command, *more])
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
+    done(*command, "--push", REPO, "--acceptance", file, "--no-verify")
+    assert "|evaluation|greedy|0|3|" in on_the_hub(hub)["README.md"].decode()
+    done("export", ckpt, tmp_path / "draft", "--draft", "vllm")
+    done("export", ckpt, tmp_path / "based", "--base", exported, "--no-verify")
 
 
 def test_the_card_of_what_nobody_trained_claims_nothing(provenance):
