@@ -13,7 +13,9 @@ import tyro
 from finetune.data.kinds import NAMES
 from mtp_model.problems import UserError
 
-TrainMode = Literal["mtp", "all"]
+TrainMode = Literal["mtp", "all", "lora"]
+Part = Literal["mtp", "all"]
+"""What learns: the MTP modules, or they and the main model."""
 LambdaSchedule = Literal["constant", "linear", "step"]
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
 Kept = Literal["float32", "halves", "bfloat16"]
@@ -53,7 +55,7 @@ class BatchSettings:
 class ObjectiveSettings:
     """What the MTP modules learn: the weight of each objective in the mixture.
 
-    All 0: e2e_tv where the main model is frozen, ce with --train all.
+    All 0: e2e_tv where the main model is frozen, ce where it learns too.
     """
 
     ce: float = 0.0
@@ -74,17 +76,33 @@ class ObjectiveSettings:
         values = {name: getattr(self, name) for name in ("ce", "kl", "tv", "lk", "e2e_tv")}
         return {name: value for name, value in values.items() if value}
 
-    def or_default(self, mode: TrainMode) -> "ObjectiveSettings":
-        """Itself, or the default of a mode where no objective has a weight."""
+    def or_default(self, part: Part) -> "ObjectiveSettings":
+        """Itself, or the default for what learns where no objective has a weight."""
         if self.weights():
             return self
-        chosen = {"mtp": "e2e_tv", "all": "ce"}[mode]
+        chosen = {"mtp": "e2e_tv", "all": "ce"}[part]
         return dataclasses.replace(self, **{chosen: 1.0})
 
     @property
     def compares_distributions(self) -> bool:
         """Whether the main model's distribution is needed, not only the text."""
         return any(name != "ce" for name in self.weights())
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """With --train lora: narrow matrices beside frozen projections, which they are merged into in
+    the end."""
+
+    part: Part = "mtp"
+    """Where adapters are: in the MTP modules, or everywhere."""
+    rank: int = 16
+    """Columns of the matrix A x is made of; an adapter has rank * (in + out) parameters."""
+    alpha: float = 32.0
+    """What an adapter adds is multiplied by alpha / rank."""
+    projections: tuple[str, ...] = ()
+    """Those that get an adapter, by the end of their names: o_proj, gate_proj, eh_proj,
+    shared_experts.up_proj; default: all, each routed expert's too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,22 +185,23 @@ class RunSettings:
     out: Path
     """Run directory; an unfinished run in it is continued."""
     train: TrainMode = "mtp"
-    """What is trained: the MTP modules with the main model frozen, or everything."""
+    """What is trained: the MTP modules with the main model frozen, everything, or adapters of
+    frozen weights (lora)."""
     steps: int = 1000
     """Optimizer steps. More than before lengthen a run, also a finished one; the learning rate
     follows the new number from there on."""
     eval_data: tuple[Path, ...] = ()
     """Held-out text, in the same forms as --data."""
     mtp_lambda: float = 0.1
-    """With --train all, the loss is main + lambda * what the MTP modules learn."""
+    """Where the main model learns, the loss is main + lambda * what the MTP modules learn."""
     mtp_lambda_schedule: LambdaSchedule = "constant"
     """How lambda goes from --mtp-lambda to --mtp-lambda-end: not at all, linearly, or in one step
     after two thirds of the steps (DeepSeek-V3: 0.3, then 0.1)."""
     mtp_lambda_end: float = 0.1
     """Lambda of the last step, unless it is constant."""
     detach_main: bool = False
-    """With --train all, what the MTP modules learn moves them alone: the main model, its embedding
-    and its head learn from the main loss only."""
+    """Where the main model learns, what the MTP modules learn moves them alone: the main model, its
+    embedding and its head learn from the main loss only."""
     draft_tokens: int = 0
     """MTP depths that are trained and measured; more than there are modules reuse them as a decoder
     does. 0: as many as there are modules."""
@@ -200,7 +219,18 @@ class RunSettings:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     checkpoints: CheckpointSettings = field(default_factory=CheckpointSettings)
+    lora: LoraSettings = field(default_factory=LoraSettings)
     mesh: MeshSettings = field(default_factory=MeshSettings)
+
+    @property
+    def part(self) -> Part:
+        """What learns."""
+        return part_of(self.train, self.lora)
+
+
+def part_of(train: TrainMode, lora: LoraSettings) -> Part:
+    """What learns in a mode of training."""
+    return lora.part if train == "lora" else train
 
 
 MESH = ("mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor")
@@ -208,6 +238,8 @@ POSITIVE = (
     "objective.depth_decay",
     "steps",
     "batch.rows",
+    "lora.rank",
+    "lora.alpha",
     "optimizer.learning_rate",
     "optimizer.epsilon",
     "optimizer.clip_norm",

@@ -101,7 +101,8 @@ def _described(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return " or ".join(typing.get_args(hint))
     if isinstance(hint, types.GenericAlias):
-        return "a path or a list of paths"
+        what = "path" if typing.get_args(hint)[0] is Path else "name"
+        return f"a {what} or a list of {what}s"
     return {
         bool: "true or false",
         int: "a whole number",

@@ -18,15 +18,15 @@ from finetune.objective.acceptance import Rounds
 from finetune.objective.losses import Asked, ExpertLoad, Measured, context_of, main_loss, measure
 from finetune.objective.objectives import lambdas, objective
 from finetune.optimizer import advance, initial, steps_taken
-from finetune.settings import Kept, RunSettings, TrainMode
+from finetune.settings import Kept, Part, RunSettings, TrainMode
 from mtp_model import DeepSeekV3, RouterBias
 from mtp_model.sharding import active_mesh, everywhere, placement
 
 T = TypeVar("T")
 
 _IN_MTP = nnx.PathContains("mtp")
-TRAINABLE = {"mtp": nnx.All(nnx.Param, _IN_MTP), "all": nnx.Param}
-BALANCED = {"mtp": nnx.All(RouterBias, _IN_MTP), "all": RouterBias}
+TRAINABLE = {"mtp": nnx.All(nnx.Param, _IN_MTP), "all": nnx.Param, "lora": nnx.LoRAParam}
+BALANCED = {"mtp": nnx.All(RouterBias, _IN_MTP), "all": RouterBias, "lora": nnx.Nothing()}
 
 
 class TrainState(NamedTuple):
@@ -89,7 +89,7 @@ def balance(biases: nnx.State, load: ExpertLoad, rate: float) -> nnx.State:
 
 def asked_by(settings: RunSettings) -> Asked:
     """What a run measures of a batch: what its objective needs."""
-    mixture = settings.objective.or_default(settings.train)
+    mixture = settings.objective.or_default(settings.part)
     return Asked(settings.draft_tokens or None, mixture.compares_distributions)
 
 
@@ -97,7 +97,7 @@ def make_train_step(
     graphdef: Any, optimizer: optax.GradientTransformation, settings: RunSettings
 ) -> jax.stages.Wrapped:
     """The jitted step: (state, frozen, batch) -> (state, what was measured); donates the state."""
-    mode, mixture = settings.train, settings.objective.or_default(settings.train)
+    part, mixture = settings.part, settings.objective.or_default(settings.part)
     asked, mtp_lambda = asked_by(settings), lambdas(settings)
 
     def step(state: TrainState, frozen: nnx.State, batch: Batch):
@@ -105,14 +105,14 @@ def make_train_step(
             model = nnx.merge(graphdef, trainable, state.biases, frozen)
             main = model.main(batch.tokens_BT, context_of(batch))
             own_loss = None
-            if mode == "all" and settings.detach_main:
+            if part == "all" and settings.detach_main:
                 own_loss = main_loss(model, batch, main)
                 model = nnx.merge(graphdef, _held(trainable), state.biases, frozen)
-            if mode == "mtp" or settings.detach_main:  # no gradient enters the main model
+            if part == "mtp" or settings.detach_main:  # no gradient enters the main model
                 main = jax.lax.stop_gradient(main)
             measured, load, *_ = measure(model, batch, main, asked)
             weight = mtp_lambda(steps_taken(state.opt_state) + 1)
-            loss = objective(measured, mode, mixture, weight, own_loss)
+            loss = objective(measured, part, mixture, weight, own_loss)
             return loss, (measured, load)
 
         grad_of = jax.value_and_grad(loss_of, has_aux=True)
@@ -124,7 +124,7 @@ def make_train_step(
         norm = optax.tree.norm(grads)
         finite_grads = jnp.stack([jnp.isfinite(grad).all() for grad in jax.tree.leaves(grads)])
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        learnt = jnp.any(_targets(measured, mode) > 0)
+        learnt = jnp.any(_targets(measured, part) > 0)
         result = StepResult(loss, norm, measured, finite_grads)
         return _placed((_where(learnt & finite, moved, state), result))
 
@@ -140,9 +140,9 @@ def _held(trainable: nnx.State) -> nnx.State:
     return nnx.map_state(held, trainable)
 
 
-def _targets(measured: Measured, mode: TrainMode) -> jax.Array:
-    """Numbers of targets that the loss of a mode is a mean over, int32 [depths]."""
-    return measured.num_targets_K1[1:] if mode == "mtp" else measured.num_targets_K1
+def _targets(measured: Measured, part: Part) -> jax.Array:
+    """Numbers of targets that the loss of what learns is a mean over, int32 [depths]."""
+    return measured.num_targets_K1[1:] if part == "mtp" else measured.num_targets_K1
 
 
 def _where(good: jax.Array, moved: TrainState, state: TrainState) -> TrainState:

@@ -42,7 +42,7 @@ from finetune.run.plots import draw_curves, write_run_report
 from finetune.run.report import evaluation_sentence
 from finetune.run.resuming import resume, say_what_is_done_again
 from finetune.run.stopping import NOT_STOPPING, Stopping
-from finetune.settings import ComputeDtype, RunSettings, SettingsError, check
+from finetune.settings import ComputeDtype, RunSettings, check
 from finetune.settings_file import as_plain
 from finetune.state import (
     Split,
@@ -56,13 +56,14 @@ from finetune.state import (
 )
 from finetune.weights import (
     compute_dtype,
+    final_bytes,
     load_for_training,
     matrices,
     open_trainable,
+    raise_unless_fitting,
     recomputes_layers,
     write_final,
 )
-from mtp_model import ModelConfig
 from mtp_model.checkpoint.directory import COMPLETE, Checkpoint
 from mtp_model.files.open import as_place
 from mtp_model.problems import UserError
@@ -122,7 +123,7 @@ def train(
     begun_in = None if overwrite else run.computed_in()
     computed_in = begun_in or compute_dtype(settings.compute_dtype)
     base, config = open_trainable(settings.checkpoint)
-    _raise_if_rows_are_short(settings, config)
+    raise_unless_fitting(settings, config)
     mesh = devices_for(settings.mesh, Workload.of(base, settings.train, settings.batch.rows))
     text = open_run_text(settings, config)
     console.print(text.description)
@@ -139,7 +140,7 @@ def train(
         record |= {"computed_in": computed_in}
         record |= {"held_out": {"before": measured[0], "after": measured[1]}} if measured else {}
         write_run_report(run, settings)
-        write_final(base, run.final, state, record)
+        write_final(base, run.final, state, record, settings.lora)
     return _result(run)
 
 
@@ -152,7 +153,7 @@ def resolve(settings: RunSettings) -> RunSettings:
         data=tuple(path.absolute() for path in settings.data),
         eval_data=tuple(path.absolute() for path in settings.eval_data),
         out=settings.out.absolute(),
-        objective=settings.objective.or_default(settings.train),
+        objective=settings.objective.or_default(settings.part),
     )
 
 
@@ -168,9 +169,10 @@ def _prepare(
 ) -> _Job:
     held_out = held_out_batches(text.held_out, settings) if text.held_out else []
     remat = recomputes_layers(settings, base.config)
-    split = load_for_training(settings.checkpoint, settings.train, computed_in, remat, mesh)
+    how = settings.checkpoint, settings.train, computed_in, remat, mesh
+    split = load_for_training(*how, settings.lora, settings.seed)
     raise_unless_finite(split, settings.checkpoint)
-    optimizer = make_optimizer(settings.optimizer, settings.steps, matrices(base).__contains__)
+    optimizer = make_optimizer(settings.optimizer, settings.steps, matrices(base))
     asked = asked_by(settings)
     return _Job(
         settings=settings,
@@ -263,7 +265,7 @@ def _raise_unless_room(job: _Job) -> None:
     saved = saved_steps(folder)
     left = -(-(settings.steps - max(saved, default=0)) // settings.checkpoints.every)
     more = max(min(left, settings.checkpoints.keep + 1 - len(saved)), 0)
-    final = 4 * sum(leaf.size for leaf in jax.tree.leaves(job.first_state.trainable))
+    final = final_bytes(job.base, job.first_state)
     raise_unless_room(folder, job.first_state, checkpoints=more, bytes_more=final)
 
 
@@ -369,20 +371,12 @@ def _raise_unless_finite(
     )
 
 
-def _raise_if_rows_are_short(settings: RunSettings, config: ModelConfig) -> None:
-    least = (settings.draft_tokens or config.num_nextn_predict_layers) + 2
-    if settings.batch.row_tokens < least:
-        found = f"--batch.row-tokens is {settings.batch.row_tokens}"
-        raise SettingsError(
-            "settings that cannot be used", [f"{found}, needed {least} or more for this model"]
-        )
-
-
 def _plan(job: _Job) -> str:
     """What will be done, in numbers."""
     settings = job.settings
     trainable, frozen = map(num_parameters, (job.split.trainable, job.split.frozen))
     what = {"mtp": "the MTP modules, main model frozen", "all": "main model and MTP modules"}
+    what["lora"] = f"adapters of rank {settings.lora.rank} of {what[settings.part]}"
     row_tokens = settings.batch.rows * settings.batch.row_tokens
     return (
         f"training {what[settings.train]}: {trainable:,} parameters of {trainable + frozen:,}; "

@@ -1,6 +1,7 @@
 """Between a checkpoint directory and training: what can be trained, loaded so, and written back."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,22 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from finetune.adapters import add_adapters, merged, moved_leaf, raise_unless_there
 from finetune.optimizer import Halved, join
-from finetune.settings import ComputeDtype, RunSettings, TrainMode
+from finetune.settings import (
+    ComputeDtype,
+    LoraSettings,
+    RunSettings,
+    SettingsError,
+    TrainMode,
+)
 from finetune.state import TRAINABLE, Split, TrainState
 from mtp_model import ModelConfig
 from mtp_model.attention import keeps_scores
 from mtp_model.checkpoint.derived import ChangedLeaf, write_derived
 from mtp_model.checkpoint.directory import Checkpoint, CheckpointError, open_checkpoint
 from mtp_model.load import cast_weights, load
+from mtp_model.lora import fresh
 from mtp_model.model import leaf_name
 
 KEPT_BYTES_ON_CPU = 4 << 30  # --remat auto keeps up to this
@@ -40,6 +49,18 @@ def open_trainable(path: str) -> tuple[Checkpoint, ModelConfig]:
             "has one"
         )
     return checkpoint, config
+
+
+def raise_unless_fitting(settings: RunSettings, config: ModelConfig) -> None:
+    """SettingsError for what this model has no room or no place for."""
+    least = (settings.draft_tokens or config.num_nextn_predict_layers) + 2
+    if settings.batch.row_tokens < least:
+        found = f"--batch.row-tokens is {settings.batch.row_tokens}"
+        raise SettingsError(
+            "settings that cannot be used", [f"{found}, needed {least} or more for this model"]
+        )
+    if settings.train == "lora":
+        raise_unless_there(settings.lora, config)
 
 
 def compute_dtype(choice: ComputeDtype) -> ComputeDtype:
@@ -73,35 +94,56 @@ def _kept_bytes(settings: RunSettings, config: ModelConfig) -> int:
     served = c.num_experts_per_tok * (4 * c.moe_intermediate_size + 4 * c.hidden_size)
     moe = served + 4 * c.n_shared_experts * c.moe_intermediate_size
     depths = settings.draft_tokens or c.num_nextn_predict_layers
-    layers = {"mtp": 0, "all": c.num_dense_layers + c.num_moe_layers}[settings.train] + depths
+    layers = {"mtp": 0, "all": c.num_dense_layers + c.num_moe_layers}[settings.part] + depths
     a_layer = 8 * c.hidden_size + attention + max(moe, 4 * c.intermediate_size)
     return 4 * batch.rows * batch.row_tokens * layers * a_layer
 
 
 def load_for_training(
-    path: str, mode: TrainMode, dtype: str, remat: bool = True, mesh: Mesh | None = None
+    path: str,
+    mode: TrainMode,
+    dtype: str,
+    remat: bool = True,
+    mesh: Mesh | None = None,
+    lora: LoraSettings | None = None,
+    seed: int = 0,
 ) -> Split:
     """The model with float32 trainable parameters; what is frozen stays as stored, FP8 too.
 
     An FP8 weight cannot move by less than its own rounding: trained ones are dequantised.
+    lora, seed: of the adapters, where these are trained.
     """
     model = load(path, mesh, compute_dtype=dtype)
     model.remat = remat
+    if mode == "lora":
+        add_adapters(model, lora or LoraSettings(), fresh(seed, mesh))
     cast_weights(model, jnp.float32, only=TRAINABLE[mode])
     return Split.of(model, mode)
 
 
-def matrices(checkpoint: Checkpoint) -> frozenset[str]:
-    """Paths of the leaves that stack matrices, not vectors: those that weight decay is for."""
-    return frozenset(name for name, leaf in checkpoint.leaves.items() if len(leaf.tensor_shape) > 1)
+def matrices(checkpoint: Checkpoint) -> Callable[[str], bool]:
+    """Whether the leaf at a path stacks matrices, not vectors: those that weight decay is for."""
+    names = {name for name, leaf in checkpoint.leaves.items() if len(leaf.tensor_shape) > 1}
+    return lambda name: name in names or name.endswith((".lora_A", ".lora_B"))
+
+
+def final_bytes(base: Checkpoint, state: TrainState) -> int:
+    """Bytes that `write_final` writes: of the trained leaves, float32."""
+    names = {leaf_name(path) for path, _ in nnx.to_flat_state(state.trainable)}
+    return 4 * sum(math.prod(base.leaves[name].shape) for name in set(map(moved_leaf, names)))
 
 
 def write_final(
-    base: Checkpoint, final: Path, state: TrainState, record: Mapping[str, Any]
+    base: Checkpoint,
+    final: Path,
+    state: TrainState,
+    record: Mapping[str, Any],
+    lora: LoraSettings,
 ) -> Checkpoint:
     """Write a checkpoint directory with the trained leaves (float32) over those of `base`.
 
-    All other leaves are hard links. record: goes into provenance.json.
+    All other leaves are hard links. Adapters are merged into the weights that they stand beside.
+    record: goes into provenance.json.
     """
     trained = [*nnx.to_flat_state(state.trainable), *nnx.to_flat_state(state.biases)]
     low = state.opt_state.low if isinstance(state.opt_state, Halved) else nnx.State({})
@@ -110,6 +152,8 @@ def write_final(
         leaf_name(path): _whole(changed_leaf(variable[...]), lower.get(path))
         for path, variable in trained
     }
+    if any(isinstance(variable, nnx.LoRAParam) for _, variable in trained):
+        changed = merged(base, changed, lora)
     return write_derived(base, final, changed, record)
 
 

@@ -1,9 +1,11 @@
 """Products of rows with the matrix of the expert each row belongs to.
 
-M rows, I in, O out, L local experts. Two ways with one result: `lax.ragged_dot` where XLA has a
-grouped kernel (TPU), blocks of rows padded to one expert each elsewhere (there `ragged_dot` costs
-L times the FLOPs).
+M rows, I in, O out, L local experts, R rank of adapters. Two ways with one result: `lax.ragged_dot`
+where XLA has a grouped kernel (TPU), blocks of rows padded to one expert each elsewhere (there
+`ragged_dot` costs L times the FLOPs).
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,12 +47,35 @@ def _ragged_backward(residuals, d_out_MO):
 _ragged_product.defvjp(_ragged_forward, _ragged_backward)
 
 
-def _swiglu(product, rows, gate, up, down):
+class Adapted(NamedTuple):
+    """Frozen matrices of experts, and what is added to their products: B (A x)."""
+
+    weight_LOI: Float[Array, "L O I"]
+    a_LRI: Float[Array, "L R I"]
+    b_LOR: Float[Array, "L O R"]
+
+
+Projection = Float[Array, "L _ _"] | Adapted  # [L, O, I]
+
+
+def _through(product, rows, projection: Projection):
+    """Rows times the matrix of their expert, with its adapter where it has one."""
+    if not isinstance(projection, Adapted):
+        return product(rows, projection)
+    frozen = lax.stop_gradient(projection.weight_LOI)
+    narrow = product(rows, projection.a_LRI)
+    return product(rows, frozen) + product(narrow, projection.b_LOR)
+
+
+def _swiglu(by_expert, rows, gate, up, down):
+    def product(rows, projection):
+        return _through(by_expert, rows, projection)
+
     return product(jax.nn.silu(product(rows, gate)) * product(rows, up), down)
 
 
 def _ragged_ffn(rows_MD, expert_M, gate, up, down):
-    num_local, num_rows = gate.shape[0], rows_MD.shape[0]
+    num_local, num_rows = jax.tree.leaves(gate)[0].shape[0], rows_MD.shape[0]
     order = jnp.argsort(expert_M)
     position = inverse_permutation(order)
     sizes_L = jnp.bincount(expert_M, length=num_local + 1)[:num_local].astype(jnp.int32)
@@ -92,7 +117,7 @@ def _block_layout(expert_M, num_local: int, block: int, num_blocks: int):
 
 
 def _blocked_ffn(rows_MD, expert_M, gate, up, down):
-    num_rows, num_local = rows_MD.shape[0], gate.shape[0]
+    num_rows, num_local = rows_MD.shape[0], jax.tree.leaves(gate)[0].shape[0]
     block = block_rows(num_rows, num_local)
     num_blocks = -(-num_rows // block) + num_local
     slot_M, row_of_slot, expert_of_block = _block_layout(expert_M, num_local, block, num_blocks)
@@ -108,11 +133,13 @@ def _blocked_ffn(rows_MD, expert_M, gate, up, down):
 def expert_ffn(
     rows_MD: Float[Array, "M D"],
     expert_M: Int[Array, "M"],
-    gate_LFD: Float[Array, "L F D"],
-    up_LFD: Float[Array, "L F D"],
-    down_LDF: Float[Array, "L D F"],
+    gate: Projection,
+    up: Projection,
+    down: Projection,
 ) -> Float[Array, "M D"]:
     """SwiGLU of each row by its expert: down(silu(gate(x)) * up(x)).
+
+    gate, up [L, F, D], down [L, D, F]: plain, or with adapters.
 
     expert_M: local expert of each row, in any order; L for a row that no expert serves, which
     gives zeros.
@@ -121,7 +148,7 @@ def expert_ffn(
     `cond`, which keeps the residuals of every branch, those of the branches that did not run as
     zeros: on TPU the weights of every block of rows, three times 9.2 GiB for a layer of V3.
     """
-    args = (rows_MD, expert_M, gate_LFD, up_LFD, down_LDF)
+    args = (rows_MD, expert_M, gate, up, down)
     return lax.platform_dependent(*args, tpu=_ragged_ffn, default=_blocked_ffn)
 
 
@@ -129,9 +156,9 @@ def expert_ffn_gradient(
     d_out_MD: Float[Array, "M D"],
     rows_MD: Float[Array, "M D"],
     expert_M: Int[Array, "M"],
-    *weights: Float[Array, "L _ _"],
-) -> tuple[Float[Array, "M D"], Float[Array, "M D"], tuple[Array, ...]]:
-    """What `expert_ffn` gives, and the gradients of its rows and of its weights."""
+    *weights: Projection,
+) -> tuple[Float[Array, "M D"], Float[Array, "M D"], tuple[Projection, ...]]:
+    """What `expert_ffn` gives, and the gradients of rows and weights; 0 of those with adapters."""
 
     def by(ffn):
         def gradient(d_out_MD, rows_MD, expert_M, *weights):

@@ -3,7 +3,7 @@
 Weights keep the checkpoint's orientation [out, in]. O out, I in, D hidden, V vocab.
 """
 
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ class BlockScale(nnx.Variable):
     """
 
 
-def annotated(kind: type[V], value: jax.Array, axes: Axes) -> V:
+def annotated(kind: type[V], value: jax.Array | jax.ShapeDtypeStruct, axes: Axes) -> V:
     """A variable that names the logical axes of its dimensions; `load` places it by them."""
     return kind(value, out_sharding=axes, sharding_rules=RULES, eager_sharding=False)
 
@@ -58,12 +58,26 @@ def init_normal(rngs: nnx.Rngs, shape: tuple[int, ...]) -> jax.Array:
     return jax.random.normal(rngs.params(), shape, jnp.float32) * INIT_STD
 
 
+class Gathered(NamedTuple):
+    """A stored matrix, or a stack of them, gathered for use; also what has its parts: gradients of
+    them, and the mesh axes that they are split over."""
+
+    weight: Any  # in the dtype of the product, or FP8
+    scale: Any  # of the blocks of an FP8 weight, else None
+    lora_A: Any  # of its adapter [..., R, in], else None
+    lora_B: Any  # [..., out, R], times the adapter's scale
+
+
 class Weight(nnx.Module):
     """One stored matrix (or a stack of them) with the scales of its FP8 blocks.
 
     Its subclasses say what the matrix does. shape: [..., out, in]; axes: a logical axis for each
     dimension; quantised False: not FP8 in the released format, so without scales.
     """
+
+    lora_A: nnx.LoRAParam | None = None  # an adapter's, of rank R, where `mtp_model.lora` added one
+    lora_B: nnx.LoRAParam | None = None
+    lora_scale: float = 1.0
 
     def __init__(
         self,
@@ -82,21 +96,37 @@ class Weight(nnx.Module):
             self.weight_scale_inv = annotated(BlockScale, ones, (*axes[:-2], None, None))
 
     def dense(self, dtype: jnp.dtype) -> Float[Array, "*stack out in"]:
-        """The weight ready for a product in `dtype`: dequantised, gathered over storage axes."""
-        weight, scale = self.gathered(dtype)
-        if scale is None:
-            return weight
-        assert self.block is not None
-        return dequantise(weight, scale, self.block, dtype)
+        """The weight ready for a product in `dtype`: dequantised, gathered over storage axes, with
+        what an adapter adds to it."""
+        weight, _, a, b = self.dequantised(dtype)
+        return weight if a is None else weight + b @ a
 
-    def gathered(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array | None]:
+    def dequantised(self, dtype: jnp.dtype) -> Gathered:
+        """The weight in `dtype`, gathered over storage axes, and the adapter apart."""
+        stored = self.gathered(dtype)
+        if stored.scale is None:
+            return stored
+        assert self.block is not None
+        weight = dequantise(stored.weight, stored.scale, self.block, dtype)
+        return stored._replace(weight=weight, scale=None)
+
+    def gathered(self, dtype: jnp.dtype) -> Gathered:
         """The weight gathered over storage axes, in `dtype` or as FP8 with the scales beside it."""
-        weight = self.weight[...]
+        weight, adapter = self.weight[...], self._adapter(dtype)
         if weight.dtype != FP8:
-            return gather_for_use(weight.astype(dtype), self.axes), None
+            return Gathered(gather_for_use(weight.astype(dtype), self.axes), None, *adapter)
         if self.block is None:
             raise ValueError("an FP8 weight without block scales: the config has no block size")
-        return gather_for_use(weight, self.axes), self.weight_scale_inv[...]
+        return Gathered(gather_for_use(weight, self.axes), self.weight_scale_inv[...], *adapter)
+
+    def _adapter(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array] | tuple[None, None]:
+        """A, and B times the adapter's scale."""
+        if self.lora_A is None or self.lora_B is None:
+            return None, None
+        *outer, rows, columns = self.axes
+        a = gather_for_use(self.lora_A[...].astype(dtype), (*outer, "lora", columns))
+        b = gather_for_use(self.lora_B[...].astype(dtype), (*outer, rows, "lora"))
+        return a, b * jnp.asarray(self.lora_scale, dtype)
 
 
 class Linear(Weight):
@@ -114,7 +144,11 @@ class Linear(Weight):
         super().__init__((out_features, in_features), axes, config, rngs, quantised)
 
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        return jnp.einsum("...i,oi->...o", x, self.dense(x.dtype))
+        weight, _, a, b = self.dequantised(x.dtype)
+        y = jnp.einsum("...i,oi->...o", x, weight)
+        if a is None:
+            return y
+        return y + jnp.einsum("...r,or->...o", jnp.einsum("...i,ri->...r", x, a), b)
 
 
 class Embedding(Weight):

@@ -14,8 +14,16 @@ from jaxtyping import Array, Float, Int
 
 from mtp_model.config import ModelConfig
 from mtp_model.dispatch import Served, through_experts
-from mtp_model.grouped import expert_ffn, expert_ffn_gradient
-from mtp_model.layers import Linear, RouterBias, Weight, annotated, dequantise, init_normal
+from mtp_model.grouped import Adapted, Projection, expert_ffn, expert_ffn_gradient
+from mtp_model.layers import (
+    Gathered,
+    Linear,
+    RouterBias,
+    Weight,
+    annotated,
+    dequantise,
+    init_normal,
+)
 from mtp_model.sharding import BATCH_AXES, active_mesh, axis_size, gather_for_use
 
 
@@ -97,14 +105,13 @@ class Experts(nnx.Module):
     def __call__(self, x_BTD: Float[Array, "B T D"], routing: Routing) -> Float[Array, "B T D"]:
         projections = (self.gate_proj, self.up_proj, self.down_proj)
         if axis_size("tensor") > 1:  # which splits blocks of FP8 scales too
-            stored = tuple((projection.dense(x_BTD.dtype), None) for projection in projections)
+            stored = tuple(projection.dequantised(x_BTD.dtype) for projection in projections)
         else:
             stored = tuple(projection.gathered(x_BTD.dtype) for projection in projections)
         if active_mesh() is None:
             return self._local(x_BTD, *routing, stored)
-        batch, scales = PartitionSpec(BATCH_AXES), PartitionSpec("expert")
-        into = PartitionSpec("expert", "tensor", None), scales
-        out_of = PartitionSpec("expert", None, "tensor"), scales
+        batch = PartitionSpec(BATCH_AXES)
+        into, out_of = _parts("tensor", None), _parts(None, "tensor")
         return jax.shard_map(
             self._local,
             in_specs=(batch, batch, batch, (into, into, out_of)),
@@ -130,33 +137,44 @@ class Experts(nnx.Module):
         return out_TD.reshape(x_BTD.shape)
 
 
-def _served(block: tuple[int, int] | None, dtype: jnp.dtype) -> Served:
-    """Experts whose projections are (weight, None), or (FP8 weight, its scales), which have no
-    gradient: an FP8 weight is not trained. They are dequantised where they are used."""
+def _parts(out_axis: str | None, in_axis: str | None) -> Gathered:
+    """The mesh axes over which experts, and the sides of their matrices, are split while used."""
+    return Gathered(
+        weight=PartitionSpec("expert", out_axis, in_axis),
+        scale=PartitionSpec("expert"),
+        lora_A=PartitionSpec("expert", None, in_axis),
+        lora_B=PartitionSpec("expert", out_axis),
+    )
 
-    def dense(stored):
-        for weight, scale in stored:
-            if scale is None:
-                yield weight
-            else:
+
+def _served(block: tuple[int, int] | None, dtype: jnp.dtype) -> Served:
+    """Experts whose projections are stored matrices. What is FP8, or has an adapter, is not trained
+    and has no gradient. FP8 weights are dequantised where they are used."""
+
+    def ready(stored: tuple[Gathered, ...]):
+        for weight, scale, a, b in stored:
+            if scale is not None:
                 assert block is not None
-                yield dequantise(weight, scale, block, dtype)
+                weight = dequantise(weight, scale, block, dtype)
+            yield weight if a is None or b is None else Adapted(weight, a, b)
 
     def run(rows_MD, expert_M, stored):
-        return expert_ffn(rows_MD, expert_M, *dense(stored))
+        return expert_ffn(rows_MD, expert_M, *ready(stored))
 
     def gradient(d_out_MD, rows_MD, expert_M, stored):
         out_MD, d_rows_MD, d_weights = expert_ffn_gradient(
-            d_out_MD, rows_MD, expert_M, *dense(stored)
+            d_out_MD, rows_MD, expert_M, *ready(stored)
         )
-        pairs = zip(stored, d_weights, strict=True)
-        return (
-            out_MD,
-            d_rows_MD,
-            tuple((d_weight if scale is None else None, None) for (_, scale), d_weight in pairs),
-        )
+        return out_MD, d_rows_MD, tuple(map(_of_trained, stored, d_weights))
 
     return Served(run, gradient)
+
+
+def _of_trained(stored: Gathered, gradient: Projection) -> Gathered:
+    """The gradient of what is trained of a stored matrix."""
+    if isinstance(gradient, Adapted):
+        return Gathered(None, None, gradient.a_LRI, gradient.b_LOR)
+    return Gathered(gradient if stored.scale is None else None, None, None, None)
 
 
 class MixtureOfExperts(nnx.Module):

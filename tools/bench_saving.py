@@ -68,7 +68,7 @@ class Training:
             batch=BatchSettings(rows=rows, row_tokens=ROW_TOKENS),
         )
         split = load_for_training(settings.checkpoint, settings.train, "float32")
-        weighed = matrices(open_checkpoint(checkpoint)).__contains__
+        weighed = matrices(open_checkpoint(checkpoint))
         optimizer = make_optimizer(settings.optimizer, settings.steps, weighed)
         self.frozen, self.state = split.frozen, start(split, optimizer)
         self._step = make_train_step(split.graphdef, optimizer, settings)

@@ -21,14 +21,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from finetune.objective.losses import Measured, mean_losses
-from finetune.settings import ObjectiveSettings, RunSettings, TrainMode
+from finetune.settings import ObjectiveSettings, Part, RunSettings
 
 LK_ETA = 3.0
 
 
 def objective(
     measured: Measured,
-    mode: TrainMode,
+    part: Part,
     mixture: ObjectiveSettings,
     mtp_lambda: jax.Array | float,
     main_loss: jax.Array | None = None,
@@ -39,7 +39,7 @@ def objective(
     of the measured one, where gradients of the two go to different parts of the model.
     """
     mtp = mtp_objective(measured, mixture)
-    if mode == "mtp":
+    if part == "mtp":
         return mtp
     return (mean_losses(measured)[0] if main_loss is None else main_loss) + mtp_lambda * mtp
 

@@ -4,35 +4,61 @@ A multiplication and an addition are two. Only products of matrices count: the r
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jax.extend import core
 
-from finetune.settings import TrainMode
+from finetune.settings import Part
 from mtp_model import ModelConfig
 
 _RAGGED = ("ragged_dot_general", "ragged_dot")
 
 
-def model_flops(
-    config: ModelConfig, mode: TrainMode, rows: int, row_tokens: int, depths: int
-) -> float:
+def model_flops(config: ModelConfig, part: Part, rows: int, row_tokens: int, depths: int) -> float:
     """What a step has to compute, recomputation not counted.
 
     Rows are one document each. A trained weight takes three times its forward pass (the product,
     the gradient of its input, that of the weight), a frozen main model one, a frozen head two.
     """
-    c = config
-    layers = c.num_dense_layers * (_attention(c, row_tokens) + _dense(c))
-    layers += c.num_moe_layers * (_attention(c, row_tokens) + _experts(c))
-    drafts = depths * (2 * c.hidden_size**2 + _attention(c, row_tokens) + _experts(c))
-    head = c.hidden_size * c.vocab_size
-    if mode == "all":
+    layers, drafts, head = _parts(config, row_tokens, depths)
+    if part == "all":
         a_token = 3 * (layers + drafts + (1 + depths) * head)
     else:
         a_token = layers + 3 * drafts + (1 + 2 * depths) * head
     return 2.0 * a_token * rows * row_tokens
+
+
+def adapted_flops(
+    config: ModelConfig,
+    part: Part,
+    adapters: Mapping[str, int],
+    rows: int,
+    row_tokens: int,
+    depths: int,
+) -> float:
+    """The same where weights are frozen, and adapters beside them learn.
+
+    A frozen weight that a gradient passes takes twice its forward pass, an adapter three times.
+    adapters: parameters by leaf; of those of routed experts a token meets a few.
+    """
+    c = config
+    layers, drafts, head = _parts(config, row_tokens, depths)
+    passed = 2 if part == "all" else 1
+    a_token = passed * (layers + head) + 2 * (drafts + depths * head)
+    for name, size in adapters.items():
+        met = c.num_experts_per_tok / c.n_routed_experts if ".experts." in name else 1.0
+        used = depths / c.num_nextn_predict_layers if name.startswith("mtp.") else 1.0
+        a_token += 3 * size * met * used
+    return 2.0 * a_token * rows * row_tokens
+
+
+def _parts(c: ModelConfig, row_tokens: int, depths: int) -> tuple[float, float, float]:
+    """Multiplications of a token in all main layers, in all drafts, and in the head once."""
+    layers = c.num_dense_layers * (_attention(c, row_tokens) + _dense(c))
+    layers += c.num_moe_layers * (_attention(c, row_tokens) + _experts(c))
+    drafts = depths * (2 * c.hidden_size**2 + _attention(c, row_tokens) + _experts(c))
+    return layers, drafts, c.hidden_size * c.vocab_size
 
 
 def _attention(c: ModelConfig, row_tokens: int) -> float:

@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from finetune.adapters import add_adapters, raise_unless_there
 from finetune.devices import (
     MeshShape,
     Workload,
@@ -30,21 +31,25 @@ from finetune.devices import (
     stored_bytes,
 )
 from finetune.optimizer import abstract_initial, make_optimizer
-from finetune.planning.flops import model_flops, program_flops
+from finetune.planning.flops import adapted_flops, model_flops, program_flops
 from finetune.planning.slices import FAMILIES, HERE, Slice, family_of, memory_in, open_slice
 from finetune.settings import (
+    LoraSettings,
     MeshSettings,
     ObjectiveSettings,
     OptimizerSettings,
+    Part,
     RunSettings,
     SettingsError,
     TrainMode,
+    part_of,
 )
 from finetune.state import TRAINABLE, Split, TrainState, make_train_step, num_parameters
 from mtp_model import ModelConfig, make_mesh
 from mtp_model.checkpoint.directory import open_checkpoint
 from mtp_model.files.untrusted_json import parse
 from mtp_model.layers import FP8
+from mtp_model.lora import without_memory
 from mtp_model.model import abstract_model, leaf_name
 from mtp_model.problems import UserError
 from mtp_model.progress import progress
@@ -91,9 +96,15 @@ class PlanSettings:
     """As in `train`, whose `auto` is `layer` on TPU."""
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    lora: LoraSettings = field(default_factory=LoraSettings)
     mesh: MeshSettings = field(default_factory=MeshSettings)
     json: bool = False
     """Print one JSON object instead of a table."""
+
+    @property
+    def part(self) -> Part:
+        """What learns."""
+        return part_of(self.train, self.lora)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +209,8 @@ def _model(settings: PlanSettings) -> tuple[ModelConfig, dict[str, Any]]:
         dtypes = {n: jnp.bfloat16 if dtype == FP8 else dtype for n, dtype in dtypes.items()}
     if not config.num_nextn_predict_layers:
         raise SettingsError("a model without MTP modules", ["num_nextn_predict_layers is 0"])
+    if settings.train == "lora":
+        raise_unless_there(settings.lora, config)
     return config, dtypes
 
 
@@ -258,9 +271,14 @@ def _compiled(settings: PlanSettings, work: Workload, place: Slice, shape: MeshS
         needed = memory.argument_size_in_bytes + kept + memory.temp_size_in_bytes
     trainable, frozen = (num_parameters(part) for part in (step.split.trainable, step.split.frozen))
     depths = settings.draft_tokens or work.config.num_nextn_predict_layers
-    formula = model_flops(work.config, settings.train, rows, settings.row_tokens, depths)
+    size = rows, settings.row_tokens, depths
+    if settings.train == "lora":
+        formula = adapted_flops(work.config, settings.part, _sizes(step), *size)
+    else:
+        formula = model_flops(work.config, settings.part, *size)
     of_program = program_flops(step.traced.jaxpr.jaxpr, ragged=place.family is not None)
-    terms = _terms(place, work, shape, of_program, memory, rows * settings.row_tokens)
+    tokens = rows * settings.row_tokens
+    terms = _terms(place, work, settings.part, shape, of_program, memory, tokens)
     step_s = sum(terms.values()) if terms else None
     return Plan(
         topology=place.name,
@@ -284,7 +302,7 @@ def _compiled(settings: PlanSettings, work: Workload, place: Slice, shape: MeshS
         memory_s=terms.get("memory"),
         interconnect_s=terms.get("interconnect"),
         step_s=step_s,
-        tokens_per_s=rows * settings.row_tokens / step_s if step_s else None,
+        tokens_per_s=tokens / step_s if step_s else None,
         compile_s=time.perf_counter() - began,
     )
 
@@ -296,12 +314,15 @@ def _step(settings: PlanSettings, work: Workload, mesh: Mesh, rows: int) -> _Ste
     )
     model = abstract_model(work.config, "all", _as_trained(work, settings.train), mesh, computed_in)
     model.remat = settings.remat == "layer"
+    if settings.train == "lora":
+        add_adapters(model, settings.lora, without_memory(mesh))
     split = Split.of(model, settings.train)
     run = RunSettings(
         checkpoint="",
         data=(),
         out=Path(),
         train=settings.train,
+        lora=settings.lora,
         draft_tokens=settings.draft_tokens,
         detach_main=settings.detach_main,
         objective=settings.objective,
@@ -316,6 +337,12 @@ def _step(settings: PlanSettings, work: Workload, mesh: Mesh, rows: int) -> _Ste
     return _Step(split=split, state=state, traced=step.trace(state, split.frozen, batch))
 
 
+def _sizes(step: _Step) -> dict[str, int]:
+    """Parameters of each trained leaf."""
+    flat = nnx.to_flat_state(step.split.trainable)
+    return {leaf_name(path): math.prod(leaf.shape) for path, leaf in flat}
+
+
 def _as_trained(work: Workload, mode: TrainMode) -> dict[str, Any]:
     """The dtypes that leaves have in a run: float32 where they are trained."""
     state = nnx.state(abstract_model(work.config), TRAINABLE[mode])
@@ -324,7 +351,13 @@ def _as_trained(work: Workload, mode: TrainMode) -> dict[str, Any]:
 
 
 def _terms(
-    place: Slice, work: Workload, shape: MeshShape, flops: float, memory: Any, tokens: int
+    place: Slice,
+    work: Workload,
+    part: Part,
+    shape: MeshShape,
+    flops: float,
+    memory: Any,
+    tokens: int,
 ) -> dict[str, float]:
     """Seconds that a step takes by each part of a chip, none of them beside another."""
     if place.family is None or memory is None:
@@ -335,12 +368,12 @@ def _terms(
     moved = memory.argument_size_in_bytes + memory.output_size_in_bytes
     moved += 2 * memory.temp_size_in_bytes
     through = moved / (place.family.hbm_bytes / a_chip * MEMORY)
-    sent = gathered_bytes(work, shape) + _sent_to_experts(work, shape, tokens)
+    sent = gathered_bytes(work, shape) + _sent_to_experts(work, part, shape, tokens)
     links = sent / (place.family.interconnect_bytes / a_chip * LINKS)
     return {"compute": compute, "memory": through, "interconnect": links}
 
 
-def _sent_to_experts(work: Workload, shape: MeshShape, tokens: int) -> float:
+def _sent_to_experts(work: Workload, part: Part, shape: MeshShape, tokens: int) -> float:
     """Bytes that a device receives of tokens on their way to experts and back, in bfloat16.
 
     Once a layer in the forward pass; where a layer is trained again as it is recomputed, and for
@@ -351,5 +384,5 @@ def _sent_to_experts(work: Workload, shape: MeshShape, tokens: int) -> float:
     a_pass = (
         tokens / devices * c.num_experts_per_tok * c.hidden_size * 2 * (1 - 1 / shape["expert"])
     )
-    passes = {"mtp": 1, "all": 4}[work.trained or "mtp"] * c.num_moe_layers
+    passes = {"mtp": 1, "all": 4}[part] * c.num_moe_layers
     return 2 * a_pass * (passes + 4 * c.num_nextn_predict_layers)

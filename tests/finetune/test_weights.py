@@ -10,7 +10,7 @@ from imported import import_tiny
 from jax._src.array import ArrayImpl
 from jax.sharding import NamedSharding, PartitionSpec
 
-from finetune.settings import BatchSettings
+from finetune.settings import BatchSettings, LoraSettings
 from finetune.state import TrainState
 from finetune.weights import (
     changed_leaf,
@@ -109,7 +109,7 @@ def test_a_state_on_a_mesh_is_written_as_it_is(tmp_path):
     trained, biases = (nnx.map_state(placed, part) for part in (split.trainable, split.biases))
     record = {"by": "a test"}
     state = TrainState(trained, biases, opt_state=())
-    final = write_final(open_checkpoint(base), tmp_path / "final", state, record)
+    final = write_final(open_checkpoint(base), tmp_path / "final", state, record, LoraSettings())
     flat = [*nnx.to_flat_state(trained), *nnx.to_flat_state(biases)]
     assert any(not leaf[...].is_fully_replicated for _, leaf in flat)
     for path, leaf in flat:

@@ -1,0 +1,230 @@
+"""Adapters: what they add, what they learn, what is left of them, and that nothing else moves."""
+
+import dataclasses
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from imported import TOLERANCE, assert_close, assert_far
+from jax.sharding import Mesh
+from test_train import leaf_bytes
+from trained import QUIET, assert_same_result, unfinished_copy
+
+from finetune import cli
+from finetune.adapters import add_adapters
+from finetune.devices import on_mesh
+from finetune.planning.flops import adapted_flops, model_flops
+from finetune.settings import (
+    BatchSettings,
+    CheckpointSettings,
+    EvaluationSettings,
+    LoraSettings,
+    RunSettings,
+    SettingsError,
+)
+from finetune.state import Split, TrainState
+from finetune.train import train
+from finetune.weights import load_for_training, write_final
+from mtp_model import DeepSeekV3, load, make_context, make_mesh
+from mtp_model.checkpoint.directory import open_checkpoint
+from mtp_model.lora import Make, projections
+from mtp_model.model import Scope, leaf_name
+from mtp_model.sharding import placement
+
+EVERYWHERE = LoraSettings(part="all", rank=3, alpha=6.0)
+SCALE = 2.0
+TOKENS = np.random.default_rng(0).integers(3, 300, (4, 8)).astype(np.int32)
+
+
+def learnt(mesh: Mesh | None = None) -> Make:
+    """Matrices as training leaves them: none is zeros."""
+
+    def make(name: str, shape: tuple[int, ...], axes: Any) -> jax.Array:
+        values = np.random.default_rng(zlib.crc32(name.encode())).normal(0, 0.1, shape)
+        where = placement(axes, shape, mesh) if mesh is not None else None
+        return jnp.asarray(values.astype(np.float32), device=where)
+
+    return make
+
+
+def adapted(checkpoint: Path, scope: Scope = "all", mesh: Mesh | None = None) -> DeepSeekV3:
+    """The stored weights, FP8 and bfloat16, with adapters that have learnt something."""
+    model = load(checkpoint, mesh, scope=scope, compute_dtype=jnp.float32)
+    add_adapters(model, EVERYWHERE, learnt(mesh))
+    return model
+
+
+all_logits = jax.jit(lambda model: model(TOKENS))
+
+
+def logits_of(model: DeepSeekV3) -> list[jax.Array]:
+    return jax.tree.leaves(all_logits(model))
+
+
+def scalar(model: DeepSeekV3) -> jax.Array:
+    """Of an MTP module, something whose gradient is not the same for any two of its numbers."""
+    rng = np.random.default_rng(1)
+    shape = (*TOKENS.shape, model.config.hidden_size)
+    state, weights = (rng.normal(size=shape).astype(np.float32) for _ in range(2))
+    (hidden,) = model.draft(jnp.asarray(state), TOKENS, make_context(np.ones_like(TOKENS))).hidden
+    return jnp.mean(hidden * weights)
+
+
+def by_name(state: nnx.State) -> dict[str, Any]:
+    return {leaf_name(path): leaf for path, leaf in nnx.to_flat_state(state)}
+
+
+def gradients(model: DeepSeekV3, only: Any) -> dict[tuple, np.ndarray]:
+    graph, moved, rest = nnx.split(model, only, ...)
+    of = jax.jit(jax.grad(lambda moved: scalar(nnx.merge(graph, moved, rest))))
+    return {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(of(moved))}
+
+
+def test_a_new_adapter_changes_no_logit(checkpoint):
+    """Bit for bit; as every projection has one, it would show in any."""
+    split = load_for_training(str(checkpoint), "lora", "float32", lora=EVERYWHERE)
+    model = nnx.merge(*split)
+    names = {name.rpartition(".")[0] for name in by_name(split.trainable)}
+    assert names == projections(model).keys()
+    assert not jax.tree.leaves(split.biases)
+    for got, want in zip(
+        logits_of(model), logits_of(load(checkpoint, compute_dtype=jnp.float32)), strict=True
+    ):
+        np.testing.assert_array_equal(got, want)
+    assert_far(logits_of(adapted(checkpoint))[0], logits_of(model)[0], "learnt adapters")
+
+
+def test_merged_weights_give_the_logits_of_the_adapters(checkpoint, tmp_path):
+    """Over FP8 and bfloat16; not with another alpha. In the form that decoding takes, too."""
+    model = adapted(checkpoint)
+    want = logits_of(model)
+    state = TrainState(Split.of(model, "lora").trainable, nnx.State({}), ())
+    found = {}
+    for name, lora in (("same", EVERYWHERE), ("other", dataclasses.replace(EVERYWHERE, alpha=5))):
+        base = open_checkpoint(checkpoint)
+        write_final(base, tmp_path / name, state, {"by": "a test"}, lora)
+        found[name] = load(tmp_path / name, compute_dtype=jnp.float32)
+    for got, expected in zip(logits_of(found["same"]), want, strict=True):
+        assert_close(got, expected, "merged")
+    assert_far(logits_of(found["other"])[0], want[0], "another alpha")
+    kept, merged = projections(model), projections(found["same"])
+    for name, projection in kept.items():
+        if "experts" not in name.split("."):
+            assert_close(projection.dense(jnp.dtype("float32")), merged[name].weight[...], name)
+
+
+@pytest.fixture(scope="module")
+def found(checkpoint) -> dict[tuple, np.ndarray]:
+    """Gradients of a module's adapters, which stand beside every kind of projection."""
+    return gradients(adapted(checkpoint, "mtp"), nnx.LoRAParam)
+
+
+def test_gradients_are_those_of_the_dense_weights(checkpoint, found):
+    """dA = s B^T dW and dB = s dW A^T, each expert's too; dW of the merged model."""
+    model, dense = adapted(checkpoint, "mtp"), load(checkpoint, scope="mtp", dtype=jnp.float32)
+    kept, whole = projections(model), projections(dense)
+    pairs = {}
+    for name, projection in kept.items():
+        assert projection.lora_A is not None
+        assert projection.lora_B is not None
+        a, b = np.asarray(projection.lora_A[...]), np.asarray(projection.lora_B[...])
+        pairs[name] = (a, b)
+        whole[name].weight.set_value(whole[name].weight[...] + SCALE * b @ a)
+    d_weights = gradients(dense, nnx.Param)
+    worst = 0.0
+    for name, (a, b) in pairs.items():
+        path = tuple(name.split("."))
+        d_weight = d_weights[*path, "weight"]
+        wanted = SCALE * b.swapaxes(-1, -2) @ d_weight, SCALE * d_weight @ a.swapaxes(-1, -2)
+        for matrix, want in zip(("lora_A", "lora_B"), wanted, strict=True):
+            got = found[*path, matrix]
+            assert np.abs(want).max() > 0
+            worst = max(worst, np.abs(got - want).max() / np.abs(want).max())
+            assert_far(got, want / SCALE, f"{name}.{matrix} without its scale")
+    assert worst <= 5 * TOLERANCE  # gradients add up in another order
+
+
+def test_on_a_mesh_the_gradients_are_the_same(checkpoint, found):
+    mesh = make_mesh(fsdp=2, expert=2, tensor=2)
+    with on_mesh(mesh):
+        model = adapted(checkpoint, "mtp", mesh)
+        got = gradients(model, nnx.LoRAParam)
+    spread = [leaf for _, leaf in nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))]
+    assert any(not leaf[...].is_fully_replicated for leaf in spread)
+    for path, want in found.items():
+        assert np.abs(got[path] - want).max() <= 5 * TOLERANCE * np.abs(want).max(), path
+
+
+@pytest.fixture(scope="module")
+def run(settings: RunSettings) -> RunSettings:
+    return dataclasses.replace(
+        settings,
+        out=settings.out.with_name("lora"),
+        train="lora",
+        lora=LoraSettings(rank=2, projections=("o_proj", "experts.gate_proj", "eh_proj")),
+        steps=3,
+        batch=BatchSettings(rows=2, row_tokens=16),
+        checkpoints=CheckpointSettings(every=2),
+        evaluation=EvaluationSettings(holdout_every=0),
+    )
+
+
+MOVED = {
+    "mtp.block.self_attn.o_proj.weight",
+    "mtp.block.mlp.experts.gate_proj.weight",
+    "mtp.eh_proj.weight",
+}
+
+
+def test_a_run_moves_what_was_asked_and_goes_on_with_the_same_bits(run, checkpoint, tmp_path):
+    """Frozen weights and router biases keep their bytes; a checkpoint holds adapters alone."""
+    result = train(run, QUIET)
+    before, after = leaf_bytes(checkpoint), leaf_bytes(result.run.final)
+    assert {name for name in before if before[name] != after[name]} == MOVED
+    assert {after[name][0] for name in MOVED} == {"float32"}
+    record = result.run.checkpoints / "3" / "progress" / "metadata"
+    held = json.loads(record.read_text())["state"]
+    assert all("lora_" in name or name.endswith("count") for name in held)
+    assert len(held) == 3 * 2 * len(MOVED) + 2  # each with two moments
+    copy = unfinished_copy(result, run, tmp_path / "copy")
+    (copy.out / "checkpoints" / "3").rename(tmp_path / "3")
+    train(copy, QUIET)
+    assert_same_result(copy.out, run.out)
+
+
+def test_what_the_model_lacks_is_refused_by_name(run, tmp_path):
+    unknown = LoraSettings(projections=("q_proj", "o_proj", "oproj"))
+    with pytest.raises(SettingsError) as refused:
+        train(dataclasses.replace(run, out=tmp_path / "out", lora=unknown), QUIET)
+    first, second = refused.value.faults
+    assert first.startswith("--lora.projections is q_proj, its MTP modules have ")
+    assert all(name in first for name in ("q_a_proj", "o_proj", "eh_proj", "down_proj"))
+    assert second.startswith("--lora.projections is oproj, ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_counts_adapters(checkpoint, capsys):
+    """The step of `train`, compiled with them; a frozen weight costs no gradient of its own."""
+    words = ("plan", "--checkpoint", str(checkpoint), "--row-tokens", "16", "--rows", "4")
+    one = (f"--mesh.{axis}=1" for axis in ("data", "fsdp", "expert", "tensor"))
+    assert cli.run([*words, *one, "--json", "--train", "lora", "--lora.rank", "2"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    split = load_for_training(str(checkpoint), "lora", "float32", lora=LoraSettings(rank=2))
+    trained = sum(leaf.size for leaf in jax.tree.leaves(split.trainable))
+    assert found["parameters_trained"] == trained
+    assert found["checkpoint_bytes"] == 12 * trained + 2 * 4
+    assert found["flops_formula"] < found["flops_compiled"] < 4 * found["flops_formula"]
+    config = open_checkpoint(checkpoint).config
+    assert found["flops_formula"] < model_flops(config, "mtp", 4, 16, 1)
+    sizes = {name: leaf.size for name, leaf in by_name(split.trainable).items()}
+    layers = model_flops(config, "all", 4, 16, 1) / 3  # one forward pass, its logits too
+    of_adapters = adapted_flops(config, "all", sizes, 4, 16, 1) - 2 * layers
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    met = config.num_experts_per_tok / config.n_routed_experts
+    assert of_adapters == pytest.approx(6 * 4 * 16 * (trained - experts * (1 - met)))
