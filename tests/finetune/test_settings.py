@@ -80,7 +80,7 @@ def test_every_fault_of_a_yaml_file_is_reported(tmp_path):
     file = yaml_file(
         tmp_path,
         "learning_rate: 1\noptimizer: {learning_rat: 1, clip_norm: loud}\nsteps: 1.5\n"
-        "train: lora\nbatch: 3\ndata: 4\nseed: true\n",
+        "train: mpt\nbatch: 3\ndata: 4\nseed: true\n",
     )
     with pytest.raises(SettingsError) as caught:
         read_yaml(Path(file))
@@ -89,7 +89,7 @@ def test_every_fault_of_a_yaml_file_is_reported(tmp_path):
         "unknown setting optimizer.learning_rat; the nearest is optimizer.learning_rate",
         "optimizer.clip_norm is 'loud', needed a number",
         "steps is 1.5, needed a whole number",
-        "train is 'lora', needed mtp or all",
+        "train is 'mpt', needed mtp or all or lora",
         "batch is 3, needed names with values",
         "data is 4, needed a path or a list of paths",
         "seed is True, needed a whole number",
