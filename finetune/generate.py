@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import numpy as np
 import xxhash
@@ -16,6 +17,7 @@ from finetune.data.run_text import open_documents
 from finetune.data.tokens import TokenDocuments
 from finetune.generation.answers import Answers, Counts, in_batches
 from finetune.generation.decoder import Decoding, Prompts, decode, room_for
+from finetune.generation.server import Server, Wanted, Written, written_in_order
 from finetune.settings import ComputeDtype, SettingsError
 from finetune.weights import compute_dtype
 from mtp_model import DeepSeekV3
@@ -38,7 +40,8 @@ class GenerateSettings:
     """
 
     checkpoint: str
-    """Checkpoint directory, as `convert-deepseek import` or training writes it; local or gs://."""
+    """Checkpoint directory, as `convert-deepseek import` or training writes it; local or gs://.
+    With --server its tokenizer and config are used, and no weights."""
     data: tuple[Path, ...]
     """Prompts, in the forms that training reads. Of a conversation, or a prompt with its
     completion, all that comes before the last answer; of plain text its first tokens."""
@@ -55,9 +58,16 @@ class GenerateSettings:
     seed: int = 0
     """Decides what is sampled; each document has random numbers of its own."""
     speculate: int = 0
-    """Tokens that the MTP module drafts a step; the text has the same distribution without."""
+    """Tokens that the MTP modules draft a step; the text has the same distribution without."""
     rows: int = 16
     """Texts that are written at a time."""
+    server: str | None = None
+    """Let a server of the same model write: an address like http://host:8000 (vLLM, SGLang, or what
+    else has OpenAI's completions). Its key, if it wants one, is read from FINETUNE_SERVER_KEY."""
+    server_model: str | None = None
+    """The model's name there; default: the only one that it serves."""
+    requests: int = 64
+    """Answers that a server is asked for at a time."""
     compute_dtype: ComputeDtype = "auto"
     """Precision of activations; auto is float32 on CPU and bfloat16 elsewhere."""
     json: bool = False
@@ -80,12 +90,14 @@ class Prompt(NamedTuple):
 def check(settings: GenerateSettings) -> None:
     """Raise SettingsError with everything that is wrong with the values."""
     least = {"max_new_tokens": 1, "prompt_tokens": 2, "max_documents": 1, "rows": 1}
-    least |= {"speculate": 0, "temperature": 0, "seed": 0}
+    least |= {"speculate": 0, "temperature": 0, "seed": 0, "requests": 1}
     faults = [
         f"--{name.replace('_', '-')} is {value}, needed {minimum} or more"
         for name, minimum in least.items()
         if (value := getattr(settings, name)) is not None and not value >= minimum
     ]
+    if settings.server is not None:
+        faults += _faults_of_server(settings, settings.server)
     faults += [] if settings.data else ["--data is empty, needed at least one path"]
     if settings.out.suffix != ".jsonl":
         faults.append(f"--out is {settings.out}, needed a name that ends with .jsonl")
@@ -93,27 +105,93 @@ def check(settings: GenerateSettings) -> None:
         raise SettingsError("settings that cannot be used", faults)
 
 
+def _faults_of_server(settings: GenerateSettings, server: str) -> list[str]:
+    """What is wrong with an address, and with what a server decides itself."""
+    try:
+        parts = urlsplit(server)
+        plain = f"{parts.scheme}://{parts.netloc}{parts.path}" == server
+        good = plain and parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        good = False
+    faults = []
+    if not good or "@" in server:  # which may be a password, so it is not said again
+        faults.append("--server needed http://HOST:PORT or https://..., without name, key or query")
+    if settings.speculate:
+        faults.append("--speculate is for answers without --server: a server drafts as it was told")
+    return faults
+
+
 def generate(settings: GenerateSettings) -> Counts:
     """Write all answers; returns what is in the file.
 
-    Raises SettingsError, CheckpointError, DataError or AnswersError before anything is written.
+    Raises SettingsError, CheckpointError, DataError or AnswersError before anything is written, and
+    ServerError while it is.
     """
     check(settings)
     checkpoint = _open(settings)
     documents = open_documents(settings.checkpoint, settings.data, checkpoint.config)
-    answers = Answers(settings.out, _made_by(settings, checkpoint, documents), settings.overwrite)
+    if settings.server is not None:
+        with Server(settings.server, settings.server_model, settings.requests) as server:
+            return _ask(server, settings, checkpoint, documents)
+    made_by = _made_by(settings, checkpoint, documents)
+    made_by |= {"computed_in": compute_dtype(settings.compute_dtype)}
+    answers = Answers(settings.out, made_by, settings.overwrite)
     model = load(settings.checkpoint, compute_dtype=compute_dtype(settings.compute_dtype))
     how = Decoding(
         num_drafts=settings.speculate,
         temperature=settings.temperature,
         end_ids=documents.encoder.eos,
     )
-    prompts = prompts_of(documents, settings.prompt_tokens)
-    left = itertools.islice(prompts, answers.counts.documents, settings.max_documents)
-    total = min(len(documents), settings.max_documents or len(documents))
+    left, total = _left(settings, documents, answers)
     with progress("generate", "answers", answers.counts.documents, total) as report:
         for batch in in_batches(left, settings.rows):
             _write(model, batch, how, settings, answers, report, total)
+    answers.finish()
+    return answers.counts
+
+
+def _left(
+    settings: GenerateSettings, documents: TokenDocuments, answers: Answers
+) -> tuple[Iterator[Prompt], int]:
+    """The prompts that have no answer yet, and about how many there are in all."""
+    prompts = prompts_of(documents, settings.prompt_tokens)
+    left = itertools.islice(prompts, answers.counts.documents, settings.max_documents)
+    return left, min(len(documents), settings.max_documents or len(documents))
+
+
+def _ask(
+    server: Server, settings: GenerateSettings, checkpoint: Checkpoint, documents: TokenDocuments
+) -> Counts:
+    """Let a server write all answers."""
+    made_by = _made_by(settings, checkpoint, documents) | {"server_model": server.model}
+    answers = Answers(settings.out, made_by, settings.overwrite)
+    encoder = documents.encoder
+    wanted = Wanted(
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        end_ids=encoder.eos,
+        vocab_size=checkpoint.config.vocab_size,
+    )
+
+    def ask(prompt: Prompt) -> Written:
+        seed = int(_seeds(settings, np.array([prompt.document]))[0]) & 0x7FFFFFFF  # 31 bits
+        return server.answer(prompt.document, prompt.ids.tolist(), seed, wanted)
+
+    def with_prompt(prompt: Prompt, written: Written) -> tuple[np.ndarray, int]:
+        if written.ids is None:
+            ids = encoder.encode_answer(written.text, written.ended)
+        else:  # an end token is left out by some
+            missing = written.ended and written.ids[-1:] != encoder.eos
+            ids = [*written.ids, *(encoder.eos if missing else ())]
+        return np.concatenate([prompt.ids, np.array(ids, np.int32)]), len(prompt.ids)
+
+    left, total = _left(settings, documents, answers)
+    with progress("generate", "answers", answers.counts.documents, total) as report:
+        for ready in written_in_order(ask, left, settings.requests):
+            found = [with_prompt(*each) for each in ready]
+            tokens = sum(len(ids) - length for ids, length in found)
+            answers.add(found, answers.counts.plus(len(found), tokens, 0, ()))
+            report(answers.counts.documents, total, f"{answers.counts.tokens:,} tokens")
     answers.finish()
     return answers.counts
 
@@ -145,7 +223,7 @@ def _open(settings: GenerateSettings) -> Checkpoint:
     """A checkpoint with a main model, and a module where one is to draft."""
     checkpoint = open_checkpoint(settings.checkpoint)
     scope, modules = checkpoint.provenance["scope"], checkpoint.config.num_nextn_predict_layers
-    if scope == "mtp":
+    if scope == "mtp" and settings.server is None:
         raise CheckpointError(
             f"{settings.checkpoint} was imported with --scope mtp: it has no main model to write "
             "text; import it again with --scope all --overwrite, or to another place"
@@ -154,12 +232,6 @@ def _open(settings: GenerateSettings) -> Checkpoint:
     if settings.speculate and not modules:
         raise CheckpointError(
             f"{settings.checkpoint} has no MTP module to draft; leave out --speculate"
-        )
-    if settings.speculate > 1 and modules > 1:
-        raise CheckpointError(
-            f"{settings.checkpoint} has {modules} MTP modules, and --speculate is "
-            f"{settings.speculate}: more than one draft a step needs a checkpoint with one module; "
-            "use --speculate 1"
         )
     return checkpoint
 
@@ -173,7 +245,6 @@ def _made_by(
         "checkpoint": (checkpoint.path / COMPLETE).digest(),
         "data": documents.corpus.digest,
         **{name: getattr(settings, name) for name in DECIDING},
-        "computed_in": compute_dtype(settings.compute_dtype),
     }
 
 
@@ -217,9 +288,13 @@ def _padded(batch: list[Prompt], settings: GenerateSettings) -> Prompts:
     tokens_BS = np.zeros((len(rows), room_for(int(end_B.max()), settings.speculate)), np.int32)
     for row, each in enumerate(rows):
         tokens_BS[row, : len(each.ids)] = each.ids
-    documents_B = np.array([each.document for each in rows], np.uint32)
-    seed_B = documents_B + np.uint32(settings.seed * 0x9E3779B9 % 2**32)
+    seed_B = _seeds(settings, np.array([each.document for each in rows]))
     return Prompts(tokens_BS, length_B, end_B, seed_B)
+
+
+def _seeds(settings: GenerateSettings, documents_B: np.ndarray) -> np.ndarray:
+    """Of each document's random numbers, uint32."""
+    return documents_B.astype(np.uint32) + np.uint32(settings.seed * 0x9E3779B9 % 2**32)
 
 
 def as_json(settings: GenerateSettings, counts: Counts) -> dict[str, Any]:

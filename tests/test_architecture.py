@@ -37,7 +37,7 @@ ONLY_IN = {
     "google": ("mtp_model/files/",),
     "google_crc32c": ("mtp_model/files/",),
     "huggingface_hub": ("converters/sources/hub", "converters/publishing/"),
-    "httpx2": ("converters/sources/hub", "converters/publishing/"),
+    "httpx2": ("converters/sources/hub", "converters/publishing/", "finetune/generation/server"),
 }
 NOWHERE = {"tests", "tools", "pickle"}
 OPENS_ONLY_IN = "mtp_model/files/"
@@ -46,6 +46,8 @@ SOURCES_THAT_ARE_PLACES = ("converters/sources/local.py", "converters/sources/ob
 KINDS_OF_PLACE = {"ObjectPlace", "LocalPlace"}
 # Raised and caught within sources/hub*: the user sees what becomes of them.
 INTERNAL_ERRORS = {"PassingError", "UnwantedError"}
+# The same within generation/server.
+INTERNAL_ERRORS |= {"_PassingError"}
 # Raised and caught in a process that has nothing of ours: its text is what comes out of it.
 INTERNAL_ERRORS |= {"CannotRenderError"}
 MOST_FILES = 12

@@ -56,6 +56,15 @@ class TextEncoder:
         ids = self._ended(self._begun(self._encode(record.text)))
         return _tokens((ids, [1] * len(ids)))
 
+    def encode_answer(self, text: str, ended: bool) -> list[int]:
+        """Tokens of what a model wrote behind a prompt, with eos where one ended it.
+
+        DataError where the checkpoint has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise DataError(["the server returns text, needed token ids: no tokenizer.json here"])
+        return self._ended(self._encode(text)) if ended else self._encode(text)
+
     def encode_stretch(self, corpus: Corpus, document: int, begin: int) -> Tokens:
         """Tokens of a long text from a byte on, which is where the stretch before ended."""
         assert self.tokenizer is not None  # TokenDocuments checks it
