@@ -163,8 +163,9 @@ class MultiHeadLatentAttention(nnx.Module):
         nope, rope = self._queries(x_BTD, context.positions_BT)
         latents = self._latents(x_BTD, context.positions_BT)
         if context.cache is not None:
-            new = _written(context.cache, latents, context.positions_BT)
-            out_BTNG = self._attend_cache(nope, rope, new, context.positions_BT)
+            slots_BT = context.positions_BT if context.slots_BT is None else context.slots_BT
+            new = _written(context.cache, latents, slots_BT)
+            out_BTNG = self._attend_cache(nope, rope, new, slots_BT)
         else:
             new = self._keys_values(latents)
             q_BTNH = jnp.concatenate([nope, rope], axis=-1)
@@ -172,9 +173,9 @@ class MultiHeadLatentAttention(nnx.Module):
         return self.o_proj(out_BTNG.reshape(*out_BTNG.shape[:2], -1)), new
 
     def _attend_cache(
-        self, nope_BTNH, rope_BTNR, cache: LatentCache, positions_BT
+        self, nope_BTNH, rope_BTNR, cache: LatentCache, slots_BT
     ) -> Float[Array, "B T N G"]:
-        """Attention over slots up to each query's position, in the latent space.
+        """Attention over slots up to each query's own, in the latent space.
 
         kv_b_proj goes to the queries and the output instead of to all slots: q (W c) = (q W) c.
         Source: DeepSeek-V2 report (arXiv 2405.04434) section 2.1.2.
@@ -189,18 +190,18 @@ class MultiHeadLatentAttention(nnx.Module):
             "btnc,bsc->bnts", q_BTNC, latent_BSC, preferred_element_type=jnp.float32
         ) + jnp.einsum("btnr,bsr->bnts", rope_BTNR, rope_BSR, preferred_element_type=jnp.float32)
         slots_S = jnp.arange(latent_BSC.shape[1])
-        seen_BTS = slots_S[None, None] <= positions_BT[:, :, None]
+        seen_BTS = slots_S[None, None] <= slots_BT[:, :, None]
         scores = jnp.where(seen_BTS[:, None], scores * softmax_scale(c), -jnp.inf)
         weights = jax.nn.softmax(scores, axis=-1).astype(latent_BSC.dtype)
         of_latent = jnp.einsum("bnts,bsc->btnc", weights, latent_BSC)
         return jnp.einsum("btnc,ngc->btng", of_latent, w_v_NGC)
 
 
-def _written(cache: LatentCache, latents: LatentCache, positions_BT) -> LatentCache:
-    """The cache with rows in the slots of their positions, those beyond the last slot dropped."""
-    row_B1 = jnp.arange(positions_BT.shape[0])[:, None]
+def _written(cache: LatentCache, latents: LatentCache, slots_BT) -> LatentCache:
+    """The cache with rows in their slots, those beyond the last slot dropped."""
+    row_B1 = jnp.arange(slots_BT.shape[0])[:, None]
 
     def write(slots, rows):
-        return slots.at[row_B1, positions_BT].set(rows.astype(slots.dtype), mode="drop")
+        return slots.at[row_B1, slots_BT].set(rows.astype(slots.dtype), mode="drop")
 
     return LatentCache(*map(write, cache, latents))

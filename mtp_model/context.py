@@ -35,7 +35,7 @@ class EarlierUses(NamedTuple):
 class LatentCache(NamedTuple):
     """What a decoder keeps of a text for one layer: what keys and values are made of.
 
-    Slot s is of position s.
+    Slot s is of position s, but for drafts of several modules.
     """
 
     latent_BSC: Float[Array, "*stack B S C"]  # after kv_a_layernorm
@@ -50,6 +50,7 @@ class Context(NamedTuple):
     counted_BT: Int[Array, "B T"]  # 1 where the token counts as load of the experts it chose
     earlier: EarlierUses | None = None  # attended instead of the other rows of this run
     cache: LatentCache | None = None  # attended instead, with these rows written to their slots
+    slots_BT: Int[Array, "B T"] | None = None  # of the cache, where they are not the positions
 
 
 def make_context(segment_ids_BT: Ids, positions_BT: Ids | None = None) -> Context:

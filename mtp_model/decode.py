@@ -80,16 +80,19 @@ def draft(
     positions_BT: Int[Array, "B T"],
     caches: Caches,
     module: int = 0,
+    slots_BT: Int[Array, "B T"] | None = None,
 ) -> Drafted:
     """Run an MTP module on states and the tokens after them.
 
     state: of the main model for text that is verified, of the module's last step within a round.
     positions: of the states; a later step of a round goes on behind them.
+    slots: of the module's cache, where they are not the positions: when it is one of several, a
+        module's later uses in a round stand so many positions apart, with no key between them.
     """
     assert caches.mtp is not None
     predictor: MultiTokenPredictor = take_layer(model.mtp, module)
     here = jax.tree.map(lambda leaf: leaf[module], caches.mtp)
-    context = _context(positions_BT)._replace(cache=here)
+    context = _context(positions_BT)._replace(cache=here, slots_BT=slots_BT)
     step = predictor(state_BTD, model.embed(tokens_BT), context)
     mtp = jax.tree.map(lambda leaf, new: leaf.at[module].set(new), caches.mtp, step.new)
     return Drafted(step.state_BTD, caches._replace(mtp=mtp))

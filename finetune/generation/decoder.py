@@ -7,7 +7,9 @@ tokens of the same distribution (speculative sampling, arXiv 2211.17192).
 
 In a round at row i of a text the main model has been fed t[0..i], and t[i+1] is known. The first
 is at the prompt's last row, when the main model has written one token: as serving engines do.
-B texts, S slots, K drafts, P = K + 1 rows that a round adds at most, D hidden, V vocab.
+Module k is fed t[j+k] in row j, which for the last rows before i is a draft: it is fed these rows
+again when the token is known. B texts, S slots, K drafts, P = K + 1 rows that a round adds at most,
+W rows up to row i that modules are fed in each round, D hidden, V vocab.
 """
 
 from collections.abc import Callable
@@ -55,13 +57,12 @@ class Texts(NamedTuple):
 
 
 class _State(NamedTuple):
-    """Between two rounds. Rows begin..begin+P-1 of `state` are new to the MTP module."""
+    """Between two rounds."""
 
     texts: Texts
     ended_B: Bool[Array, "B"]
     caches: Caches
-    begin_B: Int[Array, "B"]  # first row that the module has not been fed
-    state_BPD: Float[Array, "B P D"]  # of the rows from begin on, up to row i
+    state_BWD: Float[Array, "B W D"]  # of the main model, in the rows up to row i
 
 
 def room_for(length: int, num_drafts: int) -> int:
@@ -92,33 +93,52 @@ def decode(
     return jax.device_get(state.texts)
 
 
+def _first_uses(model: DeepSeekV3, num_drafts: int) -> int:
+    """Depths of a round in which a module is used that was not used in it before."""
+    return min(num_drafts, model.config.num_nextn_predict_layers) if num_drafts else 0
+
+
+def _window(last_B, model: DeepSeekV3, num_drafts: int) -> Int[Array, "B W"]:
+    """The rows up to row i that modules are fed: those that a round may have added, and those
+    before them whose tokens were drafts. Below 0 before a text's beginning."""
+    size = num_drafts + max(_first_uses(model, num_drafts), 1)
+    return last_B[:, None] - size + 1 + jnp.arange(size)[None]
+
+
 @partial(jax.jit, static_argnames="how")
 def _start(model: DeepSeekV3, tokens_BS, length_B, end_B, seed_B, how: Decoding) -> _State:
     """Feed the prompts, and write the first token of each answer, which no draft comes before."""
     rows, slots = tokens_BS.shape
     last_B = length_B - 1
-    nothing = jnp.zeros((rows, 1, model.config.hidden_size), model.compute_dtype)
+    window_BW = _window(last_B, model, how.num_drafts)
+
+    def nothing(count: int):
+        return jnp.zeros((rows, count, model.config.hidden_size), model.compute_dtype)
 
     def piece(number, carry):
-        caches, *last_rows = carry
+        caches, *kept = carry
         begin = number * PREFILL
         fed_BT = jax.lax.dynamic_slice_in_dim(tokens_BS, begin, PREFILL, axis=1)
         places_BT = jnp.broadcast_to(begin + jnp.arange(PREFILL)[None], fed_BT.shape)
         fed = feed(model, fed_BT, places_BT, caches)
-        caches = fed.caches
-        if how.num_drafts:  # the last row's next token is not known yet: the first round feeds it
-            next_BT = jax.lax.dynamic_slice_in_dim(tokens_BS, begin + 1, PREFILL, axis=1)
-            caches = draft(model, fed.state_BTD, next_BT, places_BT, caches).caches
-        here_B = ((last_B >= begin) & (last_B < begin + PREFILL))[:, None, None]
-        row_B = jnp.clip(last_B - begin, 0, PREFILL - 1)
-        found = (_row(fed.hidden_BTD, row_B), _row(fed.state_BTD, row_B))
-        return caches, *(
-            jnp.where(here_B, new, old) for new, old in zip(found, last_rows, strict=True)
-        )
+        caches, state_BTD = fed.caches, fed.state_BTD
+        for k in range(1, _first_uses(model, how.num_drafts) + 1):
+            # What is behind the last row is no token yet: the first round feeds these rows again.
+            next_BT = jnp.take(tokens_BS, begin + k + jnp.arange(PREFILL), axis=1, mode="clip")
+            step = draft(model, state_BTD, next_BT, places_BT, caches, k - 1)
+            caches, state_BTD = step.caches, step.state_BTD
+        found = []
+        wanted = ((last_B[:, None], fed.hidden_BTD), (window_BW, fed.state_BTD))
+        for (rows_BW, new_BTD), old_BWD in zip(wanted, kept, strict=True):
+            here_BW = (rows_BW >= begin) & (rows_BW < begin + PREFILL)
+            taken_BWD = _rows(new_BTD, jnp.clip(rows_BW - begin, 0, PREFILL - 1))
+            found.append(jnp.where(here_BW[..., None], taken_BWD, old_BWD))
+        return caches, *found
 
     caches = empty_caches(model, rows, slots)
     pieces = (jnp.max(last_B) + PREFILL) // PREFILL
-    caches, hidden_B1D, state_B1D = jax.lax.fori_loop(0, pieces, piece, (caches, nothing, nothing))
+    begun = (caches, nothing(1), nothing(window_BW.shape[1]))
+    caches, hidden_B1D, state_BWD = jax.lax.fori_loop(0, pieces, piece, begun)
     chance = _Chance(seed_B, how.temperature)
     log_p_BV = chance.log_p(model.lm_head.logits(hidden_B1D[:, 0]))
     token_B = chance.token(log_p_BV, length_B, NEXT)
@@ -133,8 +153,7 @@ def _start(model: DeepSeekV3, tokens_BS, length_B, end_B, seed_B, how: Decoding)
         rounds_B=jnp.zeros_like(length_B),
         accepted_BK=jnp.zeros((rows, how.num_drafts), jnp.int32),
     )
-    state_BPD = jnp.pad(state_B1D, [(0, 0), (0, how.num_drafts), (0, 0)])
-    return _State(texts, is_end_B | (length_B >= end_B), caches, last_B, state_BPD)
+    return _State(texts, is_end_B | (length_B >= end_B), caches, state_BWD)
 
 
 @partial(jax.jit, static_argnames="how", donate_argnums=1)
@@ -181,7 +200,10 @@ def _round(model: DeepSeekV3, state: _State, end_B, seed_B, how: Decoding) -> _S
         texts.accepted_BK + in_text_BK.astype(jnp.int32),
     )
     ended_B = state.ended_B | ended_B | (length_B >= end_B)
-    return _State(texts, ended_B, fed.caches, last_B + 1, fed.state_BTD)
+    # The rows up to the new row i, of those that were there and those that came.
+    both = jnp.concatenate([state.state_BWD, fed.state_BTD], axis=1)
+    moved_BW = count_B[:, None] + jnp.arange(state.state_BWD.shape[1])[None]
+    return _State(texts, ended_B, fed.caches, _rows(both, moved_BW))
 
 
 class _Chance(NamedTuple):
@@ -214,17 +236,26 @@ NEXT, DRAFT, ACCEPT = range(3)  # what random numbers are for
 def _drafts(model: DeepSeekV3, state: _State, chance: _Chance, num_drafts: int):
     """Tokens [B, 1] and log-distributions [B, V] of each draft, and the caches."""
     drafted, log_q, caches = [], [], state.caches
-    last_B, row_B = state.texts.length_B - 2, state.texts.length_B - 2 - state.begin_B
-    # First all rows that are new to the module; the last of them drafts.
-    places_BT = state.begin_B[:, None] + jnp.arange(num_drafts + 1)[None]
-    fed_BT = jnp.take_along_axis(state.texts.tokens_BS, places_BT + 1, axis=1)
-    state_BTD = state.state_BPD
+    tokens_BS, last_B = state.texts.tokens_BS, state.texts.length_B - 2
+    modules = model.config.num_nextn_predict_layers
+    rows_BW = _window(last_B, model, num_drafts)
+    places_BW = jnp.where(rows_BW < 0, tokens_BS.shape[1], rows_BW)  # none is kept of what is not
+    state_BTD = state.state_BWD
     for k in range(1, num_drafts + 1):
-        step = draft(model, state_BTD, fed_BT, places_BT, caches)
-        caches, state_BTD = step.caches, _row(step.state_BTD, row_B)
-        log_q.append(chance.log_p(model.lm_head.logits(state_BTD[:, 0])))
+        again, module = divmod(k - 1, modules)
+        if again:  # one row more, of the token that was drafted last
+            places_BT, slots_BT = (last_B[:, None] + again * n for n in (modules, 1))
+            fed_BT, state_BTD = drafted[-1], state_BTD[:, -1:]
+            step = draft(model, state_BTD, fed_BT, places_BT, caches, module, slots_BT)
+        else:
+            fed_BT = jnp.take_along_axis(tokens_BS, jnp.maximum(rows_BW + k, 0), axis=1)
+            step = draft(model, state_BTD, fed_BT, places_BW, caches, module)
+        caches, state_BTD = step.caches, step.state_BTD
+        log_q.append(chance.log_p(model.lm_head.logits(state_BTD[:, -1])))
         drafted.append(chance.token(log_q[-1], last_B + 1 + k, DRAFT)[:, None])
-        fed_BT, places_BT, row_B = drafted[-1], last_B[:, None] + k, jnp.zeros_like(row_B)
+        place_B1 = last_B[:, None] + 1 + k
+        row_B1 = jnp.arange(len(last_B))[:, None]
+        tokens_BS = tokens_BS.at[row_B1, place_B1].set(drafted[-1], mode="drop")
     return drafted, log_q, caches
 
 
@@ -256,5 +287,5 @@ def _accept(logits_BPV, drafted, log_q, chance: _Chance, places_BP):
     return accepted_B, token_B
 
 
-def _row(x_BTD: Float[Array, "B T D"], index_B) -> Float[Array, "B 1 D"]:
-    return jnp.take_along_axis(x_BTD, index_B[:, None, None], axis=1)
+def _rows(x_BTD: Float[Array, "B T D"], index_BW) -> Float[Array, "B W D"]:
+    return jnp.take_along_axis(x_BTD, index_BW[..., None], axis=1)

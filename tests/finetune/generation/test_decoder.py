@@ -1,8 +1,10 @@
 """Continued texts are the main model's own, with drafts and without."""
 
 import functools
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from imported import import_folder
@@ -16,6 +18,7 @@ from drafting import BruteForce, greedy_texts, make_drafting_checkpoint
 from converters.verifying.logits.torch_reference import open_reference
 from finetune.generation import decoder
 from finetune.generation.decoder import Decoding, Prompts, Texts, decode, room_for
+from mtp_model import DeepSeekV3, make_context
 from mtp_model.load import load
 
 LENGTH = 40
@@ -25,8 +28,8 @@ LENGTHS = np.array([3, 9, 6, 2, 5], np.int32)  # of prompts
 class Case:
     """A checkpoint, and texts that the reference's main model wrote greedily after prompts."""
 
-    def __init__(self, folder):
-        make_drafting_checkpoint(folder / "source", 1)
+    def __init__(self, folder, num_mtp: int = 1):
+        make_drafting_checkpoint(folder / "source", num_mtp)
         import_folder(folder / "source", folder / "checkpoint")
         self.model = load(folder / "checkpoint")
         self.reference = open_reference(folder / "source")
@@ -63,16 +66,49 @@ def test_greedy_text_is_the_references(case: Case, num_drafts, monkeypatch):
     assert told == sorted(told)
     assert told[-1] == len(LENGTHS) * LENGTH - LENGTHS.sum()
     if num_drafts:
-        rounds = [
-            BruteForce(case.reference, text).decode(int(n), num_drafts)
-            for text, n in zip(case.texts, LENGTHS, strict=True)
-        ]
-        assert texts.rounds_B.tolist() == [len(each) for each in rounds]
-        expected = [
-            [sum(len(r) > k and r[k] for r in each) for k in range(num_drafts)] for each in rounds
-        ]
-        assert texts.accepted_BK.tolist() == expected
-        assert 0 < texts.accepted_BK[:, -1].sum() < texts.rounds_B.sum()
+        assert_drafts_are_the_references(case, texts, num_drafts)
+
+
+def assert_drafts_are_the_references(case: Case, texts: Texts, num_drafts: int) -> None:
+    rounds = [
+        BruteForce(case.reference, text).decode(int(n), num_drafts)
+        for text, n in zip(case.texts, LENGTHS, strict=True)
+    ]
+    assert texts.rounds_B.tolist() == [len(each) for each in rounds]
+    expected = [
+        [sum(len(r) > k and r[k] for r in each) for k in range(num_drafts)] for each in rounds
+    ]
+    assert texts.accepted_BK.tolist() == expected
+    assert 0 < texts.accepted_BK[:, -1].sum() < texts.rounds_B.sum()
+
+
+def test_several_modules_draft_in_turn(tmp_path):
+    """More drafts than modules, after prompts that are shorter than a round."""
+    case = Case(tmp_path, num_mtp=2)
+    texts = decode(case.model, case.prompts(4), Decoding(num_drafts=4, temperature=0))
+    assert written(texts) == [text.tolist() for text in case.texts]
+    assert_drafts_are_the_references(case, texts, 4)
+
+
+def test_a_module_fed_its_own_drafts_drafts_as_decoding_does(case: Case):
+    """At every place of a text, though it was not decoded there; fed the text, it drafts others."""
+    text = case.texts[0][None].numpy().astype(np.int32)
+    context = make_context(np.ones_like(text))
+
+    def drafted(model: DeepSeekV3, own: bool):
+        def likeliest(h_BTD):
+            return jnp.argmax(model.lm_head.logits(h_BTD), axis=-1)
+
+        main = model.main(text, context)
+        hidden = model.draft(main.state_BTD, text, context, 3, likeliest if own else None).hidden
+        return jnp.stack([likeliest(h_BTD)[0] for h_BTD in hidden], axis=1)
+
+    places = range(LENGTH - 4)  # further on, the text has no three tokens more
+    decoder = BruteForce(case.reference, case.texts[0])
+    expected = [decoder.drafts(i, 3) for i in places]
+    fed = {own: jax.jit(partial(drafted, own=own))(case.model).tolist() for own in (True, False)}
+    assert fed[True][: len(places)] == expected
+    assert fed[False][: len(places)] != expected
 
 
 @pytest.mark.parametrize("num_drafts", [0, 3])

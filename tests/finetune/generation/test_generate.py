@@ -178,16 +178,6 @@ def test_a_checkpoint_without_a_part_says_what_to_do(settings, tmp_path):
     assert counts.num_accepted_tokens_per_pos == []
 
 
-@follows("more than one draft a step needs a checkpoint with one module; ", "use --speculate 1")
-def test_two_modules_draft_one_token(settings, tmp_path):
-    two = import_tiny(tmp_path / "two", sizes=SIZES, num_mtp=2)
-    mine = dataclasses.replace(settings, checkpoint=str(two), max_documents=2, speculate=2)
-    assert "use --speculate 1" in told(mine)
-    counts = generate.generate(dataclasses.replace(mine, speculate=1))
-    assert counts.documents == 2
-    assert len(counts.num_accepted_tokens_per_pos) == 1
-
-
 def test_the_prompt_is_all_before_the_last_answer():
     mask = np.array([0, 0, 1, 1, 0, 0, 1, 1], np.int32)
     assert _before_last_answer(mask) == 6
