@@ -42,7 +42,7 @@ from finetune.run.plots import draw_curves, write_run_report
 from finetune.run.report import evaluation_sentence
 from finetune.run.resuming import resume, say_what_is_done_again
 from finetune.run.stopping import NOT_STOPPING, Stopping
-from finetune.settings import ComputeDtype, RunSettings, check
+from finetune.settings import ComputeDtype, RunSettings
 from finetune.settings_file import as_plain
 from finetune.state import (
     Split,
@@ -62,10 +62,10 @@ from finetune.weights import (
     open_trainable,
     raise_unless_fitting,
     recomputes_layers,
+    resolve,
     write_final,
 )
 from mtp_model.checkpoint.directory import COMPLETE, Checkpoint
-from mtp_model.files.open import as_place
 from mtp_model.problems import UserError
 from mtp_model.progress import above_bars, progress
 
@@ -118,7 +118,8 @@ def train(
     StoppedError when the loss is not finite, and Stopped when a signal asked for it.
     """
     run = RunDirectory(path=settings.out.absolute())
-    settings = resolve(run.as_it_began(settings))
+    asked = run.as_it_began(settings)
+    settings = resolve(asked)
     run.raise_unless_usable(settings, overwrite)
     begun_in = None if overwrite else run.computed_in()
     computed_in = begun_in or compute_dtype(settings.compute_dtype)
@@ -132,6 +133,8 @@ def train(
             job = _prepare(settings, computed_in, mesh, run, base, text, console, stopping)
             _raise_unless_room(job)
             console.print(_plan(job))
+            if settings.objective.lk and not asked.objective.weights():
+                console.print("the MTP modules are new: they learn by lk (--objective.lk 1)")
             if warning := forgets(settings.objective, base.provenance):
                 console.print(warning)
             state = _loop(job)
@@ -142,19 +145,6 @@ def train(
         write_run_report(run, settings)
         write_final(base, run.final, state, record, settings.lora)
     return _result(run)
-
-
-def resolve(settings: RunSettings) -> RunSettings:
-    """Checked settings with absolute paths and an objective: what RUN/config.yaml says."""
-    check(settings)
-    return dataclasses.replace(
-        settings,
-        checkpoint=str(as_place(settings.checkpoint).absolute()),
-        data=tuple(path.absolute() for path in settings.data),
-        eval_data=tuple(path.absolute() for path in settings.eval_data),
-        out=settings.out.absolute(),
-        objective=settings.objective.or_default(settings.part),
-    )
 
 
 def _prepare(

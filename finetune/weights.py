@@ -1,5 +1,6 @@
 """Between a checkpoint directory and training: what can be trained, loaded so, and written back."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from finetune.adapters import add_adapters, merged, moved_leaf, raise_unless_there
+from finetune.objective.objectives import are_new
 from finetune.optimizer import Halved, join
 from finetune.settings import (
     ComputeDtype,
@@ -19,17 +21,36 @@ from finetune.settings import (
     RunSettings,
     SettingsError,
     TrainMode,
+    check,
 )
 from finetune.state import TRAINABLE, Split, TrainState
 from mtp_model import ModelConfig
 from mtp_model.attention import keeps_scores
 from mtp_model.checkpoint.derived import ChangedLeaf, write_derived
 from mtp_model.checkpoint.directory import Checkpoint, CheckpointError, open_checkpoint
+from mtp_model.files.open import as_place
 from mtp_model.load import cast_weights, load
 from mtp_model.lora import fresh
 from mtp_model.model import leaf_name
 
 KEPT_BYTES_ON_CPU = 4 << 30  # --remat auto keeps up to this
+
+
+def resolve(settings: RunSettings) -> RunSettings:
+    """Checked settings with absolute paths and an objective: what RUN/config.yaml says."""
+    check(settings)
+    objective = settings.objective
+    if not objective.weights():
+        new = settings.part == "mtp" and are_new(open_checkpoint(settings.checkpoint).provenance)
+        objective = objective.or_default(settings.part, new)
+    return dataclasses.replace(
+        settings,
+        checkpoint=str(as_place(settings.checkpoint).absolute()),
+        data=tuple(path.absolute() for path in settings.data),
+        eval_data=tuple(path.absolute() for path in settings.eval_data),
+        out=settings.out.absolute(),
+        objective=objective,
+    )
 
 
 def open_trainable(path: str) -> tuple[Checkpoint, ModelConfig]:
@@ -53,12 +74,15 @@ def open_trainable(path: str) -> tuple[Checkpoint, ModelConfig]:
 
 def raise_unless_fitting(settings: RunSettings, config: ModelConfig) -> None:
     """SettingsError for what this model has no room or no place for."""
-    least = (settings.draft_tokens or config.num_nextn_predict_layers) + 2
+    modules, faults = config.num_nextn_predict_layers, []
+    least = (settings.draft_tokens or modules) + 2
     if settings.batch.row_tokens < least:
         found = f"--batch.row-tokens is {settings.batch.row_tokens}"
-        raise SettingsError(
-            "settings that cannot be used", [f"{found}, needed {least} or more for this model"]
-        )
+        faults.append(f"{found}, needed {least} or more for this model")
+    if settings.draft_input == "own" and modules > 1:
+        faults.append(f"--draft-input is own, needed text for a model of {modules} MTP modules")
+    if faults:
+        raise SettingsError("settings that cannot be used", faults)
     if settings.train == "lora":
         raise_unless_there(settings.lora, config)
 

@@ -78,7 +78,7 @@ HARMLESS = set(
         "min_length max_new_tokens early_stopping repetition_penalty length_penalty "
         "no_repeat_ngram_size encoder_no_repeat_ngram_size diversity_penalty "
         "exponential_decay_length_penalty num_return_sequences remove_invalid_values "
-        "unsloth_fixed unsloth_version"
+        "unsloth_fixed unsloth_version mtp_new_layers"
     ).split()
 )
 ROPE_KEYS = set(

@@ -19,7 +19,7 @@ def run_new_mtp(command: NewMtp) -> int:
             ("modules", f"model.layers.{braces(made.layers)}"),
             ("new ones", f"begin as model.layers.{made.copied_from}"),
             ("next", f"convert-deepseek import {command.src} CKPT --mtp-from {made.path}"),
-            ("", "finetune-deepseek train --checkpoint CKPT --objective.lk 1 ..."),
+            ("", "finetune-deepseek train --checkpoint CKPT ..."),
         ]
     )
     plain = {

@@ -5,7 +5,8 @@ last main layer. Then what a layer lacks is made so that the module passes on th
 normed inputs: norms of ones, `eh_proj` of two identities, and before the head the main model's own
 norm. Embedding and head are the main model's, as released checkpoints hold copies of them.
 
-The folder holds mtp.safetensors and a config.json: what `import --mtp-from` takes.
+The folder holds mtp.safetensors and a config.json, which says which modules are new: what
+`import --mtp-from` takes.
 """
 
 import json
@@ -24,7 +25,7 @@ from converters.format.listing import (
     read_config,
 )
 from converters.format.mapping import layer_of, mtp_layers
-from converters.format.mtp_from import MTP_FILE, announcing_modules
+from converters.format.mtp_from import MTP_FILE, NEW_LAYERS, announcing_modules
 from converters.format.writer import StreamWriter
 from converters.sources.source import Source
 from mtp_model.checkpoint.directory import CheckpointError
@@ -97,7 +98,8 @@ def write_new_mtp(
     place.make_folder()
     if (place / MTP_FILE).is_file():
         (place / MTP_FILE).unlink()
-    text = json.dumps(announcing, indent=2, ensure_ascii=False) + "\n"
+    new = {NEW_LAYERS: [layer for layer in layers if layer not in there]}
+    text = json.dumps(announcing | new, indent=2, ensure_ascii=False) + "\n"
     (place / CONFIG_FILE).write_pieces([text.encode()])
     nbytes = _write(source, place, tensors, report)
     return NewModules(path=place, layers=layers, copied_from=original, nbytes=nbytes)

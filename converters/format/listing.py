@@ -56,7 +56,8 @@ class TakenModule:
     """Where the MTP module of a checkpoint was taken from, which is not where its main model is.
 
     headers: of the files that it was in. names: name there -> name here, of those tensors whose
-    bytes were taken as they are. notes: what the user should know of it, a line each.
+    bytes were taken as they are. notes: what the user should know of it, a line each. new_layers:
+    numbers here of modules that `new-mtp` made, which learnt nothing yet.
     """
 
     main: str
@@ -64,6 +65,7 @@ class TakenModule:
     headers: Mapping[str, Header]
     names: Mapping[str, str]
     notes: tuple[str, ...]
+    new_layers: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,6 +52,7 @@ from mtp_model.reporting import plural
 
 MTP_FILE = "mtp.safetensors"
 _PLAIN = ("BF16", "F32")
+NEW_LAYERS = "mtp_new_layers"  # in a draft's config.json: layers that nothing was trained in
 _ANNOUNCES = "num_nextn_predict_layers"
 # What may differ: the module has no part in it, or is brought into the main model's.
 _OF_THE_MAIN_MODEL = frozenset(
@@ -182,6 +183,9 @@ def _contradictions(config: Mapping[str, Any], module: FoundModule) -> Iterator[
     for fault in faults:
         key, _, detail = fault.partition(" ")
         yield Problem("config", key, detail)
+    new = module.config.get(NEW_LAYERS, [])
+    if not isinstance(new, list) or not all(layer in module.layers for layer in new):
+        yield Problem("config", NEW_LAYERS, f"is {shown(new)}, needed layers of its MTP modules")
     ours = read_fields(config)[0]
     for key in sorted(_SIZES):
         if not faults and fields[key] != ours[key]:
@@ -244,6 +248,9 @@ class _Joining:
             headers=self._module.headers,
             names=self._names,
             notes=tuple(self._notes),
+            new_layers=tuple(
+                self._number[layer] for layer in self._module.config.get(NEW_LAYERS, ())
+            ),
         )
 
     def _kept(self, header: Header) -> list[MadeTensor]:

@@ -131,7 +131,7 @@ def _origin(checkpoint: SourceCheckpoint, digests: Mapping[str, str]) -> dict[st
     return {
         "source": _source_record(taken.main, source, checkpoint.headers, digests),
         "mtp_source": _source_record(taken.source.name, taken.source, taken.headers, theirs),
-    }
+    } | ({"mtp_new_layers": list(taken.new_layers)} if taken.new_layers else {})
 
 
 def _source_record(

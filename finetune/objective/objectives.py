@@ -79,7 +79,7 @@ def forgets(mixture: ObjectiveSettings, provenance: Mapping[str, Any]) -> str | 
 
     provenance: of the checkpoint that is trained; its last training says what its modules learnt.
     """
-    trained = [each for each in provenance.get("derived", ()) if "settings" in each]
+    trained = _trainings(provenance)
     learnt = trained[-1]["settings"].get("objective", {}) if trained else {}
     before = [name for name in ("tv", "lk", "e2e_tv") if learnt.get(name)]
     if not mixture.ce or not before:
@@ -88,6 +88,16 @@ def forgets(mixture: ObjectiveSettings, provenance: Mapping[str, Any]) -> str | 
         f"warning: ce takes back what {' and '.join(before)} taught these MTP modules (acceptance "
         "by rejection sampling); without --objective.ce they go on learning what servers accept"
     )
+
+
+def are_new(provenance: Mapping[str, Any]) -> bool:
+    """Whether `new-mtp` made MTP modules of a checkpoint, and nothing was trained since."""
+    return bool(provenance.get("mtp_new_layers")) and not _trainings(provenance)
+
+
+def _trainings(provenance: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What a checkpoint was trained by, first to last."""
+    return [each for each in provenance.get("derived", ()) if "settings" in each]
 
 
 def _by_depth(measured: Measured) -> dict[str, Float[Array, "K"]]:

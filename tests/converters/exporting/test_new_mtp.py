@@ -1,5 +1,6 @@
 """Fresh MTP modules: a draft that import takes, that computes what it should, and is trained."""
 
+import io
 import json
 from pathlib import Path
 
@@ -7,10 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from advice import done, follows, told
+from rich.console import Console
 from safetensors import deserialize
 
+from finetune.settings import ObjectiveSettings, RunSettings
+from finetune.train import train
+from finetune.weights import resolve
 from mtp_model import make_context
 from mtp_model.block import take_layer
+from mtp_model.checkpoint.derived import write_derived
+from mtp_model.checkpoint.directory import open_checkpoint
 from mtp_model.load import load
 from tools.make_tiny_checkpoint import make_tiny_checkpoint
 
@@ -40,6 +47,7 @@ def test_a_checkpoint_gets_the_module_that_it_lacks(tmp_path, dtype, capsys):
     done("new-mtp", source, draft)
     assert sorted(path.name for path in draft.iterdir()) == ["config.json", "mtp.safetensors"]
     done("import", source, checkpoint, "--mtp-from", draft)
+    assert open_checkpoint(checkpoint).provenance["mtp_new_layers"] == [3]
     done("verify", source, checkpoint, "--mtp-from", draft)
     joined = ("verify", source, checkpoint, "--mtp-from", draft, "--logits")
     assert "export CKPT, and verify that" in told(capsys, *joined)
@@ -93,7 +101,54 @@ def test_new_modules_begin_as_the_first(tmp_path):
             copy = tensors[name.replace(".3.", f".{layer}.", 1)]
             assert copy == there[name]
     done("import", source, tmp_path / "c", "--mtp-from", draft)
-    assert load(tmp_path / "c").config.num_nextn_predict_layers == 3
+    checkpoint = open_checkpoint(tmp_path / "c")
+    assert checkpoint.config.num_nextn_predict_layers == 3
+    assert checkpoint.provenance["mtp_new_layers"] == [4, 5]
+
+
+@pytest.mark.parametrize("said", [[9], 3, ["3"]])
+def test_a_draft_says_no_nonsense_of_new_layers(said, tmp_path, capsys):
+    source, draft = made(tmp_path / "src"), tmp_path / "d"
+    done("new-mtp", source, draft)
+    config = json.loads((draft / "config.json").read_text())
+    (draft / "config.json").write_text(json.dumps(config | {"mtp_new_layers": said}))
+    told_of = told(capsys, "import", source, tmp_path / "c", "--mtp-from", draft)
+    assert f"mtp_new_layers is {said}, needed layers of its MTP modules" in told_of
+
+
+def test_new_modules_learn_by_their_own_objective_until_they_are_trained(tmp_path, monkeypatch):
+    """And a run says so, where the objective is not given."""
+    source, checkpoint = made(tmp_path / "src"), tmp_path / "c"
+    done("new-mtp", source, tmp_path / "d")
+    done("import", source, checkpoint, "--mtp-from", tmp_path / "d")
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "one two three"}\n' * 3)
+
+    def asked(base: Path, **more) -> RunSettings:
+        return RunSettings(checkpoint=str(base), data=(text,), out=tmp_path / "out", **more)
+
+    def objective(base: Path, **more) -> dict[str, float]:
+        return resolve(asked(base, **more)).objective.weights()
+
+    def said(**more) -> str:
+        out = io.StringIO()
+        monkeypatch.setattr("finetune.train._loop", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(asked(checkpoint, **more), Console(file=out), overwrite=True)
+        return " ".join(out.getvalue().split())
+
+    assert "the MTP modules are new: they learn by lk" in said()
+    assert "are new" not in said(objective=ObjectiveSettings(lk=2.0))
+
+    assert objective(checkpoint) == {"lk": 1.0}
+    assert objective(checkpoint, train="all") == {"ce": 1.0}
+    assert objective(checkpoint, objective=ObjectiveSettings(kl=2.0)) == {"kl": 2.0}
+    by_others = {"by": "another tool"}
+    write_derived(open_checkpoint(checkpoint), tmp_path / "rewritten", {}, by_others)
+    assert objective(tmp_path / "rewritten") == {"lk": 1.0}
+    by_training = {"by": "finetune-deepseek train", "settings": {}}
+    write_derived(open_checkpoint(checkpoint), tmp_path / "trained", {}, by_training)
+    assert objective(tmp_path / "trained") == {"e2e_tv": 1.0}
 
 
 @follows(
