@@ -55,7 +55,8 @@ class BatchSettings:
 class ObjectiveSettings:
     """What the MTP modules learn: the weight of each objective in the mixture.
 
-    All 0: e2e_tv where the main model is frozen, ce where it learns too.
+    All 0: e2e_tv where the main model is frozen, lk for modules that `new-mtp` made, ce where the
+    main model learns too.
     """
 
     ce: float = 0.0
@@ -76,11 +77,14 @@ class ObjectiveSettings:
         values = {name: getattr(self, name) for name in ("ce", "kl", "tv", "lk", "e2e_tv")}
         return {name: value for name, value in values.items() if value}
 
-    def or_default(self, part: Part) -> "ObjectiveSettings":
-        """Itself, or the default for what learns where no objective has a weight."""
+    def or_default(self, part: Part, new: bool = False) -> "ObjectiveSettings":
+        """Itself, or the default for what learns where no objective has a weight.
+
+        new: the MTP modules learnt nothing yet.
+        """
         if self.weights():
             return self
-        chosen = {"mtp": "e2e_tv", "all": "ce"}[part]
+        chosen = {"mtp": "lk" if new else "e2e_tv", "all": "ce"}[part]
         return dataclasses.replace(self, **{chosen: 1.0})
 
     @property
@@ -205,6 +209,9 @@ class RunSettings:
     draft_tokens: int = 0
     """MTP depths that are trained and measured; more than there are modules reuse them as a decoder
     does. 0: as many as there are modules."""
+    draft_input: Literal["text", "own"] = "text"
+    """Tokens that the depths from 2 on are fed while they learn: the text's, or own: those that the
+    depth before them finds likeliest."""
     router_bias_rate: float = 1e-3
     """Router biases of trained layers move by this much a step towards balanced experts."""
     seed: int = 0

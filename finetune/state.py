@@ -98,7 +98,8 @@ def make_train_step(
 ) -> jax.stages.Wrapped:
     """The jitted step: (state, frozen, batch) -> (state, what was measured); donates the state."""
     part, mixture = settings.part, settings.objective.or_default(settings.part)
-    asked, mtp_lambda = asked_by(settings), lambdas(settings)
+    asked = asked_by(settings)._replace(own_tokens=settings.draft_input == "own")
+    mtp_lambda = lambdas(settings)
 
     def step(state: TrainState, frozen: nnx.State, batch: Batch):
         def loss_of(trainable: nnx.State):

@@ -5,13 +5,13 @@ E experts. Depth k = 1, 2, ... drafts the token after the k next ones.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from mtp_model.block import DecoderLayer, run_stack, stack, take_layer
 from mtp_model.config import ModelConfig
@@ -104,6 +104,7 @@ class DeepSeekV3(nnx.Module):
         tokens_BT: Ids,
         context: Context,
         num_draft_tokens: int | None = None,
+        likeliest: Callable[[Float[Array, "B T D"]], Int[Array, "B T"]] | None = None,
     ) -> DraftStates:
         """Hidden states of the MTP depths, each fed the true next token, as a decoder drafts.
 
@@ -111,9 +112,13 @@ class DeepSeekV3(nnx.Module):
         num_draft_tokens: depths to run. Beyond the modules that exist they are reused in turn, as
         serving engines do: a reused module sees the keys of its first use up to the row that the
         round starts from, and those of its later uses in this round, at positions that go on.
+        likeliest: the tokens that the head finds likeliest of such states; with it, depths from 2
+        on are fed what the depth before them drafts, not the text. For one module: of several, a
+        row would see keys that drafts left in the rows before it, where decoding has text's.
         """
         tokens_BT = jnp.asarray(tokens_BT)
         count = self.config.num_nextn_predict_layers
+        assert count <= 1 or likeliest is None
         earlier: dict[int, EarlierUses] = {}
         hidden, loads = [], []
         for k in range(1, self._num_depths(num_draft_tokens) + 1):
@@ -125,7 +130,10 @@ class DeepSeekV3(nnx.Module):
                 positions_BT=context.positions_BT + (k - 1 - module),
                 earlier=used,
             )
-            step = self.draft_step(state_BTD, shifted.tokens_BT, here, k)
+            fed_BT = shifted.tokens_BT
+            if likeliest is not None and k > 1:
+                fed_BT = jnp.where(shifted.inside_BT, likeliest(state_BTD), fed_BT)
+            step = self.draft_step(state_BTD, fed_BT, here, k)
             state_BTD = step.state_BTD
             assert isinstance(step.new, KeysValues)  # the context has no cache
             if used is None:

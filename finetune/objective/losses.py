@@ -6,6 +6,7 @@ B batch, T position, C chunk of positions, D hidden, V vocab, K depths, L layers
 E experts; p is the main model's distribution at a target, q that of a depth.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -38,6 +39,7 @@ class Asked(NamedTuple):
     distributions: bool = False  # compare each depth's with the main model's of the same target
     rule: Rule = "greedy"  # how drafts are accepted
     temperature: float = 1.0  # of the distributions that are compared, and of the rule
+    own_tokens: bool = False  # depths from 2 on are fed what the one before drafts, not the text
     shifted: bool = False  # a control: what is drafted for a place is measured one place before it
 
 
@@ -239,13 +241,14 @@ def context_of(batch: Batch) -> Context:
 def measure(
     model: DeepSeekV3, batch: Batch, main: MainStates, asked: Asked = ONE_DRAFT_EACH
 ) -> Measurement:
-    """Run the depths on a batch, each fed the true next token, and add up all losses.
+    """Run the depths on a batch, and add up all losses.
 
     main: what the main model made of the batch, `model.main(batch.tokens_BT, context_of(batch))`;
     a gradient flows back into it unless it is stopped there.
     """
     context = context_of(batch)
-    drafts = model.draft(main.state_BTD, batch.tokens_BT, context, asked.num_draft_tokens)
+    own = functools.partial(_likeliest, model.lm_head) if asked.own_tokens else None
+    drafts = model.draft(main.state_BTD, batch.tokens_BT, context, asked.num_draft_tokens, own)
     drafted = drafts.hidden
     if asked.shifted:  # what comes round from a row's beginning to its end has no target there
         drafted = tuple(jnp.roll(h_BTD, -1, axis=1) for h_BTD in drafted)
@@ -270,6 +273,17 @@ def measure(
     )
     load = ExpertLoad(main.expert_load_LE, _by_module(drafts.expert_load_LE, model))
     return Measurement(measured, load, rounds)
+
+
+def _likeliest(lm_head: Embedding, h_BTD: Float[Array, "B T D"]) -> Int[Array, "B T"]:
+    """The token with the largest logit at each position; no gradient goes through the choice."""
+    rows, length, _ = h_BTD.shape
+    chunk = chunk_length(rows, length, lm_head.weight.shape[0], 1)
+    count = -(-length // chunk)
+    padded = jnp.pad(jax.lax.stop_gradient(h_BTD), [(0, 0), (0, count * chunk - length), (0, 0)])
+    chunks = jnp.moveaxis(padded.reshape(rows, count, chunk, -1), 1, 0)
+    tokens = jax.lax.map(lambda h_BCD: _largest(lm_head.logits(h_BCD)), chunks)
+    return jnp.moveaxis(tokens, 0, 1).reshape(rows, -1)[:, :length]
 
 
 def main_loss(model: DeepSeekV3, batch: Batch, main: MainStates) -> jax.Array:

@@ -11,7 +11,7 @@ import pytest
 from finetune.data.packing import Batch
 from finetune.objective.objectives import lambdas
 from finetune.settings import ObjectiveSettings, RunSettings
-from finetune.state import TrainState, make_train_step, start
+from finetune.state import TrainState, asked_by, make_measure_step, make_train_step, start
 from finetune.weights import load_for_training
 
 
@@ -86,6 +86,22 @@ def test_remat_decides_what_the_step_computes_again(settings, checkpoint, batch)
 
     assert marks(remat=True) > 0
     assert marks(remat=False) == 0
+
+
+def test_a_step_of_training_alone_feeds_own_drafts(settings, checkpoint, batch, monkeypatch):
+    """Where it is asked for; evaluations feed the text, whose places they count."""
+    asked = []
+    monkeypatch.setattr("finetune.state.measure", lambda *args: asked.append(args[-1]) or 1 / 0)
+    split = load_for_training(str(checkpoint), "mtp", "float32")
+    rate = optax.scale_by_schedule(lambda _: 0.0)
+    for run in (settings, dataclasses.replace(settings, draft_input="own", draft_tokens=3)):
+        step = make_train_step(split.graphdef, rate, run)
+        measured = make_measure_step(split.graphdef, asked_by(run))
+        with pytest.raises(ZeroDivisionError):
+            step.trace(start(split, rate), split.frozen, batch)
+        with pytest.raises(ZeroDivisionError):
+            measured(split.trainable, split.biases, split.frozen, batch)
+    assert [each.own_tokens for each in asked] == [False, False, True, False]
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,13 @@ def test_objectives_are_their_formulas(name, chunk, model, batch, states, monkey
     assert min(abs(float(found) - other) for other in others) > 100 * RELATIVE
 
 
+def test_the_likeliest_tokens_are_found_chunk_by_chunk(model, states, monkeypatch):
+    set_chunk(monkeypatch, 2, 5)
+    found = losses._likeliest(model.lm_head, states[0])
+    assert np.array_equal(found, np.argmax(model.lm_head.logits(states[0]), axis=-1))
+    assert len(np.unique(found)) > 9
+
+
 def test_depths_have_weights_that_decay(model, batch, states):
     found = loss_of(model, batch, states, mixture("kl", depth_decay=0.6))
     head = model.lm_head.weight[...]
