@@ -50,6 +50,7 @@ _SHAPES = {
     PROVENANCE: {
         "source": _SOURCE,
         "mtp_source": Maybe(_SOURCE),
+        "mtp_new_layers": Maybe([int]),
         "plan": Maybe(str),
         "scope": str,
         "dtype": str,
