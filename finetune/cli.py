@@ -30,6 +30,7 @@ from finetune.run.report import (
     evaluation_sections,
     generation_sections,
     number,
+    reduced_sections,
     sources_sections,
 )
 from finetune.run.stopping import Stopped, Stopping
@@ -183,6 +184,11 @@ def _evaluation_sections(found: Evaluation, title: str) -> Iterator[Section]:
         yield from sources_sections(found.sources, summary)
     if found.controls:
         yield from controls_sections(summary, found.controls)
+    if fewer := found.reduced:
+        here = fewer.data == found.data
+        yield from reduced_sections(
+            summary, fewer.summary, fewer.tokens, fewer.coverage, counted_here=here
+        )
     if found.draft_cost is not None:
         projected = number(found.speedup(summary.mean_accepted_length))
         yield f"projected speed-up {projected}: a draft takes {found.draft_cost:g} of a main step"

@@ -12,6 +12,7 @@ import xxhash
 from flax import nnx
 from jax.sharding import Mesh
 
+from finetune.data.draft_vocab import most_frequent, write_token_map
 from finetune.data.packing import Batch, Packer, Position, first_rows
 from finetune.data.run_text import add_rows, open_documents
 from finetune.data.tokens import TokenDocuments
@@ -23,6 +24,7 @@ from finetune.run.metrics import SourceAcceptance, Summary, measure_documents
 from finetune.settings import ComputeDtype, DataPaths, MeshSettings, SettingsError
 from finetune.state import Split, make_measure_step
 from finetune.weights import compute_dtype, open_trainable
+from mtp_model import ModelConfig
 from mtp_model.checkpoint.directory import Checkpoint
 from mtp_model.layers import FP8, INIT_STD
 from mtp_model.load import load
@@ -60,11 +62,29 @@ class EvaluateSettings:
     draft_cost: float | None = None
     """Time of one draft, relative to a step of the main model: print the projected speed-up, tokens
     a round / (1 + drafts * cost)."""
+    draft_vocab: int | None = None
+    """Measure once more with drafts from so many tokens only, the most frequent of the data: what a
+    smaller head of the module would cost in acceptance."""
+    draft_vocab_data: DataPaths = ()
+    """The text whose tokens are counted for that (default: --data itself, which flatters)."""
+    token_map: Path | None = None
+    """Write these tokens to this file, as SGLang's --speculative-token-map reads them (.pt)."""
     compute_dtype: ComputeDtype = "auto"
     """Precision of activations; auto is float32 on CPU and bfloat16 elsewhere."""
     mesh: MeshSettings = field(default_factory=MeshSettings)
     json: bool = False
     """Print one JSON object instead of a table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReducedHead:
+    """The same measured with drafts from some tokens only. coverage: their share of the learnt
+    tokens that were counted; data: digest of the files that these are of."""
+
+    tokens: int
+    coverage: float
+    data: str
+    summary: Summary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +97,7 @@ class Evaluation:
     sources: list[SourceAcceptance] = field(default_factory=list)  # where there are several
     controls: dict[str, Summary] = field(default_factory=dict)  # by name, where they are asked for
     draft_cost: float | None = None
+    reduced: ReducedHead | None = None
 
     def speedup(self, length: float | None) -> float | None:
         """Projected from a mean accepted length; None without a cost."""
@@ -94,6 +115,9 @@ class Evaluation:
             ]
         if self.controls:
             found["controls"] = {name: each.to_json() for name, each in self.controls.items()}
+        if self.reduced:
+            summary = self.reduced.summary.to_json()
+            found["draft_vocab"] = asdict(self.reduced) | {"summary": summary}
         return found | self._projected(self.summary.mean_accepted_length)
 
     def _projected(self, length: float | None) -> dict[str, Any]:
@@ -105,6 +129,7 @@ class Evaluation:
 def check(settings: EvaluateSettings) -> None:
     """Raise SettingsError with everything that is wrong with the values."""
     minimum = {"draft_tokens": 1, "rows": 1, "row_tokens": 2, "max_rows": 1, "draft_cost": 0}
+    minimum |= {"draft_vocab": 1}
     faults = [
         f"--{name.replace('_', '-')} is {value}, needed {least} or more"
         for name, least in minimum.items()
@@ -112,6 +137,10 @@ def check(settings: EvaluateSettings) -> None:
     ]
     if not settings.temperature > 0:
         faults.append(f"--temperature is {settings.temperature}, needed more than 0")
+    if settings.draft_vocab is None and (settings.draft_vocab_data or settings.token_map):
+        faults.append("--draft-vocab-data and --token-map need --draft-vocab N")
+    if settings.token_map and settings.token_map.exists():
+        faults.append(f"--token-map {settings.token_map} is there already; name another file")
     faults += [] if settings.data else ["--data is empty, needed at least one path"]
     if faults:
         raise SettingsError("settings that cannot be used", faults)
@@ -131,6 +160,9 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
     summary, counts = _measure(
         settings, documents, _with_weights(step, split, mesh), asked, "evaluate", rows_seen
     )
+    reduced = None
+    if settings.draft_vocab:
+        reduced = _reduced(settings, documents, asked, split, mesh, config)
     controls: dict[str, Summary] = {}
     if settings.controls:
         shifted = asked._replace(shifted=True)
@@ -147,6 +179,34 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
         sources=_by_source(settings.data, documents, counts) if len(settings.data) > 1 else [],
         controls=controls,
         draft_cost=settings.draft_cost,
+        reduced=reduced,
+    )
+
+
+def _reduced(
+    settings: EvaluateSettings,
+    documents: TokenDocuments,
+    asked: Asked,
+    split: Split,
+    mesh: Mesh | None,
+    config: ModelConfig,
+) -> ReducedHead:
+    """The same text once more, with drafts from the most frequent tokens only; their file."""
+    assert settings.draft_vocab
+    counted = documents
+    if settings.draft_vocab_data:
+        counted = open_documents(settings.checkpoint, settings.draft_vocab_data, config)
+    vocab = most_frequent(counted, settings.draft_vocab)
+    fewer = asked._replace(drafted=vocab.tokens)
+    step = _with_weights(make_measure_step(split.graphdef, fewer), split, mesh)
+    summary, _ = _measure(settings, documents, step, fewer, "evaluate, fewer tokens")
+    if settings.token_map:
+        write_token_map(settings.token_map, vocab.tokens)
+    return ReducedHead(
+        tokens=len(vocab.tokens),
+        coverage=vocab.coverage,
+        data=counted.corpus.digest,
+        summary=summary,
     )
 
 

@@ -27,7 +27,8 @@ EVALUATION = {each.name for each in fields(Summary)} | {*COUNTS, "mean_accepted_
 KNOWN: Mapping[Kind, set[str]] = {
     "run": EVALUATION | {"step"},
     "evaluate": EVALUATION
-    | {"checkpoint", "data", "sources", "controls", "draft_cost", "projected_speedup"},
+    | {"checkpoint", "data", "sources", "controls", "draft_cost", "projected_speedup"}
+    | {"draft_vocab"},
     "generate": {*COUNTS, "out", "documents", "tokens"}
     | {"sampling", "temperature", "prompts", "data"},
     # What a server does not say of itself may be written beside its counts.

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from finetune.data.packing import Batch
@@ -41,6 +42,7 @@ class Asked(NamedTuple):
     temperature: float = 1.0  # of the distributions that are compared, and of the rule
     own_tokens: bool = False  # depths from 2 on are fed what the one before drafts, not the text
     shifted: bool = False  # a control: what is drafted for a place is measured one place before it
+    drafted: tuple[int, ...] = ()  # the only tokens that a draft may be; none: all of them
 
 
 ONE_DRAFT_EACH = Asked()
@@ -143,7 +145,7 @@ def through_head(
         return jnp.stack([padded[:, end : end + depths] for end in ends])
 
     def of_chunk(args):
-        return _of_chunk(lm_head, *args, temperature=asked.temperature)
+        return _of_chunk(lm_head, *args, temperature=asked.temperature, drafted=asked.drafted)
 
     behind = behind_chunks(jax.lax.stop_gradient(hidden[0])) if asked.distributions else None
     chunks = (*jax.tree.map(in_chunks, (hidden, target)), behind)
@@ -155,8 +157,19 @@ def through_head(
     return jax.tree.map(lambda x: jnp.sum(x, axis=0), sums), jax.tree.map(whole, choices)
 
 
-def _of_chunk(lm_head: Embedding, hidden, target, behind_BKD, *, temperature: float):
-    """Sums and choices of one chunk; of one depth after the other."""
+def _of_chunk(
+    lm_head: Embedding,
+    hidden,
+    target,
+    behind_BKD,
+    *,
+    temperature: float,
+    drafted: tuple[int, ...],
+):
+    """Sums and choices of one chunk; of one depth after the other.
+
+    Losses and KL are of the whole head whatever may be drafted: of a part they would be infinite.
+    """
     logits_BCV = lm_head.logits(hidden[0])
     log_p = None
     if behind_BKD is not None:
@@ -171,10 +184,14 @@ def _of_chunk(lm_head: Embedding, hidden, target, behind_BKD, *, temperature: fl
         logits_BCV = lm_head.logits(h_BCD) if k else logits_BCV
         log_q = jax.nn.log_softmax(logits_BCV, axis=-1)
         nll.append(-_sum_where(target_k.valid_BT, _at(log_q, target_k.tokens_BT)))
-        greedy.append(_largest(logits_BCV))
         if temperature != 1.0:
             log_q = jax.nn.log_softmax(logits_BCV / temperature, axis=-1)
-        log_prob.append(jax.lax.stop_gradient(_at(log_q, target_k.tokens_BT)))
+        log_d = log_q  # of what is drafted
+        if k and drafted:
+            logits_BCV = _only(logits_BCV, drafted)
+            log_d = jax.nn.log_softmax(logits_BCV / temperature, axis=-1)
+        greedy.append(_largest(logits_BCV))
+        log_prob.append(jax.lax.stop_gradient(_at(log_d, target_k.tokens_BT)))
         if log_p is None:
             continue
         same = log_p[:, k : k + log_q.shape[1]]
@@ -183,7 +200,7 @@ def _of_chunk(lm_head: Embedding, hidden, target, behind_BKD, *, temperature: fl
             entropy = -_sum_where(target_k.valid_BT, jnp.sum(p * same, axis=-1))
             continue
         kl.append(_sum_where(target_k.valid_BT, jnp.sum(p * (same - log_q), axis=-1)))
-        q = jnp.exp(log_q)
+        q = jnp.exp(log_d)
         overlap_BC = jnp.sum(jnp.where(q >= p, p, q), axis=-1)  # NaN where q is
         overlap.append(_sum_where(target_k.valid_BT, overlap_BC))
         product_BC *= overlap_BC
@@ -197,6 +214,13 @@ def _of_chunk(lm_head: Embedding, hidden, target, behind_BKD, *, temperature: fl
         entropy=entropy,
     )
     return sums, Choices(tuple(greedy), tuple(log_prob))
+
+
+def _only(logits_BCV, tokens: tuple[int, ...]) -> Float[Array, "B C V"]:
+    """Logits of these tokens; all others are impossible."""
+    allowed_V = np.zeros(logits_BCV.shape[-1], np.bool_)
+    allowed_V[list(tokens)] = True
+    return jnp.where(allowed_V[None, None], logits_BCV, -jnp.inf)
 
 
 def _at(values_BCV, tokens_BC) -> Float[Array, "B C"]:

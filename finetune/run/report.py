@@ -53,6 +53,22 @@ def controls_sections(measured: Summary, controls: Mapping[str, Summary]) -> lis
     return said
 
 
+def reduced_sections(
+    measured: Summary, reduced: Summary, tokens: int, coverage: float, *, counted_here: bool
+) -> list[Section]:
+    """Acceptance with drafts from all tokens, and from some; which these are."""
+    named = {"all tokens": measured, f"{tokens:,} tokens": reduced}
+    rows = [
+        _lengths(
+            name, each.acceptance, each.mean_accepted_length, each.mean_accepted_length_interval
+        )
+        for name, each in named.items()
+    ]
+    where = "this very text, which flatters them" if counted_here else "--draft-vocab-data"
+    said = f"the most frequent of {where}: {percent(coverage)} of the tokens learnt there"
+    return ["drafts from fewer tokens", Grid(_length_columns(measured), rows), said]
+
+
 def sources_sections(sources: Sequence[SourceAcceptance], measured: Summary) -> list[Section]:
     """Acceptance in each part of the text."""
     rows = [
