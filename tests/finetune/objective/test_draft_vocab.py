@@ -124,8 +124,8 @@ def test_sglang_reads_the_token_map(tmp_path: Path):
 
 @follows("is there already; name another file")
 def test_evaluate_measures_both_heads(checkpoint, data, tmp_path, capsys):
-    command = ["evaluate", "--checkpoint", str(checkpoint), "--data", str(data), "--max-rows", "4"]
-    command += ["--rows", "4", "--row-tokens", "32", "--json", "--token-map"]
+    command = ["evaluate", "--checkpoint", str(checkpoint), "--data", str(data), "--max-rows", "2"]
+    command += ["--rows", "2", "--row-tokens", "32", "--json", "--token-map"]
     file = tmp_path / "hot.pt"
     file.write_text("mine")
     assert cli.run([*command, str(file), "--draft-vocab", "2"]) == 2
