@@ -176,6 +176,8 @@ class Probe:
     ]
     data: Annotated[str, arg(metavar="PATH")]
     """a UTF-8 text as the model was trained on; its first 1,024 tokens are used"""
+    report: Annotated[str | None, arg(metavar="DIR")] = None
+    """write report.json, .md and .html there; a probe that was stopped goes on there"""
     follow_links: _FollowLinks = False
     json: _Json = False
 

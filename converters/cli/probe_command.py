@@ -10,8 +10,10 @@ from converters.format.listing import open_safetensors
 from converters.verifying.probe import Choice, Convention, ProbeResult, probe
 from mtp_model.problems import UserError
 from mtp_model.progress import progress
+from mtp_model.report_folder import Findings, clear_report, write_report
 from mtp_model.reporting import Facts, Grid, Section
 
+UNFINISHED = "probe.unfinished.npz"
 _MOST_BYTES = 1 << 20  # of a text, of which the first tokens are used
 _MOST_SHOWN = 8
 
@@ -19,10 +21,19 @@ _MOST_SHOWN = 8
 def run_probe(command: Probe) -> int:
     """Print what the module was trained with; 1 where it was not trained."""
     text = _text(Path(command.data))
+    folder = Path(command.report) if command.report else None
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)  # fails now, not after an hour
+        clear_report(folder)
     source = open_safetensors(any_source(command.src, follow_links=command.follow_links))
     with progress("probe", unit="layers") as report:
-        found = probe(source, text, report)
+        found = probe(source, text, report, saved=folder and folder / UNFINISHED)
     print_result(probed(found), found.to_dict(), as_json=command.json)
+    if folder:
+        title = f"Conventions of the MTP module of {found.source}"
+        write_report(
+            folder, Findings(title=title, plain=found.to_dict(), sections=[*probed(found)])
+        )
     return 0 if found.is_trained else 1
 
 

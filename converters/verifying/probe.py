@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,8 @@ import numpy as np
 from converters.format.fit import sound_fit
 from converters.format.listing import SourceCheckpoint
 from converters.verifying.fetched import fetched_by_part, module_of
-from converters.verifying.logits.check import raise_unless_it_fits
+from converters.verifying.logits.check import FETCHED, raise_unless_it_fits, source_identity
+from converters.verifying.logits.layers import SavedWalk, Walk
 from converters.verifying.logits.text import text_problem, tokens_of_text
 from mtp_model.problems import Problem, ProblemsError
 from mtp_model.progress import OnProgress
@@ -103,8 +105,11 @@ def _is_usual(choice: Choice) -> bool:
     return choice.found == choice.expected
 
 
-def probe(source: SourceCheckpoint, text: str, progress: OnProgress) -> ProbeResult:
-    """Run main model and module on a text. progress: told layers.
+def probe(
+    source: SourceCheckpoint, text: str, progress: OnProgress, saved: Path | None = None
+) -> ProbeResult:
+    """Run main model and module on a text. progress: told layers. saved: a file that is written
+    after each layer of the main model, from which the same probe goes on, and which is gone then.
 
     Raises ProblemsError for a checkpoint without a module, or a text that is too short or makes no
     tokens of this model; CheckpointError where memory does not suffice; UserError without torch.
@@ -118,12 +123,23 @@ def probe(source: SourceCheckpoint, text: str, progress: OnProgress) -> ProbeRes
     from converters.verifying.logits import torch_probe  # here: it needs the extra `verify`
 
     state = torch_probe.STATES[config.mtp_hidden_state != "post_norm"]
-    with fetched_by_part(source, _parts(source, config.num_hidden_layers)) as finish:
+    kept = SavedWalk(saved, source_identity(source, tokens)) if saved else None
+    begun = (kept and kept.read()) or Walk()
+    parts = dict([*_parts(source, config.num_hidden_layers).items()][begun.done :])
+    with fetched_by_part(source, parts, saved and saved.with_name(FETCHED)) as finish:
         run = torch_probe.TorchProbe(source, tokens)
-        main_loss = float(run.run_main(progress, finish).mean())
+
+        def after_layer(number: int, state: np.ndarray) -> None:
+            if kept:
+                kept.write(Walk(done=number + 1, theirs=state))
+            finish(f"model.layers.{number}")
+
+        main_loss = float(run.run_main(progress, after_layer, begun.done, begun.theirs).mean())
         found = sorted(run.run_module(), key=lambda losses: losses.by_token.mean())
         next_depth = run.run_next(found[0])
         finish(_REST)
+    if saved:
+        saved.unlink(missing_ok=True)
     layers = config.num_hidden_layers + 2
     progress(layers, layers)
     usual = {"order": torch_probe.ORDERS[0], "state": state, "label": torch_probe.LABELS[0]}

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -171,12 +171,17 @@ def _weights(source: SourceCheckpoint) -> "Get":
 
 def _identity(source: SourceCheckpoint, checkpoint: Checkpoint, tokens: np.ndarray) -> object:
     """What a saved comparison belongs to: these weights, these files, these tokens."""
+    weights = digest_of_json(checkpoint.provenance["pieces"])
+    return {**source_identity(source, tokens), "checkpoint": weights}
+
+
+def source_identity(source: SourceCheckpoint, tokens: np.ndarray) -> dict[str, Any]:
+    """What a saved state belongs to, of a source that was run on tokens."""
     place = source.source
     return {
         "source": place.name if place.is_far else str(Path(place.name).resolve()),
         "config": digest_of_json(dict(source.config)),
         "files": {file: place.fingerprint(file) for file in sorted(set(_files(source)))},
-        "checkpoint": digest_of_json(checkpoint.provenance["pieces"]),
         "tokens": tokens.tolist(),
     }
 

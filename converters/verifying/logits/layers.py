@@ -220,8 +220,8 @@ class SavedWalk:
             )
         except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
             raise UserError(
-                f"{self.file} holds how far verify --logits came, and cannot be read ({error}); "
-                "delete it and verify again"
+                f"{self.file} holds how far the same command came, and cannot be read ({error}); "
+                "delete it and run it again"
             ) from error
 
     def write(self, now: Walk) -> None:

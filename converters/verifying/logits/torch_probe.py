@@ -6,7 +6,7 @@ so that its experts are read once. Weights come from any source, through the con
 B batch, T position, D hidden, V vocab.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +15,6 @@ from converters.format import fp8
 from converters.format.header import DTYPES
 from converters.format.listing import SourceCheckpoint
 from converters.format.mapping import SCALE_SUFFIX
-from converters.sources.source import Finish
 from mtp_model.problems import UserError
 from mtp_model.progress import OnProgress
 
@@ -67,14 +66,24 @@ class TorchProbe:
         self.heads = HEADS if self._has_own_head() else HEADS[:1]
 
     @torch.no_grad()
-    def run_main(self, progress: OnProgress, finish: Finish) -> np.ndarray:
-        """Run the main model; its loss of every token. finish: told each layer that was run."""
+    def run_main(
+        self,
+        progress: OnProgress,
+        after_layer: Callable[[int, np.ndarray], None],
+        done: int = 0,
+        state: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Run the main model; its loss of every token.
+
+        after_layer: told each layer that was run, and the state [B, T, D] after it. done, state:
+        layers that were run before, and the state after them.
+        """
         layers = self._config["num_hidden_layers"]
-        x = self._reference.embed(self._tokens)
-        for index in range(layers):
+        x = self._reference.embed(self._tokens) if state is None else torch.from_numpy(state)
+        for index in range(done, layers):
             progress(index, layers + 2)
             x = self._reference.layer(index, x, self._places)
-            finish(f"model.layers.{index}")
+            after_layer(index, x.numpy())
         self._states = {STATES[0]: self._reference.norm(x), STATES[1]: x}
         progress(layers, layers + 2)
         logits = functional.linear(self._states[STATES[0]], self._get("lm_head.weight"))

@@ -215,11 +215,11 @@ def stop() -> None:
     raise KeyboardInterrupt
 
 
-@follows("delete it and verify again")
+@follows("delete it and run it again")
 def test_what_was_saved_and_is_broken_says_what_to_do(pair: Pair, tmp_path: Path):
     saved = tmp_path / "saved.npz"
     saved.write_bytes(b"PK nothing")
-    with pytest.raises(UserError, match=r"cannot be read .*; delete it and verify again"):
+    with pytest.raises(UserError, match=r"cannot be read .*; delete it and run it again"):
         compared(*pair, saved=saved)
     saved.unlink()
     assert compared(*pair, saved=saved).holds

@@ -3,6 +3,7 @@
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,7 @@ from converters.verifying.logits.torch_probe import (
     STATES,
     weights_of_source,
 )
+from converters.verifying.logits.torch_reference import TorchReference
 from converters.verifying.logits.torch_weights import weights_of
 from tools.make_tiny_checkpoint import make_tiny_checkpoint
 from tools.train_conventions import TEXT, Taught, Trainer, wrongly_told
@@ -204,3 +206,38 @@ def test_a_source_that_is_far_is_probed(
         )
     assert found[0] == found[1] == found[2]
     assert not [*(tmp_path / "fetched").iterdir()]
+
+
+def test_a_stopped_probe_goes_on_and_says_the_same(
+    usual: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    """Layers that were run are not run again; of another text it begins anew."""
+    ran: list[int] = []
+    layer = TorchReference.layer
+
+    stop = [True]
+
+    def noted(self: TorchReference, index: int, *rest: Any) -> torch.Tensor:
+        if stop and ran == [0]:
+            raise KeyboardInterrupt
+        ran.append(index)
+        return layer(self, index, *rest)
+
+    report = tmp_path / "report"
+    command = ("probe", usual, "--data", text)
+    with monkeypatch.context() as patch:
+        patch.setattr(TorchReference, "layer", noted)
+        assert main([*map(str, command), "--report", str(report)]) == 130
+        assert [file.name for file in report.iterdir()] == ["probe.unfinished.npz"]
+        stop.clear()
+        done(*command, "--report", report)
+    layers = json.loads((usual / "config.json").read_text())["num_hidden_layers"]
+    assert ran == [*range(layers)]
+    assert {file.name for file in report.iterdir()} == {
+        *("report.json", "report.md", "report.html")
+    }
+    capsys.readouterr()
+    done(*command, "--json")
+    wanted = {"report_version": 1, **json.loads(capsys.readouterr().out)}
+    assert json.loads((report / "report.json").read_text()) == wanted
+    assert "the MTP module is trained" in (report / "report.md").read_text()
