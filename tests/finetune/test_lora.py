@@ -14,9 +14,11 @@ import pytest
 from flax import nnx
 from imported import TOLERANCE, assert_close, assert_far
 from jax.sharding import Mesh
+from safetensors import deserialize
 from test_train import leaf_bytes
 from trained import QUIET, assert_same_result, unfinished_copy
 
+from converters.exporting.exporter import export_checkpoint
 from finetune import cli
 from finetune.adapters import add_adapters
 from finetune.devices import on_mesh
@@ -183,8 +185,15 @@ MOVED = {
 }
 
 
+def stored(folder: Path) -> dict[str, bytes]:
+    """The bytes of every tensor of a safetensors checkpoint."""
+    files = (file.read_bytes() for file in folder.glob("*.safetensors"))
+    return {name: bytes(tensor["data"]) for file in files for name, tensor in deserialize(file)}
+
+
 def test_a_run_moves_what_was_asked_and_goes_on_with_the_same_bits(run, checkpoint, tmp_path):
-    """Frozen weights and router biases keep their bytes; a checkpoint holds adapters alone."""
+    """Frozen weights and router biases keep their bytes, exported too; a checkpoint holds adapters
+    alone."""
     result = train(run, QUIET)
     before, after = leaf_bytes(checkpoint), leaf_bytes(result.run.final)
     assert {name for name in before if before[name] != after[name]} == MOVED
@@ -197,6 +206,17 @@ def test_a_run_moves_what_was_asked_and_goes_on_with_the_same_bits(run, checkpoi
     (copy.out / "checkpoints" / "3").rename(tmp_path / "3")
     train(copy, QUIET)
     assert_same_result(copy.out, run.out)
+
+    export_checkpoint(open_checkpoint(result.run.final), tmp_path / "exported")
+    old, new = stored(checkpoint.with_name("source")), stored(tmp_path / "exported")
+    assert old.keys() == new.keys()
+    weights = {name.removesuffix("_scale_inv") for name in old if old[name] != new[name]}
+    kinds = {".".join(name.split(".")[-2:]) for name in weights}
+    assert kinds == {"o_proj.weight", "gate_proj.weight", "eh_proj.weight"}
+    experts = [name for name in weights if ".mlp.experts." in name]
+    assert len(weights) == 2 + len(experts)
+    assert experts
+    assert all(".layers.2." in name and "shared" not in name for name in weights)
 
 
 def test_what_the_model_lacks_is_refused_by_name(run, tmp_path):

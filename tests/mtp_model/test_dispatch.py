@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from mtp_model import dispatch, grouped
 from mtp_model.dispatch import Served, through_experts
-from mtp_model.grouped import block_rows, expert_ffn, expert_ffn_gradient
+from mtp_model.grouped import Adapted, block_rows, expert_ffn, expert_ffn_gradient
 from mtp_model.rows import move_rows
 from mtp_model.sharding import make_mesh
 
@@ -128,8 +128,23 @@ def test_rows_of_no_expert_give_zeros():
     assert np.all(np.asarray(out)[[1, 3]] != 0)
 
 
-def test_ragged_and_blocked_products_agree():
-    """TPU takes `ragged_dot`, everything else blocks: same values, same gradients."""
+def adapted_weights(rank: int = 2):
+    """The weights, frozen, with adapters beside them."""
+    rng = np.random.default_rng(5)
+
+    def narrow(*shape: int):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    return tuple(
+        Adapted(weight, narrow(E, rank, weight.shape[2]), narrow(E, weight.shape[1], rank))
+        for weight in weights()
+    )
+
+
+@pytest.mark.parametrize("make", [weights, adapted_weights])
+def test_ragged_and_blocked_products_agree(make):
+    """TPU takes `ragged_dot`, everything else blocks: same values, same gradients. What stands
+    beside an adapter has none."""
     expert = jnp.asarray([3, 0, 0, 8, 7, 3, 3, 1, 8, 5], jnp.int32)
     rows = jnp.asarray(np.random.default_rng(3).normal(size=(10, D)), jnp.float32)
 
@@ -138,7 +153,10 @@ def test_ragged_and_blocked_products_agree():
             out = ffn(rows, expert, *w)
             return jnp.sum(out * out), out
 
-        gradients, out = jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(rows, *weights())
+        gradients, out = jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(rows, *make())
+        if make is adapted_weights:
+            assert not any(np.any(gradient.weight_LOI) for gradient in gradients[1:])
+            gradients = jax.tree.leaves((gradients[0], [each[1:] for each in gradients[1:]]))
         return [out, *gradients]
 
     assert_same(run(grouped._ragged_ffn), run(grouped._blocked_ffn))
