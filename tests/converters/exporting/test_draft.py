@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from advice import done, follows, told
+from gcs_server import GcsServer, key_of
 from layouts import fused, in_bf16, make_edited
 from modules import assert_only_the_module_is_new, config_of, module_of, without_module
 from roundtrip import read_tensors, tree_bytes
@@ -124,6 +125,12 @@ def test_a_directory_of_the_module_alone_and_bf16(made: Path, tmp_path: Path):
         *(np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32))
     }
     assert "quantization_config" not in config_of(tmp_path / "bf16")
+
+
+def test_a_draft_in_a_bucket(made: Path, tmp_path: Path, gcs: GcsServer, url: str):
+    done("export", made / "tuned", url, "--draft", "sglang")
+    done("export", made / "tuned", tmp_path / "draft", "--draft", "sglang")
+    assert gcs.contents(key_of(url)) == tree_bytes(tmp_path / "draft")
 
 
 def test_an_experts_file_of_transformers_is_written_expert_by_expert(made: Path, tmp_path: Path):
