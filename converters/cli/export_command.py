@@ -16,6 +16,7 @@ from converters.format.listing import SUFFIX, list_checkpoint
 from converters.publishing.measured import MeasuredAcceptance, read_measured
 from converters.publishing.serving import (
     ENGINES,
+    MAIN_MODEL,
     PRE_NORM,
     RECYCLING,
     SAMPLING,
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
 
 _MOST_NAMES = 12
 _MOST_REQUANTISED = 8
+_MAIN_MODEL = (
+    f"{MAIN_MODEL} is the one that the module was trained beside, in the same format"
+)
 
 
 def run_export(command: Export) -> int:
@@ -86,7 +90,7 @@ def run_export(command: Export) -> int:
         "serve": _serve_lines(command, model, drafts) if drafts else [],
     }
     sections = [*exported(summary, seconds, pushed), *verified(checked)]
-    sections += serving(checkpoint, plain["serve"], drafts)
+    sections += serving(checkpoint, plain["serve"], drafts, is_draft=command.draft is not None)
     print_result(sections, plain, as_json=command.json)
     return 0 if holds else 1
 
@@ -95,7 +99,7 @@ def _serve_lines(command: Export, model: str, drafts: int) -> list[str]:
     """The commands of vLLM and SGLang; of a draft that of its engine, beside the main model."""
     if not command.draft:
         return [*serve_lines(model, drafts)]
-    lines = serve_lines("MAIN_MODEL", drafts, draft=model)
+    lines = serve_lines(MAIN_MODEL, drafts, draft=model)
     return [lines[command.draft != "vllm"]]
 
 
@@ -172,7 +176,10 @@ def _export_facts(
     yield "checkpoint", str(summary.path)
     if summary.base:
         yield "base", summary.base
-    yield "files", f"{len(summary.files):,}, of which {same:,} have the source's every byte"
+    if summary.draft:
+        yield "draft", f"the MTP module alone, for {summary.draft}"
+    else:
+        yield "files", f"{len(summary.files):,}, of which {same:,} have the source's every byte"
     tensors = plural(summary.num_tensors, "tensor")
     size = human_bytes(summary.written_bytes)
     yield "written", size if summary.base else f"{tensors}, {size}"
@@ -237,12 +244,14 @@ def _storage_verdict(checked: "ExportCheck") -> str:
     return "; ".join(parts)
 
 
-def serving(checkpoint: Checkpoint, lines: Sequence[str], drafts: int) -> Iterator[Section]:
+def serving(
+    checkpoint: Checkpoint, lines: Sequence[str], drafts: int, *, is_draft: bool
+) -> Iterator[Section]:
     """How to serve what was exported with its MTP module drafting so many; nothing for none."""
     if not drafts:
         return
     yield "\n".join([f"to serve it with its MTP module ({ENGINES}):", *lines])
-    notes = [SAMPLING]
+    notes = [_MAIN_MODEL, SAMPLING] if is_draft else [SAMPLING]
     if drafts > checkpoint.config.num_nextn_predict_layers:
         notes.append(RECYCLING)
     if checkpoint.config.mtp_hidden_state == "pre_norm":

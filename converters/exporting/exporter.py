@@ -101,6 +101,7 @@ def export_checkpoint(
         written_bytes=sum(f.size for f in exported if f.how in ("written", "copy")),
         resumed_files=len(done),
         notes=plan.notes,
+        draft=draft,
     )
 
 

@@ -38,7 +38,8 @@ class ExportSummary:
 
     base: the source that unchanged files were taken from, if any. written_bytes: of safetensors
     files that are no links. num_side_files: all others, which are always written. mtp_modules: how
-    many the files hold, whatever config.json says.
+    many the files hold, whatever config.json says. draft: the engine that they are for, where they
+    are an MTP module alone.
     """
 
     path: Place
@@ -50,6 +51,7 @@ class ExportSummary:
     written_bytes: int
     resumed_files: int
     notes: tuple[str, ...]
+    draft: str | None = None
 
     @property
     def changed(self) -> tuple[str, ...]:

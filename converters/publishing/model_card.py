@@ -10,7 +10,13 @@ from typing import Any
 import yaml
 
 from converters.publishing.measured import MeasuredAcceptance, measured_table
-from converters.publishing.serving import ENGINES, SAMPLING_ENGINES, num_drafts, serve_lines
+from converters.publishing.serving import (
+    ENGINES,
+    MAIN_MODEL,
+    SAMPLING_ENGINES,
+    num_drafts,
+    serve_lines,
+)
 from converters.sources.source import HUB_ID
 from mtp_model.files.untrusted_json import shown
 
@@ -209,7 +215,7 @@ def _number(value: float | None) -> str:
 def _serving(repo_id: str, drafts: int, draft: str | None) -> str:
     tokens = "one token" if drafts == 1 else f"{drafts} tokens"
     if draft:
-        lines = serve_lines("MAIN_MODEL", drafts, draft=repo_id, sampled=True)
+        lines = serve_lines(MAIN_MODEL, drafts, draft=repo_id, sampled=True)
         commands, engines = [lines[draft != "vllm"]], SAMPLING_ENGINES.split(", ")[draft != "vllm"]
     else:
         commands, engines = serve_lines(repo_id, drafts, sampled=True), SAMPLING_ENGINES

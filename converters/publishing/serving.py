@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 ENGINES = "vLLM 0.11 or newer, SGLang 0.5.10 or newer"
+MAIN_MODEL = "MAIN_MODEL"  # what a draft's command has the user put in
 SAMPLING_ENGINES = "vLLM 0.22 or newer, SGLang 0.5.14 or newer"
 RECYCLING = (
     "more drafts than MTP modules reuse them: vLLM feeds a module its own normed state, as it was "

@@ -52,6 +52,8 @@ def test_a_draft_has_the_bytes_of_the_whole_export(made: Path, tmp_path: Path, c
     done("export", made / "tuned", tmp_path / "draft", "--draft", engine)
     said = capsys.readouterr().out
     assert "tensors agree" in said
+    assert f"the MTP module alone, for {engine}" in said
+    assert "MAIN_MODEL is the one that the module was trained beside" in said
     wanted = module_of(made / "whole")
     if engine == "sglang":
         wanted = {name: tensor for name, tensor in wanted.items() if name not in COPIES}
