@@ -1,7 +1,7 @@
 """Adapters in a run (`--train lora`): which projections get one, and what is left of them at the
 end: weights of the checkpoint's own kind, which they are merged into."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -62,9 +62,11 @@ def merged(
         owner = weight.removesuffix(".weight")
         a, b = trained[f"{owner}.lora_A"], trained[f"{owner}.lora_B"]
 
-        def rows(index: Index, start: int, stop: int) -> np.ndarray:
-            added = scale * b.rows(index, start, stop) @ a.rows(index, 0, lora.rank)
-            return _dense_rows(base, owner, index, start, stop) + added
+        def rows(index: Index, start: int, stop: int) -> Callable[[], np.ndarray]:
+            tall, wide = b.rows(index, start, stop), a.rows(index, 0, lora.rank)
+            return lambda: (
+                _dense_rows(base, owner, index, start, stop) + scale * tall() @ wide()
+            )
 
         return ChangedLeaf(dtype=np.dtype(np.float32), rows=rows)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import tyro
 from rich.console import Console
 
@@ -34,10 +35,11 @@ from finetune.run.report import (
     sources_sections,
 )
 from finetune.run.stopping import Stopped, Stopping
-from finetune.settings import RunSettings, SettingsError, blank
+from finetune.settings import ClusterSettings, RunSettings, SettingsError, blank
 from finetune.settings_file import read_yaml
 from finetune.train import Result, train
-from mtp_model.commands import exit_status
+from mtp_model import cluster
+from mtp_model.commands import FAILED, INTERRUPTED, exit_status
 from mtp_model.reporting import Section, show, stdout
 
 WRONG_USAGE = 2
@@ -56,11 +58,17 @@ class TrainCommand:
     """YAML file with any of these settings; those given on the command line win over it."""
     overwrite: bool = False
     """Delete the run that is in --out, and start anew."""
+    cluster: ClusterSettings = dataclasses.field(default_factory=ClusterSettings)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command and exit with its status."""
-    sys.exit(run(sys.argv[1:] if argv is None else argv))
+    status = FAILED
+    try:
+        status = run(sys.argv[1:] if argv is None else argv)
+    finally:
+        cluster.leave(whole=status in (0, INTERRUPTED))
+    sys.exit(status)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -76,6 +84,9 @@ def run(argv: Sequence[str]) -> int:
 def _run(argv: Sequence[str], errors: Console) -> int:
     try:
         command = parse(argv)
+        if isinstance(command, TrainCommand | EvaluateSettings):
+            where = command.cluster
+            cluster.join(where.coordinator, where.processes, where.process)
         if isinstance(command, TrainCommand):
             return _train(command, argv, errors)
         if isinstance(command, GenerateSettings):
@@ -91,6 +102,10 @@ def _run(argv: Sequence[str], errors: Console) -> int:
     except SettingsError as error:
         errors.print(f"error: {error}", markup=False)
         return WRONG_USAGE
+    except jax.errors.JaxRuntimeError as error:
+        if lost := cluster.lost(error):
+            raise lost from error
+        raise
     return 0
 
 
@@ -143,13 +158,15 @@ def _config_file(argv: Sequence[str]) -> Path | None:
 def _train(command: TrainCommand, argv: Sequence[str], errors: Console) -> int:
     again = shlex.join(["finetune-deepseek", *(word for word in argv if word != "--overwrite")])
     stopping = Stopping(f"continue with: {again}")
+    console = errors if cluster.is_first() else Console(quiet=True)
     try:
         with stopping.heard():
-            result = train(command.settings, errors, command.overwrite, stopping)
+            result = train(command.settings, console, command.overwrite, stopping)
     except Stopped as stopped:
         stopping.say_goodbye()
         return stopped.status
-    show(stdout(), _result_sections(result))
+    if cluster.is_first():
+        show(stdout(), _result_sections(result))
     return 0
 
 
@@ -167,6 +184,8 @@ def _result_sections(result: Result) -> Iterator[Section]:
 
 def _evaluate(settings: EvaluateSettings) -> None:
     found = evaluate(settings)
+    if not cluster.is_first():
+        return
     if settings.json:
         print(json.dumps({"checkpoint": str(settings.checkpoint), **found.to_json()}))
     else:

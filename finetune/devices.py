@@ -14,10 +14,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from finetune.data.packing import Batch
 from finetune.settings import MeshSettings, SettingsError, TrainMode, option
 from finetune.state import TRAINABLE
-from mtp_model import ModelConfig, make_mesh
+from mtp_model import ModelConfig, cluster, make_mesh
 from mtp_model.checkpoint.directory import Checkpoint
 from mtp_model.model import abstract_model
-from mtp_model.problems import UserError
 from mtp_model.sharding import (
     BATCH_AXES,
     GATHERED,
@@ -52,22 +51,22 @@ class Workload(NamedTuple):
 
 
 def devices_for(settings: MeshSettings, workload: Workload) -> Mesh | None:
-    """The mesh that settings ask for on this machine, or None for one device.
+    """The mesh that settings ask for on the devices of all processes, or None for one device.
 
-    SettingsError says which axes do not fit the model, the batch or the devices; UserError where
-    several processes form a cluster.
+    SettingsError says which axes do not fit the model, the batch or the devices.
     """
-    if jax.process_count() > 1:
-        raise UserError(
-            f"this is one of {jax.process_count()} processes of a cluster, needed a single one: "
-            "runs on several hosts are not supported yet"
-        )
     devices = jax.devices()
     asked = _asked(settings)
-    if not asked and (len(devices) == 1 or devices[0].platform == "cpu"):
+    alone = cluster.count() == 1
+    if not asked and alone and (len(devices) == 1 or devices[0].platform == "cpu"):
         return None
-    shape = choose_shape(settings, workload, len(devices), _memory_of(devices[0]))
+    shape = choose_shape(settings, workload, len(devices), _least_memory())
     count = math.prod(shape.values())
+    if not alone and count < len(devices):
+        raise SettingsError(
+            "a mesh that cannot be used",
+            [f"it has {count} devices, needed all {len(devices)} of {cluster.count()} processes"],
+        )
     return None if count == 1 else make_mesh(**shape, devices=devices[:count])
 
 
@@ -183,7 +182,8 @@ def spread(batch: Batch, mesh: Mesh | None) -> Batch:
     """A batch with its rows on the devices that compute them."""
     if mesh is None:
         return batch
-    return Batch(*(jax.device_put(each, _rows_of(mesh)) for each in batch))
+    where = _rows_of(mesh)
+    return Batch(*(jax.make_array_from_callback(x.shape, where, x.__getitem__) for x in batch))
 
 
 def _rows_of(mesh: Mesh) -> NamedSharding:
@@ -242,6 +242,7 @@ def _why_none(asked: MeshShape, workload: Workload, num_devices: int) -> list[st
     return [f"{said} makes {product} devices, needed {needed} the {num_devices} that are here"]
 
 
-def _memory_of(device: Any) -> int | None:
-    """Bytes of a device's memory, where it says so."""
-    return (device.memory_stats() or {}).get("bytes_limit")
+def _least_memory() -> int | None:
+    """Bytes of a device's memory, where it says so; of several hosts the least."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return min(cluster.all_say(stats.get("bytes_limit")), key=lambda limit: limit or 0)

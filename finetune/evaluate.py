@@ -21,7 +21,13 @@ from finetune.objective.acceptance import Rule
 from finetune.objective.intervals import DocumentCounts
 from finetune.objective.losses import Asked
 from finetune.run.metrics import SourceAcceptance, Summary, measure_documents
-from finetune.settings import ComputeDtype, DataPaths, MeshSettings, SettingsError
+from finetune.settings import (
+    ClusterSettings,
+    ComputeDtype,
+    DataPaths,
+    MeshSettings,
+    SettingsError,
+)
 from finetune.state import Split, make_measure_step
 from finetune.weights import compute_dtype, open_trainable
 from mtp_model import ModelConfig
@@ -72,6 +78,7 @@ class EvaluateSettings:
     compute_dtype: ComputeDtype = "auto"
     """Precision of activations; auto is float32 on CPU and bfloat16 elsewhere."""
     mesh: MeshSettings = field(default_factory=MeshSettings)
+    cluster: ClusterSettings = field(default_factory=ClusterSettings)
     json: bool = False
     """Print one JSON object instead of a table."""
 

@@ -180,6 +180,21 @@ class MeshSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClusterSettings:
+    """The processes that run this command together, one on each host, all with the same command.
+
+    Found in the environment where there is one: TPU hosts on GCE and GKE, SLURM, Open MPI.
+    """
+
+    coordinator: str | None = None
+    """Address of the first process, HOST:PORT."""
+    processes: int | None = None
+    """How many there are."""
+    process: int | None = None
+    """Which this one is, from 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunSettings:
     """Everything that decides what a run computes; saved as RUN/config.yaml."""
 

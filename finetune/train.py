@@ -40,7 +40,7 @@ from finetune.run.directory import RunDirectory
 from finetune.run.metrics import RunLog, Summary, first_and_last, measure_text, summarise
 from finetune.run.plots import draw_curves, write_run_report
 from finetune.run.report import evaluation_sentence
-from finetune.run.resuming import resume, say_what_is_done_again
+from finetune.run.resuming import given, inputs_of, resume, say_what_is_done_again
 from finetune.run.stopping import NOT_STOPPING, Stopping
 from finetune.settings import ComputeDtype, RunSettings
 from finetune.settings_file import as_plain
@@ -65,7 +65,8 @@ from finetune.weights import (
     resolve,
     write_final,
 )
-from mtp_model.checkpoint.directory import COMPLETE, Checkpoint
+from mtp_model import cluster
+from mtp_model.checkpoint.directory import Checkpoint
 from mtp_model.problems import UserError
 from mtp_model.progress import above_bars, progress
 
@@ -128,6 +129,7 @@ def train(
     mesh = devices_for(settings.mesh, Workload.of(base, settings.train, settings.batch.rows))
     text = open_run_text(settings, config)
     console.print(text.description)
+    cluster.raise_unless_alike(given(settings, text, base))
     with run.claim(settings, computed_in, overwrite):
         with on_mesh(mesh):
             job = _prepare(settings, computed_in, mesh, run, base, text, console, stopping)
@@ -187,10 +189,12 @@ def _loop(job: _Job) -> TrainState:
     """All steps that are still to be done. Long, so that it can be read in one piece."""
     settings, run, stopping = job.settings, job.run, job.stopping
     with contextlib.ExitStack() as stack:
+        inputs = inputs_of(job.text, job.base)
         checkpoints = Checkpoints(run.checkpoints, settings.checkpoints.keep)
         stack.callback(checkpoints.close)
-        state, at = resume(run, checkpoints, job.first_state, _inputs(job), settings, job.console)
-        log = RunLog(run.metrics, run.evaluations, run.tensorboard, at.step)
+        state, at = resume(run, checkpoints, job.first_state, inputs, settings, job.console)
+        writes = cluster.is_first()
+        log = RunLog(run.metrics, run.evaluations, run.tensorboard, at.step, writes)
         stack.callback(log.close)
         say_what_is_done_again(log, at, job.console)
         batches = stack.enter_context(_batches(job, at))
@@ -198,7 +202,7 @@ def _loop(job: _Job) -> TrainState:
         rate_of = learning_rates(settings.optimizer, settings.steps)
 
         def stop_if_asked() -> None:
-            if stopping.asked:
+            if stopping.is_asked():
                 checkpoints.save(state, at)
                 checkpoints.wait()
                 stopping.stop()
@@ -242,11 +246,6 @@ def _compiled(job: _Job, state: TrainState) -> tuple[Callable[..., Any], dict[st
     abstract = abstract_batch(batch.rows, batch.row_tokens, job.mesh)
     step = job.train_step.lower(state, job.split.frozen, abstract).compile()
     return step, {"compile_s": time.perf_counter() - began}
-
-
-def _inputs(job: _Job) -> dict[str, str]:
-    """Digests of what is trained on and of what is trained: none may change in a run."""
-    return {"data": job.text.digest, "checkpoint": (job.base.path / COMPLETE).digest()}
 
 
 def _raise_unless_room(job: _Job) -> None:
@@ -317,7 +316,7 @@ def _evaluate(
         with above_bars():
             job.console.print(evaluation_sentence(step, summary))
     steps, evaluations = log.step_rows.rows(), log.evaluation_rows.rows()
-    if steps or evaluations:
+    if (steps or evaluations) and cluster.is_first():
         title = f"{run.path.name}: --train {job.settings.train} from {job.base.path.name}"
         draw_curves(run.curves, steps, evaluations, title)
 

@@ -32,6 +32,7 @@ from mtp_model.files.open import as_place
 from mtp_model.load import cast_weights, load
 from mtp_model.lora import fresh
 from mtp_model.model import leaf_name
+from mtp_model.sharding import collected
 
 KEPT_BYTES_ON_CPU = 4 << 30  # --remat auto keeps up to this
 
@@ -167,7 +168,7 @@ def write_final(
     """Write a checkpoint directory with the trained leaves (float32) over those of `base`.
 
     All other leaves are hard links. Adapters are merged into the weights that they stand beside.
-    record: goes into provenance.json.
+    Each process of a cluster writes a part. record: goes into provenance.json.
     """
     trained = [*nnx.to_flat_state(state.trainable), *nnx.to_flat_state(state.biases)]
     low = state.opt_state.low if isinstance(state.opt_state, Halved) else nnx.State({})
@@ -187,25 +188,34 @@ def _whole(leaf: ChangedLeaf, lower: nnx.Variable | None) -> ChangedLeaf:
         return leaf
     low = changed_leaf(lower[...])
 
-    def rows(index: tuple[int, ...], start: int, stop: int) -> np.ndarray:
-        return join(leaf.rows(index, start, stop), low.rows(index, start, stop), np)
+    def rows(index: tuple[int, ...], start: int, stop: int) -> Callable[[], np.ndarray]:
+        upper, lower = leaf.rows(index, start, stop), low.rows(index, start, stop)
+        return lambda: join(upper(), lower(), np)
 
     return ChangedLeaf(dtype=np.dtype(np.float32), rows=rows)
 
 
 def changed_leaf(leaf: jax.Array) -> ChangedLeaf:
     """A leaf's rows from the devices that hold them; only the asked rows come to the host."""
-    shards = [shard for shard in leaf.addressable_shards if shard.replica_id == 0]
 
-    def rows(index: tuple[int, ...], start: int, stop: int) -> np.ndarray:
-        begin = np.array([*index, start, *(0 for _ in leaf.shape[len(index) + 1 :])])
-        end = np.array([*(i + 1 for i in index), stop, *leaf.shape[len(index) + 1 :]])
-        out = np.empty(end - begin, leaf.dtype)
-        copied = sum(_copy_overlap(shard, begin, out) for shard in shards)
-        assert copied == out.size, f"{copied} of {out.size} elements are on this host's devices"
-        return out.reshape(out.shape[len(index) :])
+    def rows(index: tuple[int, ...], start: int, stop: int) -> Callable[[], np.ndarray]:
+        begin = (*index, start, *(0 for _ in leaf.shape[len(index) + 1 :]))
+        shape = (*(1 for _ in index), stop - start, *leaf.shape[len(index) + 1 :])
+        if leaf.is_fully_addressable:
+            return lambda: _copied(leaf, begin, shape).reshape(shape[len(index) :])
+        block = collected(leaf, begin, shape)  # a part of it is on other hosts' devices
+        return lambda: jax.device_get(block).reshape(shape[len(index) :])
 
     return ChangedLeaf(dtype=np.dtype(leaf.dtype), rows=rows)
+
+
+def _copied(leaf: jax.Array, begin: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
+    """A part of a leaf, all of which is on this host's devices."""
+    out = np.empty(shape, leaf.dtype)
+    shards = [shard for shard in leaf.addressable_shards if shard.replica_id == 0]
+    copied = sum(_copy_overlap(shard, np.array(begin), out) for shard in shards)
+    assert copied == out.size, f"{copied} of {out.size} elements are on this host's devices"
+    return out
 
 
 def _copy_overlap(shard: jax.Shard, begin: np.ndarray, out: np.ndarray) -> int:

@@ -15,6 +15,8 @@ from mtp_model.reporting import human_bytes, human_time
 LINE_EVERY_S = 10.0  # the README promises a line every 30 s
 _REDRAW_EVERY_S = 1.0
 
+_hushed = False
+
 OnProgress = Callable[[int, int], None]
 """What long work calls with how much is done, and of how much in all; any of its threads may."""
 
@@ -34,6 +36,9 @@ def progress(
     A thread shows them, so that they also come while the work is in one long step (compiling).
     unit: "B" for bytes, else a noun in the plural ("steps").
     """
+    if _hushed:
+        yield _nothing
+        return
     terminal = _can_draw_a_bar()
     display = (_Bar if terminal else _Lines)(what, unit, done, total)
     ended = threading.Event()
@@ -50,6 +55,16 @@ def progress(
         ended.set()
         thread.join()
         display.close()
+
+
+def _nothing(done: int, total: int | None, note: str = "") -> None:  # noqa: ARG001
+    """What is reported where nothing is said."""
+
+
+def hush() -> None:
+    """Say nothing from here on: another process of the same command says it."""
+    global _hushed
+    _hushed = True
 
 
 def _can_draw_a_bar() -> bool:

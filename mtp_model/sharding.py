@@ -6,8 +6,11 @@ Without a mesh every function here leaves its argument as it is.
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
@@ -143,3 +146,42 @@ def spread_batch(x: jax.Array) -> jax.Array:
         return x
     spec = PartitionSpec(BATCH_AXES, *(None,) * (x.ndim - 1))
     return jax.lax.with_sharding_constraint(x, spec)
+
+
+def collected(x: jax.Array, begin: tuple[int, ...], shape: tuple[int, ...]) -> jax.Array:
+    """A part of an array, on each device of its mesh: bit for bit, and nothing else of it moves.
+
+    begin: where the part begins, by dimension; its shape is `shape`. Every process of a cluster
+    must call this.
+    """
+    where = x.sharding
+    assert isinstance(where, NamedSharding)
+    return _collect(where, x.dtype, shape)(x, np.array(begin, np.int32))
+
+
+@functools.lru_cache(maxsize=64)
+def _collect(where: NamedSharding, dtype: Any, shape: tuple[int, ...]) -> Any:
+    """XLA would bring the whole array to each device, or add what each of them holds, as floats:
+    -0.0 + 0.0 is 0.0. So what each device holds is added as integers."""
+    bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[dtype.itemsize]
+    spec = (*where.spec, *(None,) * (len(shape) - len(where.spec)))
+    by_dimension = [(names,) if isinstance(names, str) else tuple(names or ()) for names in spec]
+    used = {name for names in by_dimension for name in names}
+    others = tuple(name for name in where.mesh.axis_names if name not in used)
+
+    def held(part: jax.Array, begin: jax.Array) -> jax.Array:
+        inside = jax.lax.axis_index(others) == 0 if others else jnp.bool_(True)  # of copies, one
+        for axis, names in enumerate(by_dimension):
+            first = jax.lax.axis_index(names) * part.shape[axis] if names else 0
+            wanted = begin[axis] + jnp.arange(shape[axis], dtype=jnp.int32) - first
+            here = (wanted >= 0) & (wanted < part.shape[axis])
+            part = jnp.take(part, jnp.clip(wanted, 0, part.shape[axis] - 1), axis=axis)
+            across = tuple(1 if n != axis else shape[axis] for n in range(len(shape)))
+            inside = inside & here.reshape(across)
+        as_bits = jax.lax.bitcast_convert_type(part, bits).astype(jnp.uint32)
+        found = jax.lax.psum(jnp.where(inside, as_bits, jnp.uint32(0)), where.mesh.axis_names)
+        return jax.lax.bitcast_convert_type(found.astype(bits), dtype)
+
+    whole = PartitionSpec()
+    parts = jax.shard_map(held, mesh=where.mesh, in_specs=(where.spec, whole), out_specs=whole)
+    return jax.jit(parts)

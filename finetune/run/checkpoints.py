@@ -1,9 +1,11 @@
 """What a stopped run continues from: the training state and how far the run is, saved by Orbax.
 
-Beside Orbax's files stand digests of our own: of every leaf's bytes, and of the record that holds
+Beside Orbax's files stand sums of our own over every leaf, and a digest of the record that holds
 them. So a restored state is the saved one, bit for bit, or the checkpoint is told to be damaged.
+Sums are made where the leaves are, each device adding what it holds: no mesh changes them.
 """
 
+import contextlib
 import json
 import logging
 import shutil
@@ -19,11 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from mtp_model import cluster
 from mtp_model.checkpoint.directory import digest_of_json
 from mtp_model.files.local import raise_if_full
 from mtp_model.files.memory import available_bytes
-from mtp_model.files.place import digest
 from mtp_model.problems import UserError
+from mtp_model.sharding import active_mesh, everywhere
 
 T = TypeVar("T")
 _METADATA_BYTES = 1 << 20  # of a checkpoint, and of the logs that grow beside it
@@ -68,19 +71,22 @@ class Checkpoints:
 
     The next step takes over the state's buffers, so a save may go on beside it only from a copy
     in this machine's memory, made before `save` returns. Where memory has no room for a copy, the
-    run waits until the checkpoint is on the disk.
+    run waits until the checkpoint is on the disk. Of a state that is spread over devices Orbax
+    makes the copy; each host's process writes what its devices hold.
     """
 
     def __init__(self, folder: Path, keep: int):
         self._folder, self._keep = folder.absolute(), keep
         # Orbax logs, with tracebacks and more than once, what it also raises.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
-        self._orbax = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._saving: Future[None] | None = None
         self._newest = -1
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._delete_leftovers()
+        if cluster.is_first():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._delete_leftovers()
+        cluster.wait("checkpoints can be read")
 
     def save(self, state: Any, at: RunPosition) -> None:
         """Save under the step the run is at; older checkpoints beyond those to keep are deleted.
@@ -93,11 +99,15 @@ class Checkpoints:
         raise_unless_room(self._folder, state)
         self._newest = at.step
         leaves = _by_name(state)
-        if _copy_fits(leaves):
+        record = asdict(at) | {"state": _sums(leaves)}
+        if any(len(leaf.devices()) > 1 for leaf in leaves.values()):
+            self._begin(leaves, record)  # the copy is made when it returns
+            self._saving = self._writer.submit(self._finish, at.step)
+        elif _copy_fits(leaves):
             copies = {name: np.array(_on_host(leaf)) for name, leaf in leaves.items()}
-            self._saving = self._writer.submit(self._write, copies, at)
+            self._saving = self._writer.submit(self._write, copies, record)
         else:
-            self._write({name: _on_host(leaf) for name, leaf in leaves.items()}, at)
+            self._write({name: _on_host(leaf) for name, leaf in leaves.items()}, record)
 
     def raise_if_failed(self) -> None:
         """Raise what ended the save that went on beside the last steps, if anything did."""
@@ -121,20 +131,21 @@ class Checkpoints:
     def restore(self, step: int, like: T) -> T:
         """The state of a checkpoint in the place of `like`, whose buffers are freed for it.
 
-        Every leaf is compared with its digest. DamagedError names what differs.
+        The sum over every leaf is compared. DamagedError names what differs.
         """
         wanted = {name: _abstract(leaf) for name, leaf in _by_name(like).items()}
-        _, digests = self._record(step)
-        if digests is not None and digests.keys() != wanted.keys():
-            odd = ", ".join(sorted(digests.keys() ^ wanted.keys())[:3])
+        _, sums = self._record(step)
+        if sums is not None and sums.keys() != wanted.keys():
+            odd = ", ".join(sorted(sums.keys() ^ wanted.keys())[:3])
             raise UserError(f"{self._folder / str(step)} holds the state of another model: {odd}")
         for leaf in jax.tree.leaves(like):
             leaf.delete()
         args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
         found = _or_damaged(lambda: self._orbax.restore(self._folder / str(step), args=args))
         leaves = found["state"]
-        for name, saved in (digests or {}).items():
-            if _digest(_on_host(leaves[name])) != saved:
+        found = _sums(leaves)
+        for name, saved in (sums or {}).items():
+            if len(saved) == len(found[name]) and found[name] != saved:  # earlier ones were longer
                 raise DamagedError(f"{name} is not what was saved")
         return jax.tree.unflatten(
             jax.tree.structure(like), [leaves[name] for name in _by_name(like)]
@@ -154,42 +165,57 @@ class Checkpoints:
             self._writer.shutdown()
             self._orbax.close()
 
-    def _write(self, leaves: Mapping[str, np.ndarray], at: RunPosition) -> None:
-        record = asdict(at) | {"state": {name: _digest(leaf) for name, leaf in leaves.items()}}
+    def _write(self, leaves: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+        self._begin(leaves, record)
+        self._finish(record["step"])
+
+    def _begin(self, leaves: Mapping[str, Any], record: Mapping[str, Any]) -> None:
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(dict(leaves)),
-            progress=ocp.args.JsonSave(record | {"digest": digest_of_json(record)}),
+            progress=ocp.args.JsonSave({**record, "digest": digest_of_json(record)}),
         )
+        with self._room_for(record["step"]):
+            self._orbax.save(self._folder / str(record["step"]), args=args, force=True)
+
+    def _finish(self, step: int) -> None:
+        with self._room_for(step):
+            self._orbax.wait_until_finished()
+        if not cluster.is_first():
+            return
+        for old in saved_steps(self._folder)[: -self._keep]:
+            (self._folder / str(old)).rename(self._folder / f"{old}{_DELETED}")
+        self._delete_leftovers()
+
+    @contextlib.contextmanager
+    def _room_for(self, step: int) -> Iterator[None]:
         try:
-            self._orbax.save(self._folder / str(at.step), args=args, force=True)
+            yield
         except Exception as error:  # tensorstore has a ValueError for a full disk
             if not any(words in str(error) for words in _FULL):
                 raise
-            self._delete_leftovers()
+            if cluster.is_first():
+                self._delete_leftovers()
             raise UserError(
-                f"the disk of {self._folder} is full: the checkpoint of step {at.step} was not "
+                f"the disk of {self._folder} is full: the checkpoint of step {step} was not "
                 "written, those before it are whole; make room and run the same command again"
             ) from error
-        for step in saved_steps(self._folder)[: -self._keep]:
-            (self._folder / str(step)).rename(self._folder / f"{step}{_DELETED}")
-        self._delete_leftovers()
 
     def _record(self, step: int) -> tuple[RunPosition, dict[str, str] | None]:
-        """Position and digests by leaf; None for those that an earlier version did not write."""
+        """Position and sums by leaf; None for those that an earlier version did not write."""
         file = self._folder / str(step) / _RECORD
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
-            digests, digest = record.pop("state", None), record.pop("digest", None)
+            sums, digest = record.pop("state", None), record.pop("digest", None)
             position = RunPosition(**record)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             raise DamagedError(f"{_RECORD} is missing") from None
         except (ValueError, TypeError, AttributeError, RecursionError):
             raise DamagedError(f"{_RECORD} is not what was saved") from None
-        earlier = digests is None and digest is None
-        whole = earlier or digest == digest_of_json(record | {"state": digests})
+        earlier = sums is None and digest is None
+        whole = earlier or digest == digest_of_json(record | {"state": sums})
         if not whole or position.step != step:
             raise DamagedError(f"{_RECORD} is not what was saved")
-        return position, digests
+        return position, sums
 
     def _delete_leftovers(self) -> None:
         """Delete what a killed process was writing or deleting."""
@@ -254,9 +280,36 @@ def _on_host(leaf: jax.Array) -> np.ndarray:
     return np.asarray(leaf)
 
 
-def _digest(leaf: np.ndarray) -> str:
-    as_bytes = np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
-    return digest(as_bytes.data)
+def _sums(leaves: Mapping[str, jax.Array]) -> dict[str, str]:
+    """By leaf: 32 bits that one changed element always changes, and more of them nearly always."""
+    sums = jax.device_get(_sums_of(dict(leaves)))
+    return {name: f"{int(total):08x}" for name, total in sums.items()}
+
+
+@jax.jit
+def _sums_of(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """uint32 sums of all elements, each mixed with its place; on a mesh on each device."""
+    mesh = active_mesh()
+    sums = {name: _sum(leaf) for name, leaf in leaves.items()}
+    return sums if mesh is None else jax.lax.with_sharding_constraint(sums, everywhere(mesh))
+
+
+def _sum(leaf: jax.Array) -> jax.Array:
+    bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
+    words = jax.lax.bitcast_convert_type(leaf, bits).astype(jnp.uint32)
+    place = jnp.zeros((1,) * leaf.ndim, jnp.uint32)
+    for axis, size in enumerate(leaf.shape):
+        along = [size if each == axis else 1 for each in range(leaf.ndim)]
+        count = jnp.arange(size, dtype=jnp.uint32).reshape(along)
+        place = _mixed(place) + count * jnp.uint32(0x9E3779B1)
+    return jnp.sum(_mixed(words ^ place), dtype=jnp.uint32)
+
+
+def _mixed(x: jax.Array) -> jax.Array:
+    """Each uint32 to another one, far from that of its neighbours: MurmurHash3's finaliser."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
 
 
 def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:

@@ -11,6 +11,7 @@ import yaml
 
 from finetune.settings import ComputeDtype, RunSettings, SettingsError, forbidden_changes
 from finetune.settings_file import read_yaml, write_yaml
+from mtp_model import cluster
 from mtp_model.checkpoint.directory import COMPLETE
 from mtp_model.files.open import as_place
 from mtp_model.problems import UserError
@@ -136,7 +137,15 @@ class RunDirectory:
     def claim(
         self, settings: RunSettings, computed_in: ComputeDtype, overwrite: bool
     ) -> Iterator[None]:
-        """Hold the directory against other processes, with the settings saved in it."""
+        """Hold the directory against other processes, with the settings saved in it.
+
+        Of a cluster the first process holds it for all.
+        """
+        cluster.wait("all have read what is here")
+        if not cluster.is_first():
+            cluster.wait("run is claimed")
+            yield
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         with as_place(self.lock).locked() as got:
             if not got:
@@ -146,6 +155,7 @@ class RunDirectory:
             if not self.config.is_file():
                 self.resolved.write_text(f"compute_dtype: {computed_in}\n", encoding="utf-8")
                 self._save(settings)
+            cluster.wait("run is claimed")
             yield
 
     def go_on_with(self, settings: RunSettings) -> Path | None:

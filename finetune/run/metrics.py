@@ -6,6 +6,7 @@ text; TensorBoard has both.
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -236,16 +237,21 @@ def _products(rates: list[float | None]) -> list[float | None]:
 class RunLog:
     """Appends to the files of a run; `last_step` is what the run continues after.
 
+    writes: False for a process of a cluster that only has to know what the files say.
     step_rows, evaluation_rows: for the curves. faults: what was wrong with the files, a line each.
     seen: the last step that the files told of.
     """
 
-    def __init__(self, metrics: Path, evaluations: Path, tensorboard: Path, last_step: int):
-        # tensorboardX imports torch where that is installed: seconds, wanted here only.
-        from tensorboardX import SummaryWriter
-
+    def __init__(
+        self,
+        metrics: Path,
+        evaluations: Path,
+        tensorboard: Path,
+        last_step: int,
+        writes: bool = True,
+    ):
         self.metrics, self.evaluations = metrics, evaluations
-        self.writer = SummaryWriter(str(tensorboard), purge_step=last_step + 1)
+        self._writer = _events(tensorboard, last_step) if writes else None
         self.faults: list[str] = []
         self.seen = 0
         self.step_rows, self.evaluation_rows = Thinned(), Thinned()
@@ -264,18 +270,20 @@ class RunLog:
 
     def close(self) -> None:
         """Close the files. What TensorBoard misses on a full disk is in metrics.jsonl or told."""
+        if self._writer is None:
+            return
         try:
-            self.writer.close()
+            self._writer.close()
         except OSError:
             # It would try again when Python ends, and say so with a traceback.
-            events: Any = self.writer.file_writer.event_writer  # pyright: ignore
+            events: Any = self._writer.file_writer.event_writer  # pyright: ignore
             events._worker.stop()
             events._closed = True
 
     def _trim(self, file: Path, kept: "Thinned", last_step: int) -> None:
         """Drop the rows after a step, which will be computed again, and lines that are broken."""
         whole = file.with_name(file.name + ".partial")
-        with whole.open("w", encoding="utf-8") as out:
+        with whole.open("w", encoding="utf-8") if self._writer else nullcontext() as out:
             for number, row in _lines(file):
                 if row is None:
                     self.faults.append(f"{file} line {number} is broken and left out")
@@ -283,10 +291,14 @@ class RunLog:
                 self.seen = max(self.seen, row["step"])
                 if row["step"] <= last_step:
                     kept.add(row)
-                    out.write(json.dumps(row) + "\n")
-        whole.replace(file)
+                    if out:
+                        out.write(json.dumps(row) + "\n")
+        if out:
+            whole.replace(file)
 
     def _append(self, file: Path, row: Row, group: str) -> None:
+        if self._writer is None:
+            return
         try:
             with file.open("a", encoding="utf-8") as out:
                 out.write(json.dumps(row) + "\n")
@@ -301,7 +313,16 @@ class RunLog:
 
     def _scalar(self, tag: str, value: Any, step: int) -> None:
         if isinstance(value, int | float):  # neither unknown nor an interval
-            self.writer.add_scalar(tag, value, step)
+            assert self._writer is not None
+            self._writer.add_scalar(tag, value, step)
+
+
+def _events(folder: Path, last_step: int) -> Any:
+    """TensorBoard's file, which goes on behind a step."""
+    # tensorboardX imports torch where that is installed: seconds, wanted here only.
+    from tensorboardX import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=last_step + 1)
 
 
 class Thinned:

@@ -1,16 +1,33 @@
 """Where a run goes on: the newest checkpoint that is whole, and what is said about it.
 
-A file of its own: the loop begins with a state, wherever that comes from.
+The loop begins with a state, wherever that comes from.
 """
+
+import contextlib
 
 from rich.console import Console
 
+from finetune.data.run_text import RunText
 from finetune.optimizer import learning_rates
 from finetune.run.checkpoints import Checkpoints, DamagedError, RunPosition
 from finetune.run.directory import RunDirectory, RunError
 from finetune.run.metrics import RunLog
-from finetune.settings import RunSettings, differences
+from finetune.settings import RunSettings, differences, option
+from finetune.settings_file import as_plain
 from finetune.state import TrainState
+from mtp_model import cluster
+from mtp_model.checkpoint.directory import COMPLETE, Checkpoint
+
+
+def inputs_of(text: RunText, base: Checkpoint) -> dict[str, str]:
+    """Digests of what is trained on and of what is trained: none may change in a run."""
+    return {"data": text.digest, "checkpoint": (base.path / COMPLETE).digest()}
+
+
+def given(settings: RunSettings, text: RunText, base: Checkpoint) -> dict[str, str]:
+    """What every process of a cluster must have been given."""
+    plain = {option(name): str(value) for name, value in as_plain(settings).items()}
+    return {**plain, **inputs_of(text, base)}
 
 
 def resume(
@@ -33,6 +50,8 @@ def resume(
             _raise_if_changed(run, at, inputs)
             state = checkpoints.restore(step, first_state)
         except DamagedError as damage:
+            if cluster.count() > 1:
+                raise _to_begin_again(checkpoints, step, damage) from damage
             aside = checkpoints.set_aside(step)
             damaged.append(
                 f"the checkpoint of step {step} is damaged ({damage}); it is {aside} now"
@@ -51,6 +70,16 @@ def resume(
     return first_state, RunPosition(inputs=inputs)
 
 
+def _to_begin_again(checkpoints: Checkpoints, step: int, damage: DamagedError) -> RunError:
+    """What one process says of a damaged checkpoint: others may have read their part of it."""
+    with contextlib.suppress(FileNotFoundError):  # another process was faster
+        checkpoints.set_aside(step)
+    return RunError(
+        f"the checkpoint of step {step} is damaged ({damage}); it was set aside: run the same "
+        "command on every host again, to go on from the one before it"
+    )
+
+
 def _raise_if_changed(run: RunDirectory, at: RunPosition, inputs: dict[str, str]) -> None:
     """RunError when data or weights are not those that a checkpoint was trained with."""
     before = at.inputs or {}
@@ -66,7 +95,8 @@ def _raise_if_changed(run: RunDirectory, at: RunPosition, inputs: dict[str, str]
 def _go_on_with(run: RunDirectory, settings: RunSettings, done: int, console: Console) -> None:
     """Save settings that may change and have, and say what follows from them."""
     saved = run.saved_settings() or settings
-    aside = run.go_on_with(settings)
+    cluster.wait("settings are read")
+    aside = run.go_on_with(settings) if cluster.is_first() else None
     for line in differences(saved, settings).values():
         console.print(line)
     if aside:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
 
+from mtp_model import cluster
 from mtp_model.commands import INTERRUPTED
 
 STATUS = {signal.SIGTERM: 0, signal.SIGINT: INTERRUPTED}  # a preempted job has not failed
@@ -46,10 +47,12 @@ class Stopping:
         self._in_steps = False
         self._lock = threading.Lock()
 
-    @property
-    def asked(self) -> bool:
-        """Whether a signal has come: what takes long looks now and then."""
-        return self._asked is not None
+    def is_asked(self) -> bool:
+        """Whether a signal has come: what takes long looks now and then.
+
+        In a cluster, to any process: all of them look at the same places, and stop at one.
+        """
+        return cluster.is_anywhere(self._asked is not None)
 
     @contextlib.contextmanager
     def heard(self) -> Iterator[None]:
@@ -85,8 +88,8 @@ class Stopping:
 
     def stop(self) -> None:
         """Raise Stopped if a signal has come; whoever calls this has saved what there is."""
-        if self._asked:
-            raise Stopped(self._asked.status)
+        if self.is_asked():
+            raise Stopped(self._asked.status if self._asked else 0)
 
     def _listen(self, reader: int) -> None:
         while numbers := os.read(reader, 16):
@@ -112,8 +115,8 @@ class Stopping:
 
     def say_goodbye(self) -> None:
         """The last line of a run that stopped after its step."""
-        assert self._asked
-        _say(f"{self._asked.name}: stopped, all steps are saved; {self._advice}")
+        who = self._asked.name if self._asked else "a signal to another process"
+        _say(f"{who}: stopped, all steps are saved; {self._advice}")
 
 
 def _nothing(_number: int, _frame: FrameType | None) -> None:

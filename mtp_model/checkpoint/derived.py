@@ -1,13 +1,15 @@
 """A checkpoint that differs from another one in some leaves, as training writes it."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mtp_model import cluster
 from mtp_model.checkpoint.chunks import DEFAULT_POLICY, ChunkPolicy, Index, Leaf, chunk_file_name
 from mtp_model.checkpoint.claim import claim, clear
 from mtp_model.checkpoint.directory import (
@@ -17,13 +19,16 @@ from mtp_model.checkpoint.directory import (
     CheckpointError,
     open_checkpoint,
 )
-from mtp_model.checkpoint.writer import ParamsWriter
+from mtp_model.checkpoint.writer import Digests, ParamsWriter
 from mtp_model.files.memory import AlignedBuffer
 from mtp_model.files.open import as_place
 from mtp_model.files.place import Place
 
-Rows = Callable[[Index, int, int], np.ndarray]
-"""Stack index, first row, one past the last row -> those rows of that tensor."""
+Rows = Callable[[Index, int, int], Callable[[], np.ndarray]]
+"""Stack index, first row, one past the last row -> what gives those rows of that tensor.
+
+Where several processes write, each of them asks for all rows and takes those that it writes.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +51,8 @@ def write_derived(
     """Write a checkpoint that differs from `base` in the changed leaves, chunk by chunk.
 
     The chunk files of all other leaves are hard links of the base's (copies where links fail): no
-    writer ever changes a chunk file in place. Raises CheckpointError for a leaf that base lacks.
+    writer ever changes a chunk file in place. The processes of a cluster each write a part of the
+    chunks. Raises CheckpointError for a leaf that base lacks.
     """
     unknown = sorted(changed.keys() - base.leaves.keys())
     if unknown:
@@ -54,9 +60,12 @@ def write_derived(
     dst = as_place(dst)
     if dst.is_same(base.path):
         raise CheckpointError(f"{dst} is the checkpoint itself; name another place for the new one")
-    with claim(dst):
-        clear(dst, overwrite=overwrite)
+    with claim(dst) if cluster.is_first() else contextlib.nullcontext():
+        if cluster.is_first():
+            clear(dst, overwrite=overwrite)
+        cluster.wait("destination is empty")
         _write_derived(base, dst, changed, provenance_extra, policy)
+    cluster.wait("checkpoint is written")
     return open_checkpoint(dst)
 
 
@@ -68,10 +77,14 @@ def _write_derived(
     policy: ChunkPolicy,
 ) -> None:
     leaves = {name: _derived_leaf(base, name, changed, policy) for name in base.leaves}
-    writer = ParamsWriter(dst, leaves)
-    digests = {name: _link_leaf(base, writer, name) for name in leaves if name not in changed}
+    writer, own = ParamsWriter(dst, leaves), cluster.number()
+    linked = [name for name in leaves if name not in changed]
+    digests = {name: _link_leaf(base, writer, name) for name in linked[own :: cluster.count()]}
     for name, values in changed.items():
         digests[name] = _write_leaf(writer, name, values)
+    digests = _merged(cluster.all_say(digests))
+    if not cluster.is_first():
+        return
     derived = [*base.provenance.get("derived", []), _derivation(base, changed, provenance_extra)]
     writer.finish(
         provenance=base.provenance | {"derived": derived},
@@ -82,6 +95,15 @@ def _write_derived(
             for name in base.side_files()
         },
     )
+
+
+def _merged(parts: Iterable[Digests]) -> Digests:
+    """What several processes wrote, as if one had."""
+    found: Digests = {}
+    for part in parts:
+        for name, digests in part.items():
+            found.setdefault(name, {}).update(digests)
+    return found
 
 
 def _derived_leaf(
@@ -104,35 +126,32 @@ def _link_leaf(base: Checkpoint, writer: ParamsWriter, name: str) -> dict[str, s
 
 def _write_leaf(writer: ParamsWriter, name: str, values: ChangedLeaf) -> dict[str, str]:
     leaf = writer.leaves[name]
-    rows = partial(_checked_rows, name, leaf, values)
     buffer = AlignedBuffer(leaf.chunk_bytes)
     digests = {}
-    for stack_coord in leaf.stack_coords():
-        for row_chunk in range(leaf.num_row_chunks):
-            _fill(buffer, leaf, stack_coord, row_chunk, rows)
-            coord = leaf.coord(stack_coord, row_chunk)
-            digests[chunk_file_name(coord)] = writer.write_chunk(name, coord, buffer)
+    chunks = itertools.product(leaf.stack_coords(), range(leaf.num_row_chunks))
+    for number, (stack_coord, row_chunk) in enumerate(chunks):
+        start, stop = leaf.rows_of_chunk(row_chunk)
+        indices = list(leaf.indices(stack_coord))
+        asked = [values.rows(index, start, stop) for index in indices]
+        if number % cluster.count() != cluster.number():
+            continue
+        nbytes = (stop - start) * leaf.row_bytes
+        buffer.bytes[: leaf.chunk_bytes] = 0  # an edge chunk is stored in full
+        for index, take in zip(indices, asked, strict=True):
+            offset = leaf.tensor_offset(index)
+            rows = np.ascontiguousarray(take())
+            _raise_if_odd(rows, leaf, stop - start, f"{name}: rows {start} to {stop} at {index}")
+            buffer.bytes[offset : offset + nbytes] = rows.reshape(-1).view(np.uint8)
+        coord = leaf.coord(stack_coord, row_chunk)
+        digests[chunk_file_name(coord)] = writer.write_chunk(name, coord, buffer)
     return digests
 
 
-def _fill(buffer: AlignedBuffer, leaf: Leaf, stack_coord: Index, row_chunk: int, rows: Rows):
-    start, stop = leaf.rows_of_chunk(row_chunk)
-    nbytes = (stop - start) * leaf.row_bytes
-    buffer.bytes[: leaf.chunk_bytes] = 0  # an edge chunk is stored in full
-    for index in leaf.indices(stack_coord):
-        offset = leaf.tensor_offset(index)
-        buffer.bytes[offset : offset + nbytes] = rows(index, start, stop).reshape(-1).view(np.uint8)
-
-
-def _checked_rows(
-    name: str, leaf: Leaf, values: ChangedLeaf, index: Index, start: int, stop: int
-) -> np.ndarray:
-    rows = np.ascontiguousarray(values.rows(index, start, stop))
-    wanted = (stop - start, *leaf.tensor_shape[1:])
+def _raise_if_odd(rows: np.ndarray, leaf: Leaf, count: int, what: str) -> None:
+    wanted = (count, *leaf.tensor_shape[1:])
     if rows.dtype != leaf.dtype or rows.shape != wanted:
         found = f"{rows.dtype}{rows.shape}, needed {leaf.dtype}{wanted}"
-        raise CheckpointError(f"{name}: rows {start} to {stop} at {index} are {found}")
-    return rows
+        raise CheckpointError(f"{what} are {found}")
 
 
 def _derivation(

@@ -21,7 +21,7 @@ from finetune.weights import (
 )
 from mtp_model.checkpoint.directory import open_checkpoint
 from mtp_model.model import leaf_name
-from mtp_model.sharding import make_mesh, placement
+from mtp_model.sharding import collected, make_mesh, placement
 
 SHAPE = (3, 8, 24, 16)  # layers, experts, rows, columns
 MESH_AXES = {"fsdp": 2, "expert": 2, "tensor": 2}
@@ -85,10 +85,24 @@ def test_rows_keep_their_bytes_and_come_block_by_block(spec, copied):
     for index in np.ndindex(SHAPE[:2]):
         for start, stop in ROW_BLOCKS:
             copied.clear()
-            rows = changed.rows(index, start, stop)
+            rows = changed.rows(index, start, stop)()
             assert rows.tobytes() == values[index][start:stop].tobytes()
             assert sum(copied) == rows.nbytes
     assert (values + 0.0).tobytes() != values.tobytes()  # negative control: the zeros have signs
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int16])
+@pytest.mark.parametrize("spec", [s for s in SPREADS.values() if s is not None], ids=str)
+def test_rows_on_several_hosts_devices_keep_their_bytes(spec, dtype):
+    """What a process of a cluster asks for, where a part of the rows is on other hosts."""
+    values = values_with_signed_zeros(SHAPE).view(np.uint32).astype(np.uint32)
+    values = values.view(np.float32) if dtype == np.float32 else values.astype(np.int16)
+    leaf = spread(values, spec)
+    for index in np.ndindex(SHAPE[:2]):
+        for start, stop in ROW_BLOCKS:
+            begin, shape = (*index, start, 0), (1, 1, stop - start, SHAPE[-1])
+            rows = np.asarray(collected(leaf, begin, shape))
+            assert rows.tobytes() == values[index][start:stop].tobytes()
 
 
 def test_a_whole_array_on_the_host_would_be_noticed(copied):

@@ -121,7 +121,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(
         raise ValueError("RESOURCE_EXHAUSTED: ... No space left on device [os_error_code='28']")
 
     with monkeypatch.context() as patch:
-        patch.setattr(ocp.CompositeCheckpointHandler, "save", full)
+        patch.setattr(ocp.CompositeCheckpointHandler, "async_save", full)
         with pytest.raises(UserError, match=r"is full: the checkpoint of step 2 was not written"):
             save(checkpoints, 2)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]

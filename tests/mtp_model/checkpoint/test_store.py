@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -245,9 +246,9 @@ def test_derived_links_what_did_not_change(checkpoint: Checkpoint, values: dict,
     new = random_values(1)[changed].astype(F32).astype(BF16)  # another dtype than in base
     asked = []
 
-    def rows(index: tuple[int, ...], start: int, stop: int) -> np.ndarray:
+    def rows(index: tuple[int, ...], start: int, stop: int) -> Callable[[], np.ndarray]:
         asked.append((stop - start) * new[0, 0].nbytes)
-        return new[index][start:stop]
+        return lambda: new[index][start:stop]
 
     derived = write_derived(
         checkpoint,
@@ -302,8 +303,8 @@ def test_derived_that_fails_is_visibly_unfinished(checkpoint: Checkpoint, tmp_pa
 
 
 def test_derived_refuses_wrong_requests(checkpoint: Checkpoint, tmp_path: Path):
-    def one_row(*_: object) -> np.ndarray:
-        return np.zeros((1,), BF16)
+    def one_row(*_: object) -> Callable[[], np.ndarray]:
+        return lambda: np.zeros((1,), BF16)
 
     with pytest.raises(CheckpointError, match=r"has no leaf no\.such\.leaf to change"):
         write_derived(
