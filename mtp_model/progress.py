@@ -57,7 +57,7 @@ def progress(
         display.close()
 
 
-def _nothing(done: int, total: int | None, note: str = "") -> None:  # noqa: ARG001
+def _nothing(done: int, total: int | None, note: str = "") -> None:
     """What is reported where nothing is said."""
 
 

@@ -2,41 +2,36 @@
 
 import dataclasses
 import io
+import json
 import math
 import shutil
 from pathlib import Path
 
+import clustered_steps
+import clusters
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import released
-from imported import import_tiny
 from jax.sharding import Mesh
 from rich.console import Console
-from trained import SIZES, read_rows, unfinished_copy
+from stepping import KINDS, SMOOTH, TOLERANCE, make_batches, store, three_steps, worst
+from trained import read_rows, unfinished_copy
 
 from finetune.data.packing import Batch
-from finetune.devices import Workload, choose_shape, devices_for, on_mesh, spread
+from finetune.devices import Workload, choose_shape
 from finetune.evaluate import EvaluateSettings, evaluate
-from finetune.optimizer import make_optimizer
 from finetune.settings import (
     MeshSettings,
-    ObjectiveSettings,
-    OptimizerSettings,
-    RunSettings,
     SettingsError,
     TrainMode,
 )
-from finetune.state import TrainState, make_train_step, start
 from finetune.train import train
-from finetune.weights import load_for_training
 from mtp_model import ModelConfig, dispatch, make_mesh, moe
 from mtp_model.checkpoint.directory import open_checkpoint
 from mtp_model.model import abstract_model, leaves_by_name
-from mtp_model.problems import UserError
 
-KINDS = {"mtp, FP8": ("mtp", "fp8"), "all, bf16": ("all", "bf16")}
 CASES = [
     ("mtp, FP8", {"data": 8}),
     ("mtp, FP8", {"fsdp": 8}),
@@ -45,65 +40,16 @@ CASES = [
     ("all, bf16", {"data": 2, "expert": 2, "tensor": 2}),
     ("all, bf16", {"fsdp": 2, "expert": 4}),
 ]
-# A moment's root is as nothing beside this epsilon: steps are as long as gradients, which Adam's
-# own are not where gradients are of the size of rounding.
-SMOOTH = {
-    "objective": ObjectiveSettings(ce=0.5, kl=0.5),
-    "optimizer": OptimizerSettings(learning_rate=0.3, epsilon=1.0, warmup_fraction=0.0),
-}
-STEPS = 3
-TOLERANCE = 2e-6
 
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory) -> dict[str, Path]:
-    """Checkpoints of 12 experts, whose one dense, one MoE and one MTP layer differ."""
-    folder = tmp_path_factory.mktemp("stored")
-    sizes = SIZES | {"num_attention_heads": 6, "num_key_value_heads": 6}
-    return {
-        dtype: import_tiny(folder / dtype, dtype=dtype, sizes=sizes) for dtype in ("fp8", "bf16")
-    }
+    return store(tmp_path_factory.mktemp("stored"))
 
 
 @pytest.fixture(scope="module")
 def batches() -> list[Batch]:
-    """Packed rows of two documents and padding."""
-    rng = np.random.default_rng(0)
-    rows, length = 8, 12
-    segments = np.tile(np.repeat(np.array([1, 2, 0], np.int32), [5, 5, 2]), (rows, 1))
-    positions = np.tile(np.r_[0:5, 0:5, 0:2].astype(np.int32), (rows, 1))
-    return [
-        Batch(
-            rng.integers(3, 300, (rows, length)).astype(np.int32),
-            segments,
-            positions,
-            np.minimum(segments, 1),
-        )
-        for _ in range(STEPS)
-    ]
-
-
-def three_steps(settings: RunSettings, checkpoint: Path, batches: list[Batch], mesh=None):
-    """Losses of the steps, and the trained leaves after them."""
-    optimizer = make_optimizer(settings.optimizer, 10, lambda _: True)
-    losses = []
-    with on_mesh(mesh):
-        split = load_for_training(str(checkpoint), settings.train, "float32", mesh=mesh)
-        step = make_train_step(split.graphdef, optimizer, settings)
-        state = start(split, optimizer)
-        for batch in batches:
-            state, result = step(state, split.frozen, spread(batch, mesh))
-            losses.append(float(result.loss))
-    assert isinstance(state, TrainState)
-    leaves = jax.tree_util.tree_leaves_with_path((state.trainable, state.biases))
-    return np.array(losses), {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
-
-
-def worst(got, want) -> float:
-    """The largest relative difference of a loss, or of a leaf's largest value."""
-    of_losses = np.abs(got[0] / want[0] - 1).max()
-    of_leaves = [np.abs(got[1][n] - x).max() / np.abs(x).max() for n, x in want[1].items()]
-    return max(of_losses, *of_leaves)
+    return make_batches()
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +74,20 @@ def test_three_steps_on_a_mesh_equal_three_on_one_device(
     monkeypatch.setattr(dispatch, "CAPACITY", 0.1)
     run, checkpoint, want = on_one_device[kind]
     assert worst(three_steps(run, checkpoint, batches, mesh_of(axes)), want) <= TOLERANCE
+
+
+def test_three_steps_of_two_processes_equal_three_on_one_device(on_one_device, stored, tmp_path):
+    """With 4 devices each: 8 in all, over axes that cross from one process to the other."""
+    script, out = Path(clustered_steps.__file__), tmp_path / "found.npz"
+    paths = json.dumps({dtype: str(path) for dtype, path in stored.items()})
+    processes = clusters.start(
+        2, 4, lambda where, n: [str(script), where, "2", str(n), str(out), paths], tmp_path
+    )
+    assert clusters.end(processes, 300) == [0, 0], (tmp_path / "0.log").read_text()
+    found = np.load(out)
+    for kind, (_, _, want) in on_one_device.items():
+        leaves = {name: found[f"{kind}/{name}"] for name in want[1]}
+        assert worst((found[f"{kind}/losses"], leaves), want) <= TOLERANCE, kind
 
 
 def test_what_would_be_noticed(on_one_device, batches, monkeypatch):
@@ -220,11 +180,3 @@ def test_a_mesh_that_splits_an_expert_model_unevenly_is_refused(checkpoint):
     work = Workload.of(open_checkpoint(checkpoint), "mtp", 8)
     with pytest.raises(SettingsError, match=r"--mesh.expert is 8, needed a divisor of the 12"):
         choose_shape(MeshSettings(expert=8), work, 8, None)
-
-
-def test_several_hosts_are_refused(checkpoint, monkeypatch):
-    """Each would train alone, and write over the others."""
-    monkeypatch.setattr(jax, "process_count", lambda: 4)
-    work = Workload.of(open_checkpoint(checkpoint), "mtp", 8)
-    with pytest.raises(UserError, match="one of 4 processes of a cluster, needed a single one"):
-        devices_for(MeshSettings(), work)

@@ -45,7 +45,7 @@ POINTS: dict[str, tuple[Any, str]] = {
     "step": (RunLog, "step"),
     "checkpoint": (Checkpoints, "_write"),
     "final": (LocalPlace, "write_buffer"),
-    "save": (ocp.CompositeCheckpointHandler, "save"),
+    "save": (ocp.CompositeCheckpointHandler, "async_save"),
 }
 
 
