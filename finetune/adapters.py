@@ -64,9 +64,7 @@ def merged(
 
         def rows(index: Index, start: int, stop: int) -> Callable[[], np.ndarray]:
             tall, wide = b.rows(index, start, stop), a.rows(index, 0, lora.rank)
-            return lambda: (
-                _dense_rows(base, owner, index, start, stop) + scale * tall() @ wide()
-            )
+            return lambda: _dense_rows(base, owner, index, start, stop) + scale * tall() @ wide()
 
         return ChangedLeaf(dtype=np.dtype(np.float32), rows=rows)
 

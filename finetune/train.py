@@ -144,7 +144,8 @@ def train(
         record = {"by": "finetune-deepseek train", "settings": as_plain(settings)}
         record |= {"computed_in": computed_in}
         record |= {"held_out": {"before": measured[0], "after": measured[1]}} if measured else {}
-        write_run_report(run, settings)
+        if cluster.is_first():
+            write_run_report(run, settings)
         write_final(base, run.final, state, record, settings.lora)
     return _result(run)
 
