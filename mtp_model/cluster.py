@@ -35,6 +35,8 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
     Arguments that are None are found in the environment: TPU hosts on GCE and GKE, SLURM, Open MPI,
     Kubernetes. Without a cluster in the environment, and without arguments, nothing happens.
     """
+    if jax.distributed.is_initialized():  # by whoever called us
+        return
     given = [value is not None for value in (coordinator, processes, process)]
     # Its own handler of SIGTERM would end the process where ours saves.
     jax.config.update("jax_enable_preemption_service", False)
@@ -54,6 +56,8 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
                 "number of this one"
             ) from error
     except RuntimeError as error:
+        if not any(given) and "must be called before" in str(error):
+            return  # whoever called us has computed something already: this process works alone
         raise UserError(f"the cluster could not be joined: {error}") from error
     if not is_first():
         progress.hush()
