@@ -107,6 +107,9 @@ class LoraSettings:
     projections: tuple[str, ...] = ()
     """Those that get an adapter, by the end of their names: o_proj, gate_proj, eh_proj,
     shared_experts.up_proj; default: all, each routed expert's too."""
+    keep: bool = False
+    """Keep the adapters by themselves too, in OUT/adapters: `convert-deepseek export` writes them
+    as PEFT does."""
 
 
 @dataclass(frozen=True, kw_only=True)

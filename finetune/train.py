@@ -57,6 +57,7 @@ from finetune.state import (
 from finetune.weights import (
     compute_dtype,
     final_bytes,
+    keep_adapters,
     load_for_training,
     matrices,
     open_trainable,
@@ -146,6 +147,8 @@ def train(
         record |= {"held_out": {"before": measured[0], "after": measured[1]}} if measured else {}
         if cluster.is_first():
             write_run_report(run, settings)
+        if settings.train == "lora" and settings.lora.keep:
+            keep_adapters(base, run.adapters, state, record, settings.lora)
         write_final(base, run.final, state, record, settings.lora)
     return _result(run)
 

@@ -26,7 +26,7 @@ from finetune.settings import (
 from finetune.state import TRAINABLE, Split, TrainState
 from mtp_model import ModelConfig
 from mtp_model.attention import keeps_scores
-from mtp_model.checkpoint.derived import ChangedLeaf, write_derived
+from mtp_model.checkpoint.derived import ChangedLeaf, write_beside, write_derived
 from mtp_model.checkpoint.directory import Checkpoint, CheckpointError, open_checkpoint
 from mtp_model.files.open import as_place
 from mtp_model.load import cast_weights, load
@@ -153,9 +153,25 @@ def matrices(checkpoint: Checkpoint) -> Callable[[str], bool]:
 
 
 def final_bytes(base: Checkpoint, state: TrainState) -> int:
-    """Bytes that `write_final` writes: of the trained leaves, float32."""
-    names = {leaf_name(path) for path, _ in nnx.to_flat_state(state.trainable)}
-    return 4 * sum(math.prod(base.leaves[name].shape) for name in set(map(moved_leaf, names)))
+    """Bytes that a run writes at its end: of the leaves that moved, float32, and of adapters."""
+    sizes = {leaf_name(path): leaf.size for path, leaf in nnx.to_flat_state(state.trainable)}
+    moved = 4 * sum(math.prod(base.leaves[name].shape) for name in set(map(moved_leaf, sizes)))
+    return moved + 4 * sum(size for name, size in sizes.items() if moved_leaf(name) != name)
+
+
+def keep_adapters(
+    base: Checkpoint,
+    folder: Path,
+    state: TrainState,
+    record: Mapping[str, Any],
+    lora: LoraSettings,
+) -> None:
+    """Write the adapters by themselves: a checkpoint directory of their matrices alone."""
+    flat = {leaf_name(path): variable[...] for path, variable in nnx.to_flat_state(state.trainable)}
+    shapes = {name: (leaf.shape, leaf.ndim - 2) for name, leaf in flat.items()}
+    values = {name: changed_leaf(leaf) for name, leaf in flat.items()}
+    how = {"adapters": {"rank": lora.rank, "alpha": lora.alpha}}
+    write_beside(base, folder, shapes, values, {**record, **how})
 
 
 def write_final(

@@ -3,12 +3,13 @@
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from converters.cli.arguments import Export
 from converters.cli.common import checkpoint_of, print_result, source_of, time_and_rate
+from converters.exporting.adapters import settings_of, write_adapters
 from converters.exporting.destination import forget_record
 from converters.exporting.exporter import export_checkpoint
 from converters.exporting.result import ExportSummary
@@ -43,14 +44,14 @@ if TYPE_CHECKING:
 
 _MOST_NAMES = 12
 _MOST_REQUANTISED = 8
-_MAIN_MODEL = (
-    f"{MAIN_MODEL} is the one that the module was trained beside, in the same format"
-)
+_MAIN_MODEL = f"{MAIN_MODEL} is the one that the module was trained beside, in the same format"
 
 
 def run_export(command: Export) -> int:
     """Export, check what was written, push if asked to; 1 where the check does not hold."""
     checkpoint = open_checkpoint(command.ckpt)
+    if (adapters := settings_of(checkpoint)) is not None:
+        return _export_adapters(command, checkpoint, adapters)
     measured = read_measured(command.acceptance, command.ckpt)
     base = None
     follow_links = command.follow_links
@@ -93,6 +94,22 @@ def run_export(command: Export) -> int:
     sections += serving(checkpoint, plain["serve"], drafts, is_draft=command.draft is not None)
     print_result(sections, plain, as_json=command.json)
     return 0 if holds else 1
+
+
+def _export_adapters(command: Export, checkpoint: Checkpoint, settings: Mapping[str, Any]) -> int:
+    """A run's adapters, kept apart from the model that has them merged in."""
+    given = [
+        f"--{name}" for name in ("draft", "base", "push", "acceptance") if getattr(command, name)
+    ]
+    if given or command.dtype != "keep":
+        asked = ", ".join([*given, *(["--dtype"] if command.dtype != "keep" else [])])
+        detail = f"of adapters alone; for {asked} export the run's final"
+        raise ProblemsError(command.ckpt, [Problem("usage", "it", f"is {detail}")])
+    made = write_adapters(checkpoint, settings, command.dst, overwrite=command.overwrite)
+    told = f"{made.path}, {made.adapters} adapters, {human_bytes(made.nbytes)}"
+    plain = {"path": str(made.path), "adapters": made.adapters, "bytes": made.nbytes}
+    print_result([Facts([("written", told)])], plain, as_json=command.json)
+    return 0
 
 
 def _serve_lines(command: Export, model: str, drafts: int) -> list[str]:

@@ -67,6 +67,11 @@ class RunDirectory:
         return self.path / "final"
 
     @property
+    def adapters(self) -> Path:
+        """With --lora.keep: adapters that are merged in `final`, by themselves."""
+        return self.path / "adapters"
+
+    @property
     def lock(self) -> Path:
         return self.path / "lock"
 
@@ -186,7 +191,7 @@ class RunDirectory:
     def _delete(self) -> None:
         """Delete what a run writes, and nothing else that may be there; config.yaml last."""
         results = self.path.glob("final-of-*-steps")
-        for folder in (self.final, self.checkpoints, self.tensorboard, *results):
+        for folder in (self.final, self.adapters, self.checkpoints, self.tensorboard, *results):
             shutil.rmtree(folder, ignore_errors=True)
         for file in (self.metrics, self.evaluations, self.curves, self.resolved, self.config):
             file.unlink(missing_ok=True)

@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,13 +60,42 @@ def write_derived(
     dst = as_place(dst)
     if dst.is_same(base.path):
         raise CheckpointError(f"{dst} is the checkpoint itself; name another place for the new one")
+    with _emptied(dst, overwrite=overwrite):
+        _write_derived(base, dst, changed, provenance_extra, policy)
+    return open_checkpoint(dst)
+
+
+def write_beside(
+    base: Checkpoint,
+    dst: str | Path | Place,
+    leaves: Mapping[str, tuple[tuple[int, ...], int]],
+    values: Mapping[str, ChangedLeaf],
+    provenance_extra: Mapping[str, Any],
+) -> None:
+    """Write a directory of other leaves that belong to `base`, and of none of its own.
+
+    leaves: shape and number of stack dimensions, by path. What was there of it is written anew.
+    """
+    dst = as_place(dst)
+    made = {
+        name: Leaf.make(shape, values[name].dtype, num_stack_dims, DEFAULT_POLICY)
+        for name, (shape, num_stack_dims) in leaves.items()
+    }
+    with _emptied(dst, overwrite=True):
+        writer = ParamsWriter(dst, made)
+        digests = {name: _write_leaf(writer, name, values[name]) for name in made}
+        _finish(writer, base, digests, _derivation(base, values, provenance_extra))
+
+
+@contextlib.contextmanager
+def _emptied(dst: Place, *, overwrite: bool) -> Iterator[None]:
+    """Hold an empty destination, for all processes of a cluster; after it, all have written."""
     with claim(dst) if cluster.is_first() else contextlib.nullcontext():
         if cluster.is_first():
             clear(dst, overwrite=overwrite)
         cluster.wait("destination is empty")
-        _write_derived(base, dst, changed, provenance_extra, policy)
+        yield
     cluster.wait("checkpoint is written")
-    return open_checkpoint(dst)
 
 
 def _write_derived(
@@ -82,13 +111,22 @@ def _write_derived(
     digests = {name: _link_leaf(base, writer, name) for name in linked[own :: cluster.count()]}
     for name, values in changed.items():
         digests[name] = _write_leaf(writer, name, values)
+    _finish(writer, base, digests, _derivation(base, changed, provenance_extra))
+
+
+def _finish(
+    writer: ParamsWriter, base: Checkpoint, digests: Digests, derivation: dict[str, Any]
+) -> None:
+    """Metadata and side files of the base, with one step of history more.
+
+    digests: of what this process wrote.
+    """
     digests = _merged(cluster.all_say(digests))
     if not cluster.is_first():
         return
-    derived = [*base.provenance.get("derived", []), _derivation(base, changed, provenance_extra)]
     writer.finish(
-        provenance=base.provenance | {"derived": derived},
-        digests={name: digests[name] for name in leaves},
+        provenance=base.provenance | {"derived": [*base.provenance.get("derived", []), derivation]},
+        digests={name: digests[name] for name in writer.leaves},
         headers=base.layout(),
         side_files={
             name: writer.write_side_file(name, (base.path / name).pieces())

@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from advice import done, follows
 from flax import nnx
 from imported import TOLERANCE, assert_close, assert_far
 from jax.sharding import Mesh
 from safetensors import deserialize
+from safetensors.numpy import load_file
 from test_train import leaf_bytes
 from trained import QUIET, assert_same_result, unfinished_copy
 
@@ -32,10 +34,10 @@ from finetune.settings import (
     SettingsError,
 )
 from finetune.state import Split, TrainState
-from finetune.train import train
+from finetune.train import Result, train
 from finetune.weights import load_for_training, write_final
 from mtp_model import DeepSeekV3, load, make_context, make_mesh
-from mtp_model.checkpoint.directory import open_checkpoint
+from mtp_model.checkpoint.directory import CheckpointError, open_checkpoint
 from mtp_model.lora import Make, projections
 from mtp_model.model import Scope, leaf_name
 from mtp_model.sharding import placement
@@ -170,7 +172,9 @@ def run(settings: RunSettings) -> RunSettings:
         settings,
         out=settings.out.with_name("lora"),
         train="lora",
-        lora=LoraSettings(rank=2, projections=("o_proj", "experts.gate_proj", "eh_proj")),
+        lora=LoraSettings(
+            rank=2, alpha=3.0, projections=("o_proj", "experts.gate_proj", "eh_proj"), keep=True
+        ),
         steps=3,
         batch=BatchSettings(rows=2, row_tokens=16),
         checkpoints=CheckpointSettings(every=2),
@@ -213,10 +217,48 @@ def test_a_run_moves_what_was_asked_and_goes_on_with_the_same_bits(run, checkpoi
     weights = {name.removesuffix("_scale_inv") for name in old if old[name] != new[name]}
     kinds = {".".join(name.split(".")[-2:]) for name in weights}
     assert kinds == {"o_proj.weight", "gate_proj.weight", "eh_proj.weight"}
+    assert_kept_adapters_are_what_was_added(result, checkpoint, tmp_path / "peft")
     experts = [name for name in weights if ".mlp.experts." in name]
     assert len(weights) == 2 + len(experts)
     assert experts
     assert all(".layers.2." in name and "shared" not in name for name in weights)
+
+
+@follows("name another, or --overwrite it")
+def assert_kept_adapters_are_what_was_added(result: Result, checkpoint: Path, out: Path) -> None:
+    """In PEFT's layout, and by its formula: the difference of the weights, tensor by tensor."""
+    done("export", result.run.adapters, out)
+    done("export", result.run.adapters, out, "--overwrite")
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 2, 3.0)
+    assert config["target_modules"] == ["eh_proj", "gate_proj", "o_proj"]
+    kept = load_file(out / "adapter_model.safetensors")
+    before, after = (
+        load(checkpoint, scope="mtp", dtype=np.float32),
+        open_checkpoint(result.run.final),
+    )
+    weights = by_name(nnx.state(before))
+
+    def added(name: str, index: tuple[int, ...]) -> np.ndarray:
+        old = np.asarray(weights[name][...])[index]
+        return after.read_rows(name, index, 0, len(old)) - old
+
+    module = "base_model.model.model.layers.2."
+    names = {"self_attn.o_proj": ("block.self_attn.o_proj", (0,)), "eh_proj": ("eh_proj", (0,))}
+    names |= {
+        f"mlp.experts.{e}.gate_proj": ("block.mlp.experts.gate_proj", (0, e)) for e in range(12)
+    }
+    assert len(kept) == 2 * len(names)
+    largest = []
+    for name, (path, index) in names.items():
+        a, b = (kept[f"{module}{name}.lora_{matrix}.weight"] for matrix in "AB")
+        want = added(f"mtp.{path}.weight", index)
+        np.testing.assert_allclose(1.5 * b @ a, want, atol=1e-6, err_msg=name)
+        largest.append(np.abs(want).max())
+    assert min(largest[:2]) > 1e-5
+    assert max(largest[2:]) > 1e-5
+    with pytest.raises(CheckpointError, match=r"leaf .* is needed, nothing is stored"):
+        load(result.run.adapters)
 
 
 def test_what_the_model_lacks_is_refused_by_name(run, tmp_path):
