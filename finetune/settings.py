@@ -1,4 +1,4 @@
-"""Settings of a run: frozen dataclasses, the checks on them, and what may change in a run.
+"""Settings of a run: frozen dataclasses, and the checks on them.
 
 The command line (tyro) fills the same dataclasses: defaults < YAML file < command line.
 """
@@ -289,20 +289,6 @@ NOT_NEGATIVE = (
     *MESH,
 )
 FRACTIONS = ("optimizer.warmup_fraction", "optimizer.final_fraction")
-MAY_CHANGE = (
-    "checkpoint",
-    "data",
-    "out",
-    "steps",
-    "eval_data",
-    "compute_dtype",  # compared by what it stood for when the run began
-    "remat",  # what is computed is the same
-    "evaluation.every",
-    "evaluation.rows",
-    "checkpoints.every",
-    "checkpoints.keep",
-    *MESH,
-)
 BELOW_ONE = ("optimizer.beta1", "optimizer.beta2")
 
 
@@ -353,34 +339,3 @@ def blank() -> RunSettings:
     """Defaults, with what only the user can say marked as missing (for tyro)."""
     missing: Any = tyro.MISSING
     return RunSettings(checkpoint=missing, data=missing, out=missing)
-
-
-def differences(before: RunSettings, now: RunSettings) -> dict[str, str]:
-    """By name, a line for each setting that differs."""
-    old, new = flat(before), flat(now)
-    return {
-        name: f"{option(name)} was {_shown(old[name])}, is now {_shown(new[name])}"
-        for name in old
-        if old[name] != new[name]
-    }
-
-
-def forbidden_changes(before: RunSettings, now: RunSettings) -> list[str]:
-    """One line for each change that would make another run of it: one with other mathematics.
-
-    A run may be moved and copied, with its data and its checkpoint (their contents are compared by
-    digest), lengthened, and measured and saved more or less often.
-    """
-    changed = differences(before, now)
-    allowed = set(MAY_CHANGE)
-    if before.eval_data and now.eval_data:
-        allowed |= {"evaluation.holdout_every"}  # holds nothing out
-    elif before.eval_data or now.eval_data:
-        allowed -= {"eval_data"}  # what was held out would be trained on, or the reverse
-    if now.steps < before.steps:
-        allowed -= {"steps"}  # the learning rate would have fallen faster
-    return [line for name, line in changed.items() if name not in allowed]
-
-
-def _shown(value: Any) -> str:
-    return " ".join(map(str, value)) or "nothing" if isinstance(value, tuple) else str(value)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import yaml
 
-from finetune.settings import ComputeDtype, RunSettings, SettingsError, forbidden_changes
+from finetune.run.changes import forbidden_changes
+from finetune.settings import ComputeDtype, RunSettings, SettingsError
 from finetune.settings_file import read_yaml, write_yaml
 from mtp_model import cluster
 from mtp_model.checkpoint.directory import COMPLETE

@@ -9,10 +9,11 @@ from rich.console import Console
 
 from finetune.data.run_text import RunText
 from finetune.optimizer import learning_rates
+from finetune.run.changes import differences
 from finetune.run.checkpoints import Checkpoints, DamagedError, RunPosition
 from finetune.run.directory import RunDirectory, RunError
 from finetune.run.metrics import RunLog
-from finetune.settings import RunSettings, differences, option
+from finetune.settings import RunSettings, option
 from finetune.settings_file import as_plain
 from finetune.state import TrainState
 from mtp_model import cluster

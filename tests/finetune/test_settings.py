@@ -9,7 +9,8 @@ import pytest
 from finetune.cli import TrainCommand, parse, run
 from finetune.data import kinds
 from finetune.evaluate import EvaluateSettings
-from finetune.settings import RunSettings, SettingsError, check, differences
+from finetune.run.changes import differences
+from finetune.settings import RunSettings, SettingsError, check
 from finetune.settings_file import read_yaml, write_yaml
 
 NEEDED = ["train", "--checkpoint", "CKPT", "--data", "a.txt", "b", "--out", "RUN"]
