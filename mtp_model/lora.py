@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import SingleDeviceSharding
 
 from mtp_model.layers import Embedding, Weight, annotated
 from mtp_model.model import DeepSeekV3, leaf_name
@@ -59,7 +60,9 @@ def fresh(seed: int, mesh: AnyMesh | None) -> Make:
     """
 
     def make(name: str, shape: tuple[int, ...], axes: Axes) -> jax.Array:
-        where = placement(axes, shape, mesh) if mesh is not None else None
+        # Said on one device too, as what is restored is: else a run that goes on compiles anew.
+        here = SingleDeviceSharding(jax.devices()[0])
+        where = placement(axes, shape, mesh) if mesh is not None else here
         if name.endswith("lora_B"):
             return jnp.zeros(shape, jnp.float32, device=where)
         bound = 1.0 / math.sqrt(shape[-1])
