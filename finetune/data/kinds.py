@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mtp_model.files.untrusted_json import shown
+from mtp_model.files.untrusted_json import JsonError, shown, unique_members
 from mtp_model.problems import UserError
 
 RECORD_BYTES = 16 << 20  # tokenising one takes some fifty times as much memory
@@ -90,7 +90,12 @@ def parse(form: str, content: bytes, header: tuple[str, ...]) -> Any:
     if form == TABLE:
         [cells] = csv.reader((line.decode() for line in io.BytesIO(content)), strict=True)
         return _row(header, cells)
-    return json.loads(content)
+    return _loads(content)
+
+
+def _loads(text: str | bytes) -> Any:
+    """A value of JSON in which no key is given twice: of two values one would be lost."""
+    return json.loads(text, object_pairs_hook=unique_members)
 
 
 def read_header(file: BinaryIO) -> tuple[str, ...]:
@@ -118,7 +123,9 @@ def _line_spans(file: BinaryIO, begin: int, see: Callable[[bytes], None]) -> Ite
 
 def _parsed(number: int, begin: int, line: bytes) -> Span | Broken:
     try:
-        return Span(number, begin, len(line), json.loads(line))
+        return Span(number, begin, len(line), _loads(line))
+    except JsonError as error:
+        return Broken(number, str(error))
     except json.JSONDecodeError as error:
         if number == 1 and line.lstrip()[:1] == b"[":
             raise FileError("begins with an array: name it .json") from error
@@ -150,7 +157,8 @@ class _JsonStream:
 
     def __init__(self, file: BinaryIO, begin: int, see: Callable[[bytes], None]):
         self.file, self.see = file, see
-        self.decoder, self.json = codecs.getincrementaldecoder("utf-8")(), json.JSONDecoder()
+        self.decoder = codecs.getincrementaldecoder("utf-8")()
+        self.json = json.JSONDecoder(object_pairs_hook=unique_members)
         self.text, self.at, self.at_end = "", 0, False
         self.byte = begin  # of text[at]
 
@@ -182,6 +190,8 @@ class _JsonStream:
                 value, end = self.json.raw_decode(self.text, self.at)
             except json.JSONDecodeError as error:
                 why = f"record {number} is not JSON: {error.msg}"
+            except JsonError as error:
+                raise FileError(f"record {number} {error}") from error
             except (ValueError, RecursionError) as error:
                 raise FileError(f"record {number} is not JSON: {error}") from error
             else:
@@ -240,6 +250,8 @@ def _table_spans(file: BinaryIO, begin: int, see: Callable[[bytes], None]) -> It
             continue
         try:
             yield Span(number, begin + offset, nbytes, _row(header, cells))
+        except JsonError as error:
+            yield Broken(number, str(error))
         except (ValueError, RecursionError) as error:
             yield Broken(number, f"has a cell that is not JSON: {error}")
 
@@ -277,7 +289,7 @@ def _row(header: tuple[str, ...], cells: list[str]) -> dict[str, Any]:
     """A row as a record; columns of turns and of tokens hold JSON."""
     holds_json = _TURN_CELLS | (_TOKEN_CELLS if "input_ids" in header else set())
     return {
-        name: (json.loads(cell) if cell else None) if name in holds_json else cell
+        name: (_loads(cell) if cell else None) if name in holds_json else cell
         for name, cell in zip(header, cells, strict=True)
     }
 

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from mtp_model.files.untrusted_json import shown
+from mtp_model.files.untrusted_json import JsonError, shown, unique_members
 from mtp_model.problems import UserError
 
 REPORTED_FAULTS = 40
@@ -248,10 +248,19 @@ def _learn_switch(number: int, turn: dict[str, Any]) -> bool:
 def _tools(tools: Any) -> list[Any] | None:
     """Tools that the template describes; data sets often hold them as a string of JSON."""
     if isinstance(tools, str):
-        tools = json.loads(tools) if tools.strip() else None
+        tools = _json_of_tools(tools) if tools.strip() else None
     if tools is not None and not isinstance(tools, list):
         raise ValueError(f"tools is {_kind(tools)}, needed a list")
     return tools or None
+
+
+def _json_of_tools(text: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=unique_members)
+    except JsonError as error:
+        raise ValueError(f"tools {error}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"tools is text that is not JSON: {error}") from error
 
 
 # --- tokens

@@ -55,7 +55,7 @@ def parse(raw: bytes) -> object:
     try:
         return json.loads(
             raw.decode(),
-            object_pairs_hook=_unique,
+            object_pairs_hook=_unique_in_utf8,
             parse_constant=_not_a_number,
             parse_float=_finite,
         )
@@ -115,11 +115,17 @@ def _parts(value: Any, shape: Any) -> Iterator[tuple[str, object, Any]]:
                 yield key, value.get(key, _ABSENT), inner
 
 
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, for a decoder's `object_pairs_hook`; JsonError for a key given twice."""
     members = dict(pairs)
     if len(members) != len(pairs):
         twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise JsonError(f"has the key {shown(twice)} twice")
+    return members
+
+
+def _unique_in_utf8(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    members = unique_members(pairs)
     for text in (*members, *members.values()):
         if isinstance(text, str) and not text.isascii():
             _require_utf8(text)

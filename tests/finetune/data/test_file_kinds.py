@@ -156,6 +156,11 @@ def test_columns_without_values_are_as_if_missing(tmp_path):
     assert read_all(corpus) == [Text(text="a"), Exchange(prompt="p", completion="c")]
 
 
+def with_tools(tools: str) -> str:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    return json.dumps({"messages": turns, "tools": tools})
+
+
 GOOD = json.dumps({"text": "good"})
 FAULTS = {
     "text.json": ("once upon a time", "record 1 is not JSON: Expecting value"),
@@ -173,6 +178,15 @@ FAULTS = {
     "twice.csv": ("text,text\na,b\n", "has a column twice in its header: text, text"),
     "quote.csv": ('text\n"a', "line 2 is not CSV: unexpected end of data"),
     "nothing.csv": ("a,b\n1,2\n", ":2 has the keys a, b, needed"),
+    "key.jsonl": ('{"text": "a", "text": "b"}', ":1 has the key text twice"),
+    "key.json": ('[{"text": "a", "text": "b"}]', "record 1 has the key text twice"),
+    "key.csv": (
+        'messages\n"[{""role"": ""user"", ""role"": ""x""}]"\n',
+        ":2 has the key role twice",
+    ),
+    "key.jsonl.gz": (gzip.compress(b'{"a": {"b": 1, "b": 2}}'), ":1 has the key b twice"),
+    "tools.jsonl": (with_tools('[{"name": "f", "name": "g"}]'), ":1 tools has the key name twice"),
+    "half.jsonl": (with_tools("[{"), ":1 tools is text that is not JSON: Expecting property"),
     "cell.csv": ("input_ids\n[1\n", ":2 has a cell that is not JSON"),
     "short.txt.gz": (gzip.compress(b"abc" * 999)[:-9], "is not a whole gzip file"),
     "plain.txt.gz": ("abc", "is not a whole gzip file"),
