@@ -30,7 +30,7 @@ from finetune.settings import (
 )
 from finetune.state import Split, make_measure_step
 from finetune.weights import compute_dtype, open_trainable
-from mtp_model import ModelConfig
+from mtp_model import ModelConfig, cluster
 from mtp_model.checkpoint.directory import Checkpoint
 from mtp_model.layers import FP8, INIT_STD
 from mtp_model.load import load
@@ -148,6 +148,9 @@ def check(settings: EvaluateSettings) -> None:
         faults.append("--draft-vocab-data and --token-map need --draft-vocab N")
     if settings.token_map and settings.token_map.exists():
         faults.append(f"--token-map {settings.token_map} is there already; name another file")
+    if settings.token_map and not settings.token_map.parent.is_dir():
+        folder = settings.token_map.parent
+        faults.append(f"--token-map {settings.token_map} is in no folder; make {folder} first")
     faults += [] if settings.data else ["--data is empty, needed at least one path"]
     if faults:
         raise SettingsError("settings that cannot be used", faults)
@@ -157,6 +160,9 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
     """Measure on all of the text (or `max_rows` of it)."""
     check(settings)
     checkpoint, config = open_trainable(settings.checkpoint)
+    if (settings.draft_vocab or 0) > config.vocab_size:
+        fault = f"--draft-vocab is {settings.draft_vocab}, the model has {config.vocab_size} tokens"
+        raise SettingsError("settings that cannot be used", [fault])
     mesh = devices_for(settings.mesh, Workload.of(checkpoint, None, settings.rows))
     documents = open_documents(settings.checkpoint, settings.data, config)
     dtype = compute_dtype(settings.compute_dtype)
@@ -207,7 +213,7 @@ def _reduced(
     fewer = asked._replace(drafted=vocab.tokens)
     step = _with_weights(make_measure_step(split.graphdef, fewer), split, mesh)
     summary, _ = _measure(settings, documents, step, fewer, "evaluate, fewer tokens")
-    if settings.token_map:
+    if settings.token_map and cluster.is_first():
         write_token_map(settings.token_map, vocab.tokens)
     return ReducedHead(
         tokens=len(vocab.tokens),

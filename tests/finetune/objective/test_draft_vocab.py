@@ -122,7 +122,7 @@ def test_sglang_reads_the_token_map(tmp_path: Path):
     assert torch.load(tmp_path / "theirs.pt", weights_only=True) == found
 
 
-@follows("is there already; name another file")
+@follows("is there already; name another file", "is in no folder; make ")
 def test_evaluate_measures_both_heads(checkpoint, data, tmp_path, capsys):
     command = ["evaluate", "--checkpoint", str(checkpoint), "--data", str(data), "--max-rows", "2"]
     command += ["--rows", "2", "--row-tokens", "32", "--json", "--token-map"]
@@ -131,9 +131,15 @@ def test_evaluate_measures_both_heads(checkpoint, data, tmp_path, capsys):
     assert cli.run([*command, str(file), "--draft-vocab", "2"]) == 2
     assert "is there already; name another file" in capsys.readouterr().err
     assert file.read_text() == "mine"
-    other = [*command, str(tmp_path / "other.pt")]
+    below = tmp_path / "below"
+    assert cli.run([*command, str(below / "hot.pt"), "--draft-vocab", "2"]) == 2
+    assert f"is in no folder; make {below} first" in " ".join(capsys.readouterr().err.split())
+    below.mkdir()
+    other = [*command, str(below / "other.pt")]
     assert cli.run(other) == 2
     assert "need --draft-vocab N" in capsys.readouterr().err
+    assert cli.run([*other, "--draft-vocab", "385"]) == 2
+    assert "--draft-vocab is 385, the model has 384 tokens" in capsys.readouterr().err
     assert cli.run([*other, "--draft-vocab", "2", "--draft-vocab-data", str(data)]) == 0
     found = json.loads(capsys.readouterr().out)
     fewer = found["draft_vocab"]
@@ -141,7 +147,7 @@ def test_evaluate_measures_both_heads(checkpoint, data, tmp_path, capsys):
     assert 0 < fewer["coverage"] < 0.5
     assert fewer["summary"]["mtp_loss"] == pytest.approx(found["mtp_loss"])
     assert fewer["summary"]["overlap"][0] < found["overlap"][0]
-    numbers = (tmp_path / "other.pt").read_bytes().count(b"J")
+    numbers = (below / "other.pt").read_bytes().count(b"J")
     assert numbers >= 2
     (tmp_path / "results.json").write_text(json.dumps(found))
     assert cli.run(["compare", str(tmp_path / "results.json")]) == 0
