@@ -11,8 +11,9 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any, NamedTuple, Self, TypeVar
 
 import httpx2
@@ -191,14 +192,19 @@ def written_in_order(
     A later answer waits for an earlier one, up to four times as many as are asked for at once.
     """
     waiting: deque[tuple[P, Future[Written]]] = deque()
-    pool = ThreadPoolExecutor(max_workers=requests, thread_name_prefix="server")
+    asked: SimpleQueue[tuple[P, Future[Written]] | None] = SimpleQueue()
+    # An answer may take half an hour. Of a pool of threads Python would wait for it at its end,
+    # and nothing that was interrupted, or has failed, would end before.
+    for _ in range(requests):
+        threading.Thread(target=_ask_all, args=(ask, asked), daemon=True).start()
     try:
         while True:
             while len(waiting) < _AHEAD * requests:
                 prompt = next(prompts, None)
                 if prompt is None:
                     break
-                waiting.append((prompt, pool.submit(ask, prompt)))
+                waiting.append((prompt, Future()))
+                asked.put(waiting[-1])
             if not waiting:
                 return
             first, answer = waiting.popleft()
@@ -208,7 +214,23 @@ def written_in_order(
                 ready.append((following, answer.result()))
             yield ready
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        for _, answer in waiting:
+            answer.cancel()
+        for _ in range(requests):
+            asked.put(None)
+
+
+def _ask_all(
+    ask: Callable[[P], Written], asked: "SimpleQueue[tuple[P, Future[Written]] | None]"
+) -> None:
+    """What one thread does until there is None: each prompt's answer goes into its future."""
+    while (job := asked.get()) is not None:
+        prompt, answer = job
+        if answer.set_running_or_notify_cancel():
+            try:
+                answer.set_result(ask(prompt))
+            except BaseException as error:  # whoever waits for the answer raises it
+                answer.set_exception(error)
 
 
 def _of_openai(said: dict[str, Any], prompt: Sequence[int]) -> Written:

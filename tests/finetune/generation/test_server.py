@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -135,6 +137,28 @@ def test_an_interrupted_file_goes_on(settings, prompts, monkeypatch, tmp_path):
     files = [file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()]
     for said in (str(e.value).encode(), str(f.value).encode(), *files):
         assert b"sesame" not in said
+
+
+FAILS_WHILE_ANOTHER_HANGS = """
+import threading
+from finetune.generation.server import written_in_order
+hangs, never = threading.Event(), threading.Event()
+def ask(prompt):
+    if prompt == "hangs":
+        hangs.set()
+        never.wait()
+    hangs.wait()
+    raise OSError("this one failed")
+list(written_in_order(ask, iter(["fails", "hangs"]), 2))
+"""
+
+
+def test_nothing_waits_for_an_answer_that_does_not_come():
+    """A command that failed, or was interrupted, ends at once."""
+    script = [sys.executable, "-c", FAILS_WHILE_ANOTHER_HANGS]
+    ended = subprocess.run(script, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr.endswith("OSError: this one failed\n")
 
 
 @follows(
