@@ -16,6 +16,7 @@ MAY_CHANGE = (
     "evaluation.rows",
     "checkpoints.every",
     "checkpoints.keep",
+    "lora.keep",
     *MESH,
 )
 

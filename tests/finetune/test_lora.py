@@ -173,7 +173,7 @@ def run(settings: RunSettings) -> RunSettings:
         out=settings.out.with_name("lora"),
         train="lora",
         lora=LoraSettings(
-            rank=2, alpha=3.0, projections=("o_proj", "experts.gate_proj", "eh_proj"), keep=True
+            rank=2, alpha=3.0, projections=("o_proj", "experts.gate_proj", "eh_proj")
         ),
         steps=3,
         batch=BatchSettings(rows=2, row_tokens=16),
@@ -208,8 +208,10 @@ def test_a_run_moves_what_was_asked_and_goes_on_with_the_same_bits(run, checkpoi
     assert len(held) == 3 * 2 * len(MOVED) + 2  # each with two moments
     copy = unfinished_copy(result, run, tmp_path / "copy")
     (copy.out / "checkpoints" / "3").rename(tmp_path / "3")
-    train(copy, QUIET)
+    keeping = dataclasses.replace(copy, lora=dataclasses.replace(copy.lora, keep=True))
+    gone_on = train(keeping, QUIET)
     assert_same_result(copy.out, run.out)
+    assert not result.run.adapters.exists()
 
     export_checkpoint(open_checkpoint(result.run.final), tmp_path / "exported")
     old, new = stored(checkpoint.with_name("source")), stored(tmp_path / "exported")
@@ -217,7 +219,7 @@ def test_a_run_moves_what_was_asked_and_goes_on_with_the_same_bits(run, checkpoi
     weights = {name.removesuffix("_scale_inv") for name in old if old[name] != new[name]}
     kinds = {".".join(name.split(".")[-2:]) for name in weights}
     assert kinds == {"o_proj.weight", "gate_proj.weight", "eh_proj.weight"}
-    assert_kept_adapters_are_what_was_added(result, checkpoint, tmp_path / "peft")
+    assert_kept_adapters_are_what_was_added(gone_on, checkpoint, tmp_path / "peft")
     experts = [name for name in weights if ".mlp.experts." in name]
     assert len(weights) == 2 + len(experts)
     assert experts
