@@ -27,11 +27,13 @@ from finetune.settings import (
     DataPaths,
     MeshSettings,
     SettingsError,
+    flat,
+    option,
 )
 from finetune.state import Split, make_measure_step
 from finetune.weights import compute_dtype, open_trainable
 from mtp_model import ModelConfig, cluster
-from mtp_model.checkpoint.directory import Checkpoint
+from mtp_model.checkpoint.directory import COMPLETE, Checkpoint
 from mtp_model.layers import FP8, INIT_STD
 from mtp_model.load import load
 from mtp_model.progress import Report, progress
@@ -96,9 +98,11 @@ class ReducedHead:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What was measured, and digests that say of which text: its rows, and its files."""
+    """What was measured, and digests that say of which text, its rows and its files, and of which
+    checkpoint: its path may hold another one later."""
 
     summary: Summary
+    checkpoint_digest: str
     held_out: str  # as in a run's evaluations.jsonl
     data: str
     sources: list[SourceAcceptance] = field(default_factory=list)  # where there are several
@@ -116,6 +120,7 @@ class Evaluation:
         """For programs: what was measured, under the names of `Summary`, of which text, and what
         was asked for beside that."""
         found = self.summary.to_json() | {"held_out": self.held_out, "data": self.data}
+        found |= {"checkpoint_digest": self.checkpoint_digest}
         if self.sources:
             found["sources"] = [
                 asdict(each) | self._projected(each.mean_accepted_length) for each in self.sources
@@ -165,6 +170,9 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
         raise SettingsError("settings that cannot be used", [fault])
     mesh = devices_for(settings.mesh, Workload.of(checkpoint, None, settings.rows))
     documents = open_documents(settings.checkpoint, settings.data, config)
+    of_checkpoint = (checkpoint.path / COMPLETE).digest()
+    digests = {"data": documents.corpus.digest, "checkpoint": of_checkpoint}
+    cluster.raise_unless_alike(_asked_for(settings) | digests)
     dtype = compute_dtype(settings.compute_dtype)
     split = Split.of(load(settings.checkpoint, mesh, compute_dtype=dtype), "mtp")
     asked = Asked(settings.draft_tokens, True, settings.sampling, settings.temperature)
@@ -187,6 +195,7 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
         controls["untrained"], _ = _measure(settings, documents, fresh, asked, title)
     return Evaluation(
         summary=summary,
+        checkpoint_digest=of_checkpoint,
         held_out=rows_seen.hexdigest(),
         data=documents.corpus.digest,
         sources=_by_source(settings.data, documents, counts) if len(settings.data) > 1 else [],
@@ -194,6 +203,12 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
         draft_cost=settings.draft_cost,
         reduced=reduced,
     )
+
+
+def _asked_for(settings: EvaluateSettings) -> dict[str, str]:
+    """What every process of a cluster must have been given."""
+    values = flat(settings).items()
+    return {option(name): str(value) for name, value in values if not name.startswith("cluster.")}
 
 
 def _reduced(

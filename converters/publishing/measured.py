@@ -34,17 +34,18 @@ class MeasuredAcceptance:
     rounds: float
 
 
-def read_measured(words: Sequence[str], ckpt: str) -> tuple[MeasuredAcceptance, ...]:
+def read_measured(words: Sequence[str], ckpt: str, digest: str) -> tuple[MeasuredAcceptance, ...]:
     """What each FILE or NAME=FILE has, a row for each of its sources; NAME is the domain's.
 
-    ckpt: what has to have been measured. Raises ProblemsError with everything that is wrong.
+    ckpt: what has to have been measured, the checkpoint of this digest. Raises ProblemsError with
+    everything that is wrong.
     """
     found: list[MeasuredAcceptance] = []
     problems: list[Problem] = []
     for word in words:
-        name, _, path = word.rpartition("=")
+        name, _, path = ("", "", word) if Path(word).is_file() else word.rpartition("=")
         faults, values = _read(Path(path))
-        faults += [] if faults else [*_faults(values, ckpt)]
+        faults += [] if faults else [*_faults(values, ckpt, digest)]
         problems += [Problem("acceptance", path, fault) for fault in faults]
         found += [] if faults else _rows(name or Path(path).stem, values)
     raise_if_any("--acceptance", problems)
@@ -67,9 +68,11 @@ def _read(path: Path) -> tuple[list[str], dict[str, Any]]:
 _NEEDED = "needed what `finetune-deepseek evaluate --json` printed"
 
 
-def _faults(values: Mapping[str, Any], ckpt: str) -> Iterator[str]:
-    of = values["checkpoint"]
-    if not isinstance(of, str) or Path(of).absolute() != Path(ckpt).absolute():
+def _faults(values: Mapping[str, Any], ckpt: str, digest: str) -> Iterator[str]:
+    of, of_digest = values["checkpoint"], values.get("checkpoint_digest")
+    if of_digest is not None and of_digest != digest:
+        yield f"is of {shown(of)} as it was then, not of {ckpt} as it is; evaluate what is exported"
+    elif of_digest is None and not _is_path_of(ckpt, of):
         yield f"is of {shown(of)}, not of {ckpt}; evaluate what is exported"
     if values["sampling"] not in RULES:
         yield f"has sampling {shown(values['sampling'])}, needed one of {', '.join(RULES)}"
@@ -83,6 +86,11 @@ def _faults(values: Mapping[str, Any], ckpt: str) -> Iterator[str]:
         yield from _wrong_numbers(each)
         if each is not values and not isinstance(each.get("source"), str):
             yield f"has a source {shown(each.get('source'))}, needed a name"
+
+
+def _is_path_of(ckpt: str, found: Any) -> bool:
+    """Of evaluations without a digest, which earlier versions printed."""
+    return isinstance(found, str) and Path(found).absolute() == Path(ckpt).absolute()
 
 
 def _wrong_numbers(values: Mapping[str, Any]) -> Iterator[str]:

@@ -13,18 +13,19 @@ from packed import DOCUMENTS, packed
 
 from finetune import cli
 from finetune.data.packing import Batch
-from finetune.evaluate import initializer_range, untrained
+from finetune.evaluate import EvaluateSettings, evaluate, initializer_range, untrained
 from finetune.objective.acceptance import Choices, Rule, count_acceptance
 from finetune.objective.intervals import Interval
 from finetune.objective.losses import Asked, context_of, measure
 from finetune.run.metrics import Summary
 from finetune.run.report import controls_sections
 from finetune.state import Split
-from mtp_model import DeepSeekV3
+from mtp_model import DeepSeekV3, cluster
 from mtp_model.checkpoint.directory import open_checkpoint
 from mtp_model.layers import FP8
 from mtp_model.load import cast_weights, load
 from mtp_model.model import leaf_name
+from mtp_model.problems import UserError
 
 DEPTHS = 2
 
@@ -165,3 +166,16 @@ def test_a_cost_below_nothing_is_refused(checkpoint, data, capsys):
     words = ["--checkpoint", str(checkpoint), "--data", str(data), "--draft-cost", "-1"]
     assert cli.run(["evaluate", *words]) == 2
     assert "--draft-cost is -1.0, needed 0 or more" in capsys.readouterr().err
+
+
+def test_processes_that_measure_other_things_are_named(checkpoint, data, monkeypatch):
+    """Each takes its rows of a batch: of two texts the sums would be of neither."""
+
+    def two(said: dict[str, str]) -> list[dict[str, str]]:
+        return [said, said | {"data": "other text", "--row-tokens": "64"}]
+
+    monkeypatch.setattr(cluster, "all_say", two)
+    with pytest.raises(UserError) as error:
+        evaluate(EvaluateSettings(checkpoint=str(checkpoint), data=(data,)))
+    assert "--row-tokens: process 1 has 64, process 0 1024" in str(error.value)
+    assert "data: process 1 has other text" in str(error.value)

@@ -240,6 +240,9 @@ def test_the_card_says_where_from_what_changed_and_how_to_serve(provenance):
     assert "/home/me" not in readme
 
 
+DIGEST = "0123"
+
+
 def evaluation(checkpoint: Path, **changes: Any) -> dict[str, Any]:
     """What `evaluate --json` prints, in part."""
     found = {
@@ -270,7 +273,7 @@ def test_the_card_has_the_acceptance_that_was_measured(provenance, tmp_path):
         (tmp_path / name).write_text(json.dumps(content))
     words = [str(tmp_path / "code.json"), str(tmp_path / "mixed.json")]
     words.append(f"prose={tmp_path / 'sampled.json'}")
-    measured = read_measured(words, str(tmp_path / "run/final"))
+    measured = read_measured(words, str(tmp_path / "run/final"), DIGEST)
     config = {"num_nextn_predict_layers": 1}
     readme = merged_readme(None, REPO, provenance, config, measured=measured)
     rows = [line for line in readme.splitlines() if line.startswith("|") and "%" in line]
@@ -307,10 +310,22 @@ def test_what_is_no_evaluation_of_this_checkpoint_is_told(tmp_path, content, tol
     whole = evaluation(tmp_path)
     file.write_text(content if isinstance(content, str) else json.dumps(whole | content))
     with pytest.raises(ProblemsError) as error:
-        read_measured([str(file)], str(tmp_path))
+        read_measured([str(file)], str(tmp_path), DIGEST)
     assert told in str(error.value)
     file.write_text(json.dumps(whole))
-    assert read_measured([str(file)], str(tmp_path))
+    assert read_measured([str(file)], str(tmp_path), DIGEST)
+
+
+def test_an_evaluation_is_of_a_checkpoint_wherever_it_is(tmp_path):
+    """A run that was made longer has another one at the same path; one may be moved."""
+    file = tmp_path / "rate=1" / "law.json"  # no NAME=FILE
+    file.parent.mkdir()
+    file.write_text(json.dumps(evaluation(Path("/before/it/moved"), checkpoint_digest=DIGEST)))
+    [found] = read_measured([str(file)], str(tmp_path), DIGEST)
+    assert found.domain == "law"
+    file.write_text(json.dumps(evaluation(tmp_path, checkpoint_digest=DIGEST)))
+    with pytest.raises(ProblemsError, match=r"as it was then, not of .* as it is; evaluate what"):
+        read_measured([str(file)], str(tmp_path), "another")
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
