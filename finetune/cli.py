@@ -58,6 +58,8 @@ class TrainCommand:
     """YAML file with any of these settings; those given on the command line win over it."""
     overwrite: bool = False
     """Delete the run that is in --out, and start anew."""
+    profile: int = 0
+    """Write a trace of so many steps, after the first one, to OUT/profile, for XProf."""
     cluster: ClusterSettings = dataclasses.field(default_factory=ClusterSettings)
 
 
@@ -161,7 +163,7 @@ def _train(command: TrainCommand, argv: Sequence[str], errors: Console) -> int:
     console = errors if cluster.is_first() else Console(quiet=True)
     try:
         with stopping.heard():
-            result = train(command.settings, console, command.overwrite, stopping)
+            result = train(command.settings, console, command.overwrite, stopping, command.profile)
     except Stopped as stopped:
         stopping.say_goodbye()
         return stopped.status

@@ -1,5 +1,6 @@
 """The optimizer of a run: learning rate, AdamW, and how parameters and moments are kept."""
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar, cast
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import NamedSharding
+from jax.tree_util import DictKey
 
 from finetune.settings import Kept, OptimizerSettings, Schedule
 from mtp_model.model import leaf_name
@@ -49,23 +51,65 @@ _SCHEDULES: dict[Schedule, Callable[[Any], Any]] = {
 def make_optimizer(
     settings: OptimizerSettings, steps: int, is_matrix: Callable[[str], bool]
 ) -> optax.GradientTransformation:
-    """AdamW after clipping; weight decay on the leaves whose path `is_matrix` accepts."""
+    """The optimizer after clipping; weight decay on the leaves whose path `is_matrix` accepts."""
     rate = learning_rates(settings, steps)
 
     def decayed(trainable: nnx.State) -> nnx.State:
         return nnx.map_state(lambda path, _: is_matrix(leaf_name(path)), trainable)
 
-    adamw = optax.adamw(
-        lambda count: rate(count + 1),
+    found = _OPTIMIZERS[settings.name](settings, lambda count: rate(count + 1), decayed)
+    if settings.moments == "bfloat16":
+        found = _with_short_moments(found)
+    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), found)
+
+
+def _adamw(settings: OptimizerSettings, rate: Any, decayed: Any) -> optax.GradientTransformation:
+    return optax.adamw(
+        rate,
         b1=settings.beta1,
         b2=settings.beta2,
         eps=settings.epsilon,
         weight_decay=settings.weight_decay,
         mask=decayed,
     )
-    if settings.moments == "bfloat16":
-        adamw = _with_short_moments(adamw)
-    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), adamw)
+
+
+def _muon(settings: OptimizerSettings, rate: Any, decayed: Any) -> optax.GradientTransformation:
+    """Each matrix of a stack for itself, with updates as large as AdamW's (arXiv 2502.16982)."""
+    matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
+
+    def dimensions(trainable: Any) -> Any:
+        return nnx.map_state(lambda path, _: matrix if _is_projection(path) else None, trainable)
+
+    return optax.contrib.muon(
+        rate,
+        beta=settings.beta1,
+        weight_decay=settings.weight_decay,
+        weight_decay_mask=decayed,
+        adam_b1=settings.beta1,
+        adam_b2=settings.beta2,
+        adam_weight_decay=settings.weight_decay,
+        muon_weight_dimension_numbers=dimensions,  # pyright: ignore[reportArgumentType]
+        consistent_rms=_RMS_OF_ADAMW,
+    )
+
+
+def _adafactor(settings: OptimizerSettings, rate: Any, decayed: Any) -> Any:
+    """Without a mean of the gradient; steps are not scaled by the size of what they move."""
+    return optax.chain(
+        optax.scale_by_factored_rms(),
+        optax.clip_by_block_rms(1.0),
+        optax.add_decayed_weights(settings.weight_decay, decayed),
+        optax.scale_by_learning_rate(rate),
+    )
+
+
+_RMS_OF_ADAMW = 0.2
+_OPTIMIZERS: dict[str, Callable[[OptimizerSettings, Any, Any], Any]] = {
+    "adamw": _adamw,
+    "muon": _muon,
+    "adafactor": _adafactor,
+}
 
 
 def _with_short_moments(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -82,10 +126,20 @@ def _with_short_moments(optimizer: optax.GradientTransformation) -> optax.Gradie
 
 
 def _cast_floats(tree: T, dtype: Any) -> T:
-    def cast(leaf: Any) -> Any:
-        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+    """What belongs to parameters, as another float; counts and constants stay."""
 
-    return jax.tree.map(cast, tree)
+    def cast(path: tuple, leaf: Any) -> Any:
+        is_moment = _parameter(path) and jnp.issubdtype(leaf.dtype, jnp.floating)
+        return leaf.astype(dtype) if is_moment else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, tree)
+
+
+def _parameter(path: tuple) -> tuple:
+    """The path of the parameter that a leaf of an optimizer's state belongs to; () of none."""
+    within = itertools.dropwhile(lambda key: not isinstance(key, DictKey), reversed(path))
+    names = itertools.takewhile(lambda key: isinstance(key, DictKey), within)
+    return tuple(key.key for key in names)[::-1]
 
 
 def steps_taken(opt_state: optax.OptState) -> jax.Array:
@@ -94,7 +148,8 @@ def steps_taken(opt_state: optax.OptState) -> jax.Array:
     def is_of_the_rate(path: tuple, _: Any) -> bool:
         return getattr(path[-1], "tuple_name", None) == "ScaleByScheduleState"
 
-    return optax.tree.get(opt_state, "count", filtering=is_of_the_rate)
+    counts = optax.tree.get_all_with_path(opt_state, "count", filtering=is_of_the_rate)
+    return counts[0][1]  # where there are two, of muon and adamw, both count all steps
 
 
 class Halved(NamedTuple):
@@ -104,7 +159,7 @@ class Halved(NamedTuple):
     low: nnx.State  # int16, of the parameters that are kept in halves
 
 
-def _is_halved(path: tuple) -> bool:
+def _is_projection(path: tuple) -> bool:
     """Whether a step uses the leaf in the dtype that it computes in and no other: projections.
 
     Norms are small; routers are used in float32; of embedding and head, gradients add up in the
@@ -134,7 +189,7 @@ def halved(trainable: nnx.State) -> tuple[nnx.State, nnx.State]:
     """Float32 parameters with projections in bfloat16, and what these are missing."""
     high, low = [], []
     for path, leaf in nnx.to_flat_state(trainable):
-        if _is_halved(path):
+        if _is_projection(path):
             upper, lower = halve(leaf[...])
             low.append((path, leaf.replace(lower)))
             leaf = leaf.replace(upper)
@@ -182,7 +237,7 @@ def initial(
         return trainable, state
     high, low = halved(trainable)
     for path, leaf in nnx.to_flat_state(trainable):
-        if _is_halved(path):
+        if _is_projection(path):
             leaf[...].delete()
     return high, _as_kept(state, low, kept)
 
@@ -215,21 +270,21 @@ def _described(leaf: Any, where: Any) -> jax.ShapeDtypeStruct:
 
 
 def _placements(opt_state: optax.OptState, trainable: nnx.State) -> optax.OptState:
-    """Where each leaf lives: a moment with its parameter, a count of steps on every device.
+    """Where each leaf lives: a moment with its parameter; counts, and what is narrower than its
+    parameter, on every device.
 
     Left to JAX, the first step's state would be placed otherwise than the second's, and the step
     would be compiled twice.
     """
-    of_parameters = jax.tree.map(lambda leaf: leaf.sharding, trainable)
-    of_counts = jax.tree.leaves(of_parameters)[0]
-    if isinstance(of_counts, NamedSharding):
-        of_counts = everywhere(of_counts.mesh)
+    leaves = {
+        _parameter(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(trainable)
+    }
+    elsewhere: Any = jax.tree.leaves(trainable)[0].sharding
+    if isinstance(elsewhere, NamedSharding):
+        elsewhere = everywhere(elsewhere.mesh)
 
-    def is_moments(node: Any) -> bool:
-        return isinstance(node, nnx.State)
+    def place(path: tuple, leaf: Any) -> Any:
+        owner = leaves.get(_parameter(path))
+        return elsewhere if owner is None or owner.shape != leaf.shape else owner.sharding
 
-    return jax.tree.map(
-        lambda node: of_parameters if is_moments(node) else of_counts,
-        opt_state,
-        is_leaf=is_moments,
-    )
+    return jax.tree_util.tree_map_with_path(place, opt_state)

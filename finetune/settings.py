@@ -49,6 +49,14 @@ class BatchSettings:
     """Rows in a batch."""
     row_tokens: int = 1024
     """Tokens in a row; short documents share one, longer documents continue in another."""
+    accumulation: int = 1
+    """Parts that a batch's rows are computed in, one after another: less memory, the same step (lk
+    alone looks at each part's own acceptance)."""
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows that are computed at a time."""
+        return self.rows // self.accumulation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +122,12 @@ class LoraSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
-    """AdamW with linear warm-up, a learning rate that falls, and gradient clipping."""
+    """An optimizer with linear warm-up, a learning rate that falls, and gradient clipping."""
 
+    name: Literal["adamw", "muon", "adafactor"] = "adamw"
+    """adamw; muon for projections, with one mean each, and adamw for all else; adafactor, which
+    keeps of a matrix's squared gradient the means of its rows and columns. All with the learning
+    rate of adamw."""
     learning_rate: float = 5e-5
     """Highest learning rate, reached after warm-up."""
     schedule: Schedule = "cosine"
@@ -128,7 +140,7 @@ class OptimizerSettings:
     weight_decay: float = 0.01
     """Decoupled weight decay of matrices; norms have none."""
     beta1: float = 0.9
-    """Decay of the mean of the gradient, a step."""
+    """Decay of the mean of the gradient, a step (of muon too)."""
     beta2: float = 0.95
     """Decay of the mean of the squared gradient, a step."""
     epsilon: float = 1e-8
@@ -263,6 +275,7 @@ POSITIVE = (
     "objective.depth_decay",
     "steps",
     "batch.rows",
+    "batch.accumulation",
     "lora.rank",
     "lora.alpha",
     "optimizer.learning_rate",
@@ -327,6 +340,9 @@ def check(settings: RunSettings) -> None:
         for name in names
         if not good(values[name])
     ]
+    if settings.batch.rows % max(settings.batch.accumulation, 1):
+        found = f"{option('batch.accumulation')} is {settings.batch.accumulation}"
+        faults.append(f"{found}, needed a divisor of the {settings.batch.rows} rows of a batch")
     places = (("data", settings.data), ("eval_data", settings.eval_data), ("out", (settings.out,)))
     for name, paths in places:
         clouds = [path for path in paths if path.parts[:1] == ("gs:",)]

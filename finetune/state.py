@@ -12,15 +12,25 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from finetune.data.packing import Batch
 from finetune.objective.acceptance import Rounds
-from finetune.objective.losses import Asked, ExpertLoad, Measured, context_of, main_loss, measure
+from finetune.objective.losses import (
+    Asked,
+    ExpertLoad,
+    Measured,
+    TargetCounts,
+    context_of,
+    counts_of,
+    main_nll,
+    measure,
+)
 from finetune.objective.objectives import lambdas, objective
 from finetune.optimizer import advance, initial, steps_taken
 from finetune.settings import Kept, Part, RunSettings, TrainMode
 from mtp_model import DeepSeekV3, RouterBias
-from mtp_model.sharding import active_mesh, everywhere, placement
+from mtp_model.sharding import BATCH_AXES, active_mesh, everywhere, placement
 
 T = TypeVar("T")
 
@@ -102,23 +112,33 @@ def make_train_step(
     mtp_lambda = lambdas(settings)
 
     def step(state: TrainState, frozen: nnx.State, batch: Batch):
-        def loss_of(trainable: nnx.State):
+        mtp_weight = mtp_lambda(steps_taken(state.opt_state) + 1)
+
+        def loss_of(trainable: nnx.State, rows: Batch, whole: TargetCounts | None):
+            """Of some rows, sums over which are divided by the counts of the whole batch."""
             model = nnx.merge(graphdef, trainable, state.biases, frozen)
-            main = model.main(batch.tokens_BT, context_of(batch))
-            own_loss = None
+            main = model.main(rows.tokens_BT, context_of(rows))
+            own_nll = None
             if part == "all" and settings.detach_main:
-                own_loss = main_loss(model, batch, main)
+                own_nll = main_nll(model, rows, main)
                 model = nnx.merge(graphdef, _held(trainable), state.biases, frozen)
             if part == "mtp" or settings.detach_main:  # no gradient enters the main model
                 main = jax.lax.stop_gradient(main)
-            measured, load, *_ = measure(model, batch, main, asked)
-            weight = mtp_lambda(steps_taken(state.opt_state) + 1)
-            loss = objective(measured, part, mixture, weight, own_loss)
+            measured, load, *_ = measure(model, rows, main, asked)
+            divided = measured if whole is None else measured._replace(**whole._asdict())
+            loss = objective(divided, part, mixture, mtp_weight, own_nll)
             return loss, (measured, load)
 
-        grad_of = jax.value_and_grad(loss_of, has_aux=True)
-        (loss, (measured, load)), grads = grad_of(state.trainable)
-        grads = jax.tree.map(lambda grad: grad.astype(jnp.float32), _placed(grads))
+        config = nnx.merge(graphdef, state.trainable, state.biases, frozen).config
+        depths = asked.num_draft_tokens or config.num_nextn_predict_layers
+        gradient = jax.grad(loss_of, has_aux=True)
+        grads, (measured, load) = _accumulated(
+            lambda rows, whole: gradient(state.trainable, rows, whole),
+            batch,
+            settings.batch.accumulation,
+            counts_of(batch, depths, asked),
+        )
+        loss = objective(measured, part, mixture, mtp_weight)
         trainable, opt_state = advance(optimizer, grads, state.opt_state, state.trainable)
         biases = balance(state.biases, load, settings.router_bias_rate)
         moved = TrainState(trainable, biases, opt_state)
@@ -130,6 +150,44 @@ def make_train_step(
         return _placed((_where(learnt & finite, moved, state), result))
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _accumulated(
+    gradient: Callable[[Batch, TargetCounts | None], Any],
+    batch: Batch,
+    parts: int,
+    whole: TargetCounts,
+) -> tuple[nnx.State, tuple[Measured, ExpertLoad]]:
+    """Float32 gradients and sums of a batch whose rows are computed in parts, one after another.
+
+    Each device takes a part of its own rows at a time.
+    """
+
+    def of(
+        rows: Batch, whole: TargetCounts | None
+    ) -> tuple[nnx.State, tuple[Measured, ExpertLoad]]:
+        grads, sums = gradient(rows, whole)
+        return jax.tree.map(lambda grad: grad.astype(jnp.float32), _placed(grads)), sums
+
+    if parts == 1:
+        return of(batch, None)
+    split = Batch(*(_in_parts(x, parts) for x in batch))
+
+    def add(total: Any, rows: Batch) -> tuple[Any, None]:
+        return _placed(jax.tree.map(jnp.add, total, of(rows, whole))), None
+
+    shapes = jax.eval_shape(lambda rows: of(rows, whole), Batch(*(x[0] for x in split)))
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(add, _placed(nothing), split)[0]
+
+
+def _in_parts(x_BT: jax.Array, parts: int) -> jax.Array:
+    """[parts, B / parts, T], each with rows of every device that has rows."""
+    rows, length = x_BT.shape
+    split = x_BT.reshape(rows // parts, parts, length).swapaxes(0, 1)
+    if active_mesh() is None:
+        return split
+    return jax.lax.with_sharding_constraint(split, PartitionSpec(None, BATCH_AXES, None))
 
 
 def _held(trainable: nnx.State) -> nnx.State:
@@ -166,8 +224,12 @@ def _placed(tree: T) -> T:
     def placed(leaf: Any) -> Any:
         if not isinstance(leaf, nnx.Variable):
             return jax.lax.with_sharding_constraint(leaf, everywhere(mesh))
-        where = placement(leaf.get_metadata("out_sharding"), leaf.shape, mesh)
-        return leaf.replace(jax.lax.with_sharding_constraint(leaf[...], where))
+        axes, value = leaf.get_metadata("out_sharding"), leaf.get_value()
+        if not isinstance(value, jax.Array):  # of another optimizer's parameter
+            return leaf
+        narrower = value.ndim != len(axes)  # what an optimizer keeps of rows or columns
+        where = everywhere(mesh) if narrower else placement(axes, value.shape, mesh)
+        return leaf.replace(jax.lax.with_sharding_constraint(value, where))
 
     return jax.tree.map(placed, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 

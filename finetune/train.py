@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -111,10 +112,12 @@ def train(
     console: Console,
     overwrite: bool = False,
     stopping: Stopping = NOT_STOPPING,
+    profiled: int = 0,
 ) -> Result:
     """Train, or go on where a stopped run is. What is done is said on `console`.
 
     stopping: what hears the signals that end the run early, where something does.
+    profiled: so many steps, after the first one, leave a trace in RUN/profile.
 
     Raises SettingsError, RunError, DataError or CheckpointError before anything is written,
     StoppedError when the loss is not finite, and Stopped when a signal asked for it.
@@ -127,7 +130,8 @@ def train(
     computed_in = begun_in or compute_dtype(settings.compute_dtype)
     base, config = open_trainable(settings.checkpoint)
     raise_unless_fitting(settings, config)
-    mesh = devices_for(settings.mesh, Workload.of(base, settings.train, settings.batch.rows))
+    work = Workload.of(base, settings.train, settings.batch.rows_at_once)
+    mesh = devices_for(settings.mesh, work)
     text = open_run_text(settings, config)
     console.print(text.description)
     cluster.raise_unless_alike(given(settings, text, base))
@@ -140,7 +144,7 @@ def train(
                 console.print("the MTP modules are new: they learn by lk (--objective.lk 1)")
             if warning := forgets(settings.objective, base.provenance):
                 console.print(warning)
-            state = _loop(job)
+            state = _loop(job, profiled)
         measured = first_and_last(run.evaluations)
         record = {"by": "finetune-deepseek train", "settings": as_plain(settings)}
         record |= {"computed_in": computed_in}
@@ -189,7 +193,7 @@ def _prepare(
     )
 
 
-def _loop(job: _Job) -> TrainState:
+def _loop(job: _Job, profiled: int) -> TrainState:
     """All steps that are still to be done. Long, so that it can be read in one piece."""
     settings, run, stopping = job.settings, job.run, job.stopping
     with contextlib.ExitStack() as stack:
@@ -217,7 +221,7 @@ def _loop(job: _Job) -> TrainState:
             return state
         train_step, compiled = _compiled(job, state)
         stack.enter_context(stopping.after_the_step())
-        for step in range(at.step + 1, settings.steps + 1):
+        for step in _traced(range(at.step + 1, settings.steps + 1), profiled, run.profile):
             began = time.perf_counter()
             batch, position = next(batches)
             batch = spread(batch, job.mesh)
@@ -241,6 +245,17 @@ def _loop(job: _Job) -> TrainState:
                 _evaluate(job, log, state, step, stop_if_asked)
         checkpoints.wait()
     return state
+
+
+def _traced(steps: range, count: int, folder: Path) -> Iterator[int]:
+    """The steps. Of so many of them, after the first one, the profiler's trace is written."""
+    traced = steps[1 : 1 + count]
+    for step in steps:
+        if traced and step == traced[0]:
+            jax.profiler.start_trace(folder)
+        yield step
+        if traced and step == traced[-1]:
+            jax.profiler.stop_trace()
 
 
 def _compiled(job: _Job, state: TrainState) -> tuple[Callable[..., Any], dict[str, float]]:

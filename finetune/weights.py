@@ -114,14 +114,14 @@ def _kept_bytes(settings: RunSettings, config: ModelConfig) -> int:
     c, batch = config, settings.batch
     heads = c.num_attention_heads
     attention = 3 * heads * (c.qk_head_dim + c.v_head_dim)
-    if keeps_scores(batch.rows, batch.row_tokens, heads):
+    if keeps_scores(batch.rows_at_once, batch.row_tokens, heads):
         attention += 2 * heads * batch.row_tokens
     served = c.num_experts_per_tok * (4 * c.moe_intermediate_size + 4 * c.hidden_size)
     moe = served + 4 * c.n_shared_experts * c.moe_intermediate_size
     depths = settings.draft_tokens or c.num_nextn_predict_layers
     layers = {"mtp": 0, "all": c.num_dense_layers + c.num_moe_layers}[settings.part] + depths
     a_layer = 8 * c.hidden_size + attention + max(moe, 4 * c.intermediate_size)
-    return 4 * batch.rows * batch.row_tokens * layers * a_layer
+    return 4 * batch.rows_at_once * batch.row_tokens * layers * a_layer
 
 
 def load_for_training(

@@ -280,18 +280,17 @@ def measure(
     target = tuple(targets(batch, k) for k in range(len(hidden)))
     sums, choices = through_head(model.lm_head, hidden, target, asked)
     acceptance, rounds = count_acceptance(batch, choices, asked.rule)
-    compared = asked.distributions
-    anchors_BT = _is_anchor(target) & (compared and len(hidden) > 1)
-    text_nll = -_sum_where(target[0].valid_BT & compared, choices.log_prob[0])
+    counts = counts_of(batch, len(drafted), asked)
+    text_nll = -_sum_where(target[0].valid_BT & asked.distributions, choices.log_prob[0])
     measured = Measured(
         nll_sum_K1=sums.nll_K1,
-        num_targets_K1=jnp.stack([jnp.sum(each.valid_BT, dtype=jnp.int32) for each in target]),
+        num_targets_K1=counts.num_targets_K1,
         acceptance=acceptance,
         num_tokens=jnp.sum(batch.segment_ids_BT != 0, dtype=jnp.int32),
         kl_sum_K=sums.kl_K,
         overlap_sum_K=sums.overlap_K,
         joint_sum=sums.joint,
-        num_anchors=jnp.sum(anchors_BT, dtype=jnp.int32),
+        num_anchors=counts.num_anchors,
         entropy_sum=sums.entropy,
         text_nll_sum=text_nll,
     )
@@ -310,11 +309,25 @@ def _likeliest(lm_head: Embedding, h_BTD: Float[Array, "B T D"]) -> Int[Array, "
     return jnp.moveaxis(tokens, 0, 1).reshape(rows, -1)[:, :length]
 
 
-def main_loss(model: DeepSeekV3, batch: Batch, main: MainStates) -> jax.Array:
-    """Mean cross entropy of the main model alone; 0 without a target."""
-    target = targets(batch, 0)
-    sums, _ = through_head(model.lm_head, (main.hidden_BTD,), (target,), ONE_DRAFT_EACH)
-    return sums.nll_K1[0] / jnp.maximum(jnp.sum(target.valid_BT), 1).astype(jnp.float32)
+def main_nll(model: DeepSeekV3, batch: Batch, main: MainStates) -> jax.Array:
+    """Negative log-likelihood of the text under the main model alone, summed over its targets."""
+    sums, _ = through_head(model.lm_head, (main.hidden_BTD,), (targets(batch, 0),), ONE_DRAFT_EACH)
+    return sums.nll_K1[0]
+
+
+class TargetCounts(NamedTuple):
+    """What sums over a batch are divided by; of the text alone."""
+
+    num_targets_K1: Int[Array, "K1"]
+    num_anchors: jax.Array  # int32
+
+
+def counts_of(batch: Batch, depths: int, asked: Asked) -> TargetCounts:
+    """The counts of `measure` of a batch, of which a part may be computed at a time."""
+    target = tuple(targets(batch, k) for k in range(depths + 1))
+    anchors_BT = _is_anchor(target) & (asked.distributions and depths > 0)
+    valid = [jnp.sum(each.valid_BT, dtype=jnp.int32) for each in target]
+    return TargetCounts(jnp.stack(valid), jnp.sum(anchors_BT, dtype=jnp.int32))
 
 
 def _by_module(load_KE: Float[Array, "K E"], model: DeepSeekV3) -> Float[Array, "M E"]:

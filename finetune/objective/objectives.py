@@ -31,17 +31,20 @@ def objective(
     part: Part,
     mixture: ObjectiveSettings,
     mtp_lambda: jax.Array | float,
-    main_loss: jax.Array | None = None,
+    main_nll: jax.Array | None = None,
 ) -> jax.Array:
     """L_main + lambda * the mixture; with the main model frozen, the mixture alone.
 
-    A frozen main model's loss is a constant, and lambda would only be a factor. main_loss: instead
-    of the measured one, where gradients of the two go to different parts of the model.
+    A frozen main model's loss is a constant, and lambda would only be a factor. main_nll: instead
+    of the measured sum, where gradients of the two go to different parts of the model.
     """
     mtp = mtp_objective(measured, mixture)
     if part == "mtp":
         return mtp
-    return (mean_losses(measured)[0] if main_loss is None else main_loss) + mtp_lambda * mtp
+    if main_nll is not None:
+        sums_K1 = measured.nll_sum_K1.at[0].set(main_nll)
+        measured = measured._replace(nll_sum_K1=sums_K1)
+    return mean_losses(measured)[0] + mtp_lambda * mtp
 
 
 def lambdas(settings: RunSettings) -> Callable[[jax.Array], jax.Array]:

@@ -83,7 +83,7 @@ class PlanSettings:
     stored: Literal["as-is", "bf16"] = "as-is"
     """Frozen weights as the checkpoint or config.json has them (FP8 where it says so), or bf16."""
     rows: int = 0
-    """Rows in a batch; 0: one for each device that the batch is spread over."""
+    """Rows that are computed at a time; 0: one for each device that the batch is spread over."""
     row_tokens: int = 4096
     """Tokens in a row."""
     draft_tokens: int = 0

@@ -12,6 +12,7 @@ MAY_CHANGE = (
     "eval_data",
     "compute_dtype",  # compared by what it stood for when the run began
     "remat",  # what is computed is the same
+    "batch.accumulation",
     "evaluation.every",
     "evaluation.rows",
     "checkpoints.every",

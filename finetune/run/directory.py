@@ -60,6 +60,10 @@ class RunDirectory:
         return self.path / REPORT_HTML
 
     @property
+    def profile(self) -> Path:
+        return self.path / "profile"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -192,7 +196,8 @@ class RunDirectory:
     def _delete(self) -> None:
         """Delete what a run writes, and nothing else that may be there; config.yaml last."""
         results = self.path.glob("final-of-*-steps")
-        for folder in (self.final, self.adapters, self.checkpoints, self.tensorboard, *results):
+        folders = (self.final, self.adapters, self.checkpoints, self.tensorboard, self.profile)
+        for folder in (*folders, *results):
             shutil.rmtree(folder, ignore_errors=True)
         for file in (self.metrics, self.evaluations, self.curves, self.resolved, self.config):
             file.unlink(missing_ok=True)

@@ -13,8 +13,7 @@ from finetune.run.changes import differences
 from finetune.run.checkpoints import Checkpoints, DamagedError, RunPosition
 from finetune.run.directory import RunDirectory, RunError
 from finetune.run.metrics import RunLog
-from finetune.settings import RunSettings, option
-from finetune.settings_file import as_plain
+from finetune.settings import RunSettings, flat, option
 from finetune.state import TrainState
 from mtp_model import cluster
 from mtp_model.checkpoint.directory import COMPLETE, Checkpoint
@@ -27,8 +26,8 @@ def inputs_of(text: RunText, base: Checkpoint) -> dict[str, str]:
 
 def given(settings: RunSettings, text: RunText, base: Checkpoint) -> dict[str, str]:
     """What every process of a cluster must have been given."""
-    plain = {option(name): str(value) for name, value in as_plain(settings).items()}
-    return {**plain, **inputs_of(text, base)}
+    said = {option(name): str(value) for name, value in flat(settings).items()}
+    return {**said, **inputs_of(text, base)}
 
 
 def resume(

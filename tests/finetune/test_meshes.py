@@ -23,6 +23,7 @@ from finetune.data.packing import Batch
 from finetune.devices import Workload, choose_shape
 from finetune.evaluate import EvaluateSettings, evaluate
 from finetune.settings import (
+    BatchSettings,
     MeshSettings,
     SettingsError,
     TrainMode,
@@ -70,9 +71,11 @@ def mesh_of(axes: dict[str, int]) -> Mesh:
 def test_three_steps_on_a_mesh_equal_three_on_one_device(
     kind, axes, on_one_device, batches, monkeypatch
 ):
-    """With so few slots a round that several rounds are needed."""
+    """With so few slots a round that several rounds are needed; of one kind, rows in two parts."""
     monkeypatch.setattr(dispatch, "CAPACITY", 0.1)
     run, checkpoint, want = on_one_device[kind]
+    if kind == "all, bf16" and "tensor" in axes:
+        run = dataclasses.replace(run, batch=BatchSettings(rows=8, accumulation=2))
     assert worst(three_steps(run, checkpoint, batches, mesh_of(axes)), want) <= TOLERANCE
 
 

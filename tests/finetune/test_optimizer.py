@@ -10,16 +10,27 @@ import numpy as np
 import pytest
 from flax import nnx
 from imported import import_tiny
+from jax.sharding import NamedSharding, PartitionSpec
 from trained import QUIET, assert_same_result, read_rows, unfinished_copy
 
 from finetune.data.packing import Batch
-from finetune.optimizer import Halved, halve, join, joined, learning_rates, make_optimizer
+from finetune.optimizer import (
+    Halved,
+    halve,
+    initial,
+    join,
+    joined,
+    learning_rates,
+    make_optimizer,
+    steps_taken,
+)
 from finetune.run.directory import RunError
 from finetune.settings import CheckpointSettings, Kept, OptimizerSettings, RunSettings
 from finetune.settings_file import read_yaml
 from finetune.state import make_train_step, start
 from finetune.train import Result, train
 from finetune.weights import load_for_training, matrices
+from mtp_model import make_mesh
 from mtp_model.checkpoint.directory import open_checkpoint
 
 
@@ -138,7 +149,103 @@ def test_steps_in_halves_are_the_steps(settings):
     assert np.linalg.norm(alone - expected) > 0.1 * length
 
 
-KEPT = {"whole": {}, "short moments": {"moments": "bfloat16", "parameters": "halves"}}
+def updates_by(settings: OptimizerSettings, grads: list[np.ndarray]) -> np.ndarray:
+    """How a stack of two projections is moved by the last of several gradients."""
+    weight = nnx.State({"o_proj": {"weight": nnx.Param(jnp.asarray(grads[0]) * 0.1)}})
+    optimizer = make_optimizer(settings, 10, lambda _: True)
+
+    @jax.jit
+    def after_all(weight, grads):
+        state, updates = optimizer.init(weight), None
+        for grad in grads:
+            with jax.numpy_dtype_promotion("standard"):
+                updates, state = optimizer.update(grad, state, weight)
+        return updates
+
+    stacks = [jax.tree.map(lambda _, g=g: jnp.asarray(g), weight) for g in grads]
+    return np.asarray(jax.tree.leaves(after_all(weight, stacks))[0])
+
+
+@pytest.fixture
+def two_gradients() -> list[np.ndarray]:
+    rng = np.random.default_rng(3)
+    return [rng.normal(size=(2, 130, 192)).astype(np.float32) for _ in range(2)]
+
+
+CONSTANT = {"learning_rate": 0.1, "warmup_fraction": 0.0, "schedule": "constant", "clip_norm": 1e9}
+
+
+def test_muon_is_torchs_on_each_matrix_of_a_stack(two_gradients):
+    """In the first step: later optax corrects the mean for its beginning, and torch does not."""
+    torch = pytest.importorskip("torch")
+    settings = OptimizerSettings(name="muon", beta1=0.9, weight_decay=0.05, **CONSTANT)
+    found = updates_by(settings, two_gradients[:1])
+    wanted = np.zeros(0)
+    for number in range(2):
+        before = torch.tensor(two_gradients[0][number] * 0.1)
+        weight = torch.nn.Parameter(before.clone())
+        theirs = torch.optim.Muon(
+            [weight], lr=0.1, weight_decay=0.05, momentum=0.9, adjust_lr_fn="match_rms_adamw"
+        )
+        weight.grad = torch.tensor(two_gradients[0][number])
+        theirs.step()
+        wanted = (weight.data - before).numpy()
+        # torch iterates in bfloat16: two digits of each singular value.
+        assert np.linalg.norm(found[number] - wanted) < 0.03 * np.linalg.norm(wanted)
+    swapped = found[::-1]  # negative control
+    assert np.linalg.norm(swapped[1] - wanted) > np.linalg.norm(wanted)
+
+
+def test_adafactor_divides_by_the_means_of_rows_and_columns(two_gradients):
+    """By its formula in float64 (arXiv 1804.04235, algorithm 4), without the parameter's scale."""
+    settings = OptimizerSettings(name="adafactor", weight_decay=0.05, **CONSTANT)
+    found = updates_by(settings, two_gradients)
+    rows, columns, wanted = np.zeros((2, 130)), np.zeros((2, 192)), np.zeros(0)
+    for step, grad in enumerate(np.float64(two_gradients), start=1):
+        decay = 1 - step**-0.8
+        rows = decay * rows + (1 - decay) * np.mean(grad**2, axis=2)
+        columns = decay * columns + (1 - decay) * np.mean(grad**2, axis=1)
+        second = rows[:, :, None] * columns[:, None, :] / rows.mean(axis=1)[:, None, None]
+        wanted = grad / np.sqrt(second)
+    wanted /= max(1.0, np.sqrt(np.mean(wanted**2)))
+    wanted = -0.1 * (wanted + 0.05 * np.float64(two_gradients[0]) * 0.1)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
+def test_moments_live_with_their_parameters(name):
+    """On a mesh: those of a parameter's shape; what is narrower, and counts, on every device."""
+    mesh, rng = make_mesh(expert=2, tensor=2, devices=jax.devices()[:4]), np.random.default_rng(0)
+    shapes = {("norm", "weight"): (8,), ("mlp", "up_proj", "weight"): (2, 256, 128)}
+    specs = {(8,): PartitionSpec("expert"), (2, 256, 128): PartitionSpec(None, "tensor", "expert")}
+    trainable = nnx.from_flat_state(
+        [
+            (
+                path,
+                nnx.Param(
+                    jax.device_put(
+                        rng.normal(size=shape).astype(np.float32), NamedSharding(mesh, specs[shape])
+                    )
+                ),
+            )
+            for path, shape in shapes.items()
+        ]
+    )
+    optimizer = make_optimizer(OptimizerSettings(name=name), 10, lambda _: True)
+    _, state = initial(optimizer, trainable)
+    leaves = jax.tree.leaves(state)
+    for leaf in leaves:
+        assert leaf.sharding.spec == specs.get(leaf.shape, PartitionSpec()), leaf.shape
+    large = sum(leaf.shape == (2, 256, 128) for leaf in leaves)
+    assert large == {"adamw": 2, "muon": 1, "adafactor": 0}[name]
+    assert int(steps_taken(state)) == 0
+
+
+KEPT = {
+    "whole": {},
+    "short moments": {"moments": "bfloat16", "parameters": "halves"},
+    "muon": {"name": "muon", "moments": "bfloat16"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +260,7 @@ def trained(settings, tmp_path_factory) -> dict[str, Result]:
                 out=folder / name,
                 optimizer=dataclasses.replace(settings.optimizer, **kept, learning_rate=2e-4),
                 checkpoints=CheckpointSettings(every=2),
+                batch=dataclasses.replace(settings.batch, accumulation=1 + (name == "muon")),
             ),
             QUIET,
         )
@@ -169,13 +277,18 @@ def test_short_moments_are_nearly_the_run(trained):
     np.testing.assert_allclose(losses["short moments"], losses["whole"], rtol=2e-3)
 
 
-def test_what_is_kept_short_goes_on_bit_for_bit(trained, tmp_path):
-    """From a checkpoint in the middle; and not with parameters kept otherwise."""
-    whole = trained["short moments"]
+@pytest.mark.parametrize(
+    ("name", "setting", "change"),
+    [("short moments", "parameters", ("halves", "float32")), ("muon", "name", ("muon", "adamw"))],
+)
+def test_what_is_kept_short_goes_on_bit_for_bit(trained, tmp_path, name, setting, change):
+    """From a checkpoint in the middle; and not with an optimizer that keeps something else."""
+    whole = trained[name]
     settings = read_yaml(whole.run.path / "config.yaml")
     copy = unfinished_copy(whole, settings, tmp_path / "again")
     shutil.rmtree(copy.out / "checkpoints" / "4")
-    otherwise = dataclasses.replace(settings.optimizer, parameters="float32")
-    with pytest.raises(RunError, match=r"--optimizer.parameters was halves, is now float32"):
+    was, now = change
+    otherwise = dataclasses.replace(settings.optimizer, **{setting: now})
+    with pytest.raises(RunError, match=rf"--optimizer.{setting} was {was}, is now {now}"):
         train(dataclasses.replace(copy, optimizer=otherwise), QUIET)
     assert_same_result(train(copy, QUIET).run.path, whole.run.path)

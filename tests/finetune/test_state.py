@@ -56,6 +56,30 @@ def test_a_detached_main_model_learns_from_its_own_loss_only(settings, checkpoin
     assert not modules & set(differs)
 
 
+def test_a_batch_in_parts_has_the_gradients_of_the_whole(settings, checkpoint, batch, monkeypatch):
+    """Each sum is divided by the targets of all rows, of which one has few. All objectives but lk,
+    whose share is that of the part."""
+    few_BT = batch.loss_mask_BT.copy()
+    few_BT[0, 4:] = 0
+    uneven = batch._replace(loss_mask_BT=few_BT)
+    every = dataclasses.replace(
+        settings,
+        train="all",
+        detach_main=True,
+        objective=ObjectiveSettings(ce=0.5, kl=0.2, tv=0.2, e2e_tv=0.3),
+        batch=dataclasses.replace(settings.batch, rows=2),
+    )
+    in_parts = dataclasses.replace(every, batch=dataclasses.replace(every.batch, accumulation=2))
+    whole, parts = (gradients(run, checkpoint, uneven) for run in (every, in_parts))
+    for name, wanted in whole.items():
+        atol = 1e-5 * np.abs(wanted).max() + 2e-7
+        np.testing.assert_allclose(parts[name], wanted, atol=atol, err_msg=name)
+    monkeypatch.setattr("finetune.state.counts_of", lambda *_: None)  # each divides by its own
+    means = gradients(in_parts, checkpoint, uneven)
+    name = max(whole, key=lambda each: np.abs(whole[each]).max())
+    assert not np.allclose(means[name] / 2, whole[name], rtol=1e-2)
+
+
 def test_what_is_computed_again_changes_no_gradient(settings, checkpoint, batch, monkeypatch):
     """Whether layers, and whether scores of attention, are kept or computed again."""
     every = dataclasses.replace(settings, train="all", draft_tokens=2, mtp_lambda=0.5)
