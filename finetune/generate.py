@@ -131,7 +131,9 @@ def generate(settings: GenerateSettings) -> Counts:
     checkpoint = _open(settings)
     documents = open_documents(settings.checkpoint, settings.data, checkpoint.config)
     if settings.server is not None:
-        with Server(settings.server, settings.server_model, settings.requests) as server:
+        with progress(f"wait for {settings.server}", "models"):  # two minutes, if nobody answers
+            server = Server(settings.server, settings.server_model, settings.requests)
+        with server:
             return _ask(server, settings, checkpoint, documents)
     made_by = _made_by(settings, checkpoint, documents)
     made_by |= {"computed_in": compute_dtype(settings.compute_dtype)}

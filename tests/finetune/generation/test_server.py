@@ -19,6 +19,7 @@ from finetune.generation import server as client
 from finetune.generation.answers import AnswersError
 from finetune.generation.server import ServerError
 from finetune.settings import SettingsError
+from mtp_model import progress
 from mtp_model.checkpoint.directory import open_checkpoint
 
 COUNT, NEW = 40, 6
@@ -166,7 +167,7 @@ def test_nothing_waits_for_an_answer_that_does_not_come():
     "one of them by --server-model",
     "it serves another model",
 )
-def test_a_server_that_cannot_be_used_is_said(settings, prompts, monkeypatch):
+def test_a_server_that_cannot_be_used_is_said(settings, prompts, monkeypatch, capsys):
     def told(server: CompletionsServer, **more) -> str:
         with pytest.raises(ServerError) as error:
             generate(at(server, settings, **more))
@@ -192,8 +193,11 @@ def test_a_server_that_cannot_be_used_is_said(settings, prompts, monkeypatch):
     assert read_rows(settings.out) == expected(prompts)[:4]
     nobody = dataclasses.replace(settings, server=server.url, overwrite=True)
     monkeypatch.setattr(client, "TRIES", 2)
+    monkeypatch.setattr(client, "FIRST_WAIT_S", 0.5)
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.05)
     with pytest.raises(ServerError, match=r"its models: the connection failed \(ConnectError\)"):
         generate(nobody)
+    assert f"wait for {server.url}: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
