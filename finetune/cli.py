@@ -180,7 +180,7 @@ def _result_sections(result: Result) -> Iterator[Section]:
         f"report: {_shown(result.run.page)}\n"
         f"curves: {_shown(result.run.curves)}\n"
         f"checkpoint: {final}\n"
-        f"next: convert-deepseek export {final} DST"
+        f"next: convert-deepseek export {shlex.quote(str(final))} DST"
     )
 
 

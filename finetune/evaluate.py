@@ -1,6 +1,7 @@
 """`finetune-deepseek evaluate`, a file of its own as `train` has: measure a checkpoint on text."""
 
 import functools
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -147,8 +148,8 @@ def check(settings: EvaluateSettings) -> None:
         for name, least in minimum.items()
         if (value := getattr(settings, name)) is not None and not value >= least
     ]
-    if not settings.temperature > 0:
-        faults.append(f"--temperature is {settings.temperature}, needed more than 0")
+    if not 0 < settings.temperature < math.inf:
+        faults.append(f"--temperature is {settings.temperature}, needed a number above 0")
     if settings.draft_vocab is None and (settings.draft_vocab_data or settings.token_map):
         faults.append("--draft-vocab-data and --token-map need --draft-vocab N")
     if settings.token_map and settings.token_map.exists():

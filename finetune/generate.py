@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -96,6 +97,8 @@ def check(settings: GenerateSettings) -> None:
         for name, minimum in least.items()
         if (value := getattr(settings, name)) is not None and not value >= minimum
     ]
+    if settings.temperature == math.inf:
+        faults.append("--temperature is inf, needed a finite number")
     if settings.server is not None:
         faults += _faults_of_server(settings, settings.server)
     faults += [] if settings.data else ["--data is empty, needed at least one path"]
@@ -131,7 +134,7 @@ def generate(settings: GenerateSettings) -> Counts:
     checkpoint = _open(settings)
     documents = open_documents(settings.checkpoint, settings.data, checkpoint.config)
     if settings.server is not None:
-        with progress(f"wait for {settings.server}", "models"):  # two minutes, if nobody answers
+        with progress(f"reach {settings.server}", "models"):  # two minutes, if nobody answers
             server = Server(settings.server, settings.server_model, settings.requests)
         with server:
             return _ask(server, settings, checkpoint, documents)

@@ -1,5 +1,7 @@
 """`convert-deepseek new-mtp`: fresh MTP modules as a draft folder."""
 
+import shlex
+
 from converters.cli.arguments import NewMtp
 from converters.cli.common import print_result, source_of
 from converters.exporting.new_mtp import write_new_mtp
@@ -13,12 +15,13 @@ def run_new_mtp(command: NewMtp) -> int:
     source = source_of(command.src, follow_links=command.follow_links)
     with progress("new-mtp") as report:
         made = write_new_mtp(source, command.dst, command.modules, command.overwrite, report)
+    src, draft = shlex.quote(command.src), shlex.quote(str(made.path))
     facts = Facts(
         [
             ("written", f"{made.path}, {human_bytes(made.nbytes)}"),
             ("modules", f"model.layers.{braces(made.layers)}"),
             ("new ones", f"begin as model.layers.{made.copied_from}"),
-            ("next", f"convert-deepseek import {command.src} CKPT --mtp-from {made.path}"),
+            ("next", f"convert-deepseek import {src} CKPT --mtp-from {draft}"),
             ("", "finetune-deepseek train --checkpoint CKPT ..."),
         ]
     )

@@ -168,6 +168,15 @@ def test_a_cost_below_nothing_is_refused(checkpoint, data, capsys):
     assert "--draft-cost is -1.0, needed 0 or more" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["evaluate", "generate"])
+def test_a_temperature_is_finite(command, tmp_path, capsys):
+    """JSON has no infinity, and all distributions would be the same."""
+    out = ["--out", "a.jsonl"] if command == "generate" else []
+    words = [command, "--checkpoint", str(tmp_path), "--data", "a.txt", *out]
+    assert cli.run([*words, "--temperature", "inf"]) == 2
+    assert "--temperature is inf, needed a" in capsys.readouterr().err
+
+
 def test_processes_that_measure_other_things_are_named(checkpoint, data, monkeypatch):
     """Each takes its rows of a batch: of two texts the sums would be of neither."""
 

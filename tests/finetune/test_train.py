@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shlex
 import shutil
 import signal
 from pathlib import Path
@@ -31,7 +32,7 @@ from finetune import cli
 from finetune.data.packing import Batch
 from finetune.data.records import DataError
 from finetune.optimizer import make_optimizer
-from finetune.run.directory import RunError
+from finetune.run.directory import RunDirectory, RunError
 from finetune.settings import (
     BatchSettings,
     CheckpointSettings,
@@ -346,6 +347,11 @@ def test_the_train_command_prints_before_and_after_and_what_is_next(
     for words in ("MTP loss, depth 1", "mean accepted length", "whole/curves.png"):
         assert words in out
     assert "next: convert-deepseek export whole/final DST" in out
+    spaced = RunDirectory(path=finished.run.path.parent / "a run's")
+    monkeypatch.setattr(cli, "train", lambda *_, **__: dataclasses.replace(finished, run=spaced))
+    assert cli.run(arguments(settings, settings.out)) == 0
+    last = capsys.readouterr().out.splitlines()[-1].removeprefix("next: ")
+    assert shlex.split(last) == ["convert-deepseek", "export", "a run's/final", "DST"]
 
 
 def test_a_checkpoint_in_the_cloud_gives_the_same_result(

@@ -157,11 +157,12 @@ def test_new_modules_learn_by_their_own_objective_until_they_are_trained(tmp_pat
     "place, or empty it",
 )
 def test_what_cannot_be_made_is_said(tmp_path, capsys):
-    source, draft = made(tmp_path / "src", num_mtp=1), tmp_path / "d"
+    source, draft = made(tmp_path / "src", num_mtp=1), tmp_path / "a draft"
     said = told(capsys, "new-mtp", source, draft)
     assert "has 1 already, asked for 1 in all; ask for more, or use those it has" in said
     assert not draft.exists()
     done("new-mtp", source, draft, "--modules", 2)
+    assert f"--mtp-from '{draft}'" in " ".join(capsys.readouterr().out.split())
     before = (draft / "mtp.safetensors").read_bytes()
     assert "--overwrite it" in told(capsys, "new-mtp", source, draft, "--modules", 3)
     assert (draft / "mtp.safetensors").read_bytes() == before

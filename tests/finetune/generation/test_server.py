@@ -197,7 +197,7 @@ def test_a_server_that_cannot_be_used_is_said(settings, prompts, monkeypatch, ca
     monkeypatch.setattr(progress, "LINE_EVERY_S", 0.05)
     with pytest.raises(ServerError, match=r"its models: the connection failed \(ConnectError\)"):
         generate(nobody)
-    assert f"wait for {server.url}: " in capsys.readouterr().err
+    assert f"reach {server.url}: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
