@@ -17,6 +17,7 @@ import jax
 import tyro
 from rich.console import Console
 
+from finetune.captured.capture import CaptureSettings, capture
 from finetune.evaluate import EvaluateSettings, Evaluation, evaluate
 from finetune.generate import GenerateSettings, as_json, generate
 from finetune.inspecting import compare, inspect_data
@@ -97,6 +98,8 @@ def _run(argv: Sequence[str], errors: Console) -> int:
             _inspect_data(command)
         elif isinstance(command, CompareSettings):
             _compare(command)
+        elif isinstance(command, CaptureSettings):
+            _capture(command)
         elif isinstance(command, PlanSettings):
             return _plan(command)
         else:
@@ -116,6 +119,7 @@ Command = (
     | EvaluateSettings
     | GenerateSettings
     | PlanSettings
+    | CaptureSettings
     | InspectDataSettings
     | CompareSettings
 )
@@ -130,6 +134,7 @@ def parse(argv: Sequence[str]) -> Command:
         | Annotated[EvaluateSettings, tyro.conf.subcommand("evaluate")]
         | Annotated[GenerateSettings, tyro.conf.subcommand("generate")]
         | Annotated[PlanSettings, tyro.conf.subcommand("plan")]
+        | Annotated[CaptureSettings, tyro.conf.subcommand("capture")]
         | Annotated[InspectDataSettings, tyro.conf.subcommand("inspect-data")]
         | Annotated[CompareSettings, tyro.conf.subcommand("compare")],
         prog="finetune-deepseek",
@@ -221,6 +226,20 @@ def _generate(settings: GenerateSettings) -> None:
         print(json.dumps(as_json(settings, counts)))
     else:
         show(stdout(), generation_sections(counts, str(settings.out)))
+
+
+def _capture(settings: CaptureSettings) -> None:
+    done = capture(settings)
+    if settings.json:
+        print(json.dumps(dataclasses.asdict(done)))
+    else:
+        show(
+            stdout(),
+            [
+                f"{done.samples:,} samples of {done.tokens:,} tokens in {_shown(settings.out)}\n"
+                f"next: finetune-deepseek train --states {_shown(settings.out)} --checkpoint CKPT"
+            ],
+        )
 
 
 def _inspect_data(settings: InspectDataSettings) -> None:

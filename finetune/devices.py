@@ -11,12 +11,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from finetune.data.packing import Batch
+from finetune.data.packing import Batch, PostNorm, PreNorm
 from finetune.settings import MeshSettings, SettingsError, TrainMode, option
 from finetune.state import TRAINABLE
 from mtp_model import ModelConfig, cluster, make_mesh
 from mtp_model.checkpoint.directory import Checkpoint
-from mtp_model.model import abstract_model
+from mtp_model.model import Scope, abstract_model
 from mtp_model.sharding import (
     BATCH_AXES,
     GATHERED,
@@ -43,11 +43,14 @@ class Workload(NamedTuple):
     dtypes: Mapping[str, Any]  # of stored leaves, by path
     trained: TrainMode | None  # None: nothing is
     rows: int  # in a batch
+    scope: Scope = "all"  # the part of the model that is loaded
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, trained: TrainMode | None, rows: int) -> "Workload":
+    def of(
+        cls, checkpoint: Checkpoint, trained: TrainMode | None, rows: int, scope: Scope = "all"
+    ) -> "Workload":
         """What a checkpoint is to be used for."""
-        return cls(checkpoint.config, checkpoint.dtypes, trained, rows)
+        return cls(checkpoint.config, checkpoint.dtypes, trained, rows, scope)
 
 
 def devices_for(settings: MeshSettings, workload: Workload) -> Mesh | None:
@@ -145,7 +148,7 @@ class _Leaf(NamedTuple):
 
 
 def _leaves(workload: Workload) -> list[_Leaf]:
-    state = nnx.state(abstract_model(workload.config, "all", workload.dtypes))
+    state = nnx.state(abstract_model(workload.config, workload.scope, workload.dtypes))
     moved = nnx.filter_state(state, TRAINABLE[workload.trained] if workload.trained else ())
     trained = {path for path, _ in nnx.to_flat_state(moved)}
     return [
@@ -171,11 +174,17 @@ def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
-def abstract_batch(rows: int, row_tokens: int, mesh: Mesh | None) -> Batch:
-    """The shape of a batch, and where its rows are."""
+def abstract_batch(
+    rows: int, row_tokens: int, mesh: Mesh | None, states: PreNorm | PostNorm | None = None
+) -> Batch:
+    """The shape of a batch, and where its rows are. states: of no token, where batches have any."""
     where = _rows_of(mesh) if mesh is not None else None
-    ids = jax.ShapeDtypeStruct((rows, row_tokens), np.int32, sharding=where)
-    return Batch(*(ids for _ in Batch._fields))
+
+    def of(*size: int, dtype: Any = np.int32) -> Any:
+        return jax.ShapeDtypeStruct((rows, row_tokens, *size), dtype, sharding=where)
+
+    found = jax.tree.map(lambda x: of(x.shape[-1], dtype=x.dtype), states)
+    return Batch(of(), of(), of(), of(), found)
 
 
 def spread(batch: Batch, mesh: Mesh | None) -> Batch:
@@ -183,7 +192,9 @@ def spread(batch: Batch, mesh: Mesh | None) -> Batch:
     if mesh is None:
         return batch
     where = _rows_of(mesh)
-    return Batch(*(jax.make_array_from_callback(x.shape, where, x.__getitem__) for x in batch))
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, where, x.__getitem__), batch
+    )
 
 
 def _rows_of(mesh: Mesh) -> NamedSharding:

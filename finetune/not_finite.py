@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from finetune.data.packing import Batch
-from finetune.objective.losses import context_of
+from finetune.objective.losses import context_of, main_states
 from finetune.state import Split, StepResult, TrainState
 from mtp_model import DeepSeekV3
 from mtp_model.block import DecoderLayer, take_layer
@@ -90,11 +90,12 @@ def _first_layer(model: DeepSeekV3, batch: Batch) -> str | None:
     x_BTD = model.embed_tokens.lookup(jnp.asarray(batch.tokens_BT), model.compute_dtype)
     if _is_bad(x_BTD):
         return "the embedding"
-    for number, layer in enumerate(_layers(model)):
+    computed = () if batch.states is not None else _layers(model)  # else captured
+    for number, layer in enumerate(computed):
         x_BTD = run(layer, x_BTD, context)
         if _is_bad(x_BTD):
             return f"layer {number}"
-    main = jax.jit(DeepSeekV3.main)(model, batch.tokens_BT, context)
+    main = jax.jit(main_states)(model, batch)
     if _is_bad(main.hidden_BTD):
         return "the final norm"
     depths = jax.jit(DeepSeekV3.draft)(model, main.state_BTD, batch.tokens_BT, context).hidden

@@ -215,7 +215,12 @@ class RunSettings:
 
     checkpoint: str
     """Checkpoint directory, as `convert-deepseek import` writes it; local or gs://bucket/folder."""
-    data: DataPaths
+    data: DataPaths = ()
+    states: tuple[Path, ...] = ()
+    """Instead of --data: folders of hidden states that `capture` or vLLM wrote. No main model is
+    loaded then, and the checkpoint may be of --scope mtp; --eval-data names such folders too."""
+    skip_unusable: bool = False
+    """Leave out, and name, captured samples that are damaged, cut short or of another model."""
     out: Path
     """Run directory; an unfinished run in it is continued."""
     train: TrainMode = "mtp"
@@ -332,9 +337,9 @@ def check(settings: RunSettings) -> None:
         (BELOW_ONE, lambda value: 0 <= value < 1, "from 0 to less than 1"),
         (("batch.row_tokens",), lambda value: value >= 2, "2 or more"),
         (("evaluation.holdout_every",), lambda value: value != 1, "0, or 2 and more"),
-        (("data",), lambda value: bool(value), "at least one path"),
     )
-    faults = [
+    faults = _sources(settings)
+    faults += [
         f"{option(name)} is {values[name]}, needed {needed}"
         for names, good, needed in rules
         for name in names
@@ -343,15 +348,27 @@ def check(settings: RunSettings) -> None:
     if settings.batch.rows % max(settings.batch.accumulation, 1):
         found = f"{option('batch.accumulation')} is {settings.batch.accumulation}"
         faults.append(f"{found}, needed a divisor of the {settings.batch.rows} rows of a batch")
-    places = (("data", settings.data), ("eval_data", settings.eval_data), ("out", (settings.out,)))
-    for name, paths in places:
+    places = {name: getattr(settings, name) for name in ("data", "states", "eval_data")}
+    for name, paths in (places | {"out": (settings.out,)}).items():
         clouds = [path for path in paths if path.parts[:1] == ("gs:",)]
         faults += [f"{option(name)} is {path}, needed a path on this machine" for path in clouds]
     if faults:
         raise SettingsError("settings that cannot be used", faults)
 
 
+def _sources(settings: RunSettings) -> list[str]:
+    """What is wrong with where a run gets its text from."""
+    if not settings.states:
+        return [] if settings.data else ["--data is (), needed at least one path, or --states"]
+    faults = ["--states is given with --data: needed one of them"] if settings.data else []
+    if settings.train != "mtp":
+        faults.append(
+            f"--train is {settings.train}, needed mtp with --states: no main model is there"
+        )
+    return faults
+
+
 def blank() -> RunSettings:
     """Defaults, with what only the user can say marked as missing (for tyro)."""
     missing: Any = tyro.MISSING
-    return RunSettings(checkpoint=missing, data=missing, out=missing)
+    return RunSettings(checkpoint=missing, out=missing)

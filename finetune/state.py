@@ -21,9 +21,9 @@ from finetune.objective.losses import (
     ExpertLoad,
     Measured,
     TargetCounts,
-    context_of,
     counts_of,
     main_nll,
+    main_states,
     measure,
 )
 from finetune.objective.objectives import lambdas, objective
@@ -117,7 +117,7 @@ def make_train_step(
         def loss_of(trainable: nnx.State, rows: Batch, whole: TargetCounts | None):
             """Of some rows, sums over which are divided by the counts of the whole batch."""
             model = nnx.merge(graphdef, trainable, state.biases, frozen)
-            main = model.main(rows.tokens_BT, context_of(rows))
+            main = main_states(model, rows)
             own_nll = None
             if part == "all" and settings.detach_main:
                 own_nll = main_nll(model, rows, main)
@@ -171,23 +171,23 @@ def _accumulated(
 
     if parts == 1:
         return of(batch, None)
-    split = Batch(*(_in_parts(x, parts) for x in batch))
+    split = jax.tree.map(lambda x: _in_parts(x, parts), batch)
 
     def add(total: Any, rows: Batch) -> tuple[Any, None]:
         return _placed(jax.tree.map(jnp.add, total, of(rows, whole))), None
 
-    shapes = jax.eval_shape(lambda rows: of(rows, whole), Batch(*(x[0] for x in split)))
+    shapes = jax.eval_shape(lambda rows: of(rows, whole), jax.tree.map(lambda x: x[0], split))
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.lax.scan(add, _placed(nothing), split)[0]
 
 
 def _in_parts(x_BT: jax.Array, parts: int) -> jax.Array:
-    """[parts, B / parts, T], each with rows of every device that has rows."""
-    rows, length = x_BT.shape
-    split = x_BT.reshape(rows // parts, parts, length).swapaxes(0, 1)
+    """[parts, B / parts, T, ...], each with rows of every device that has rows."""
+    rows = x_BT.shape[0]
+    split = x_BT.reshape(rows // parts, parts, *x_BT.shape[1:]).swapaxes(0, 1)
     if active_mesh() is None:
         return split
-    return jax.lax.with_sharding_constraint(split, PartitionSpec(None, BATCH_AXES, None))
+    return jax.lax.with_sharding_constraint(split, PartitionSpec(None, BATCH_AXES))
 
 
 def _held(trainable: nnx.State) -> nnx.State:
@@ -241,7 +241,7 @@ def make_measure_step(
 
     def step(trainable: nnx.State, biases: nnx.State, frozen: nnx.State, batch: Batch):
         model = nnx.merge(graphdef, trainable, biases, frozen)
-        main = model.main(batch.tokens_BT, context_of(batch))
+        main = main_states(model, batch)
         found = measure(model, batch, main, asked)
         return _placed((found.measured, found.rounds))
 

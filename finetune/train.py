@@ -17,6 +17,7 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
+from finetune.captured.documents import open_states
 from finetune.data.packing import Batch, Packer, Position
 from finetune.data.run_text import RunText, digest_of, held_out_batches, open_run_text
 from finetune.devices import (
@@ -61,6 +62,7 @@ from finetune.weights import (
     keep_adapters,
     load_for_training,
     matrices,
+    needed_scope,
     open_trainable,
     raise_unless_fitting,
     recomputes_layers,
@@ -128,11 +130,15 @@ def train(
     run.raise_unless_usable(settings, overwrite)
     begun_in = None if overwrite else run.computed_in()
     computed_in = begun_in or compute_dtype(settings.compute_dtype)
-    base, config = open_trainable(settings.checkpoint)
+    base, config = open_trainable(settings.checkpoint, captured=bool(settings.states))
     raise_unless_fitting(settings, config)
-    work = Workload.of(base, settings.train, settings.batch.rows_at_once)
+    scope = needed_scope(settings)
+    work = Workload.of(base, settings.train, settings.batch.rows_at_once, scope)
     mesh = devices_for(settings.mesh, work)
-    text = open_run_text(settings, config)
+    if settings.states:
+        text = open_states(settings, base, computed_in, console.print)
+    else:
+        text = open_run_text(settings, config)
     console.print(text.description)
     cluster.raise_unless_alike(given(settings, text, base))
     with run.claim(settings, computed_in, overwrite):
@@ -170,7 +176,7 @@ def _prepare(
     held_out = held_out_batches(text.held_out, settings) if text.held_out else []
     remat = recomputes_layers(settings, base.config)
     how = settings.checkpoint, settings.train, computed_in, remat, mesh
-    split = load_for_training(*how, settings.lora, settings.seed)
+    split = load_for_training(*how, settings.lora, settings.seed, needed_scope(settings))
     raise_unless_finite(split, settings.checkpoint)
     optimizer = make_optimizer(settings.optimizer, settings.steps, matrices(base))
     asked = asked_by(settings)
@@ -262,7 +268,7 @@ def _compiled(job: _Job, state: TrainState) -> tuple[Callable[..., Any], dict[st
     """The step, compiled before the first one is timed, and what that took, for the log."""
     batch = job.settings.batch
     began = time.perf_counter()
-    abstract = abstract_batch(batch.rows, batch.row_tokens, job.mesh)
+    abstract = abstract_batch(batch.rows, batch.row_tokens, job.mesh, job.text.states)
     step = job.train_step.lower(state, job.split.frozen, abstract).compile()
     return step, {"compile_s": time.perf_counter() - began}
 

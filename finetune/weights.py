@@ -31,7 +31,7 @@ from mtp_model.checkpoint.directory import Checkpoint, CheckpointError, open_che
 from mtp_model.files.open import as_place
 from mtp_model.load import cast_weights, load
 from mtp_model.lora import fresh
-from mtp_model.model import leaf_name
+from mtp_model.model import Scope, leaf_name
 from mtp_model.sharding import collected
 
 KEPT_BYTES_ON_CPU = 4 << 30  # --remat auto keeps up to this
@@ -48,18 +48,22 @@ def resolve(settings: RunSettings) -> RunSettings:
         settings,
         checkpoint=str(as_place(settings.checkpoint).absolute()),
         data=tuple(path.absolute() for path in settings.data),
+        states=tuple(path.absolute() for path in settings.states),
         eval_data=tuple(path.absolute() for path in settings.eval_data),
         out=settings.out.absolute(),
         objective=objective,
     )
 
 
-def open_trainable(path: str) -> tuple[Checkpoint, ModelConfig]:
-    """A checkpoint with a main model and MTP modules; CheckpointError says what it lacks."""
+def open_trainable(path: str, captured: bool = False) -> tuple[Checkpoint, ModelConfig]:
+    """A checkpoint with a main model and MTP modules; CheckpointError says what it lacks.
+
+    captured: the main model's states are, so that it needs no layers.
+    """
     checkpoint = open_checkpoint(path)
     config = checkpoint.config
     scope = checkpoint.provenance["scope"]
-    if scope != "all":
+    if scope != "all" and not (captured and scope == "mtp"):
         raise CheckpointError(
             f"{path} was imported with --scope {scope}; main model and MTP modules are both "
             "needed; import it again with --scope all --overwrite, or to another place"
@@ -132,18 +136,24 @@ def load_for_training(
     mesh: Mesh | None = None,
     lora: LoraSettings | None = None,
     seed: int = 0,
+    scope: Scope = "all",
 ) -> Split:
     """The model with float32 trainable parameters; what is frozen stays as stored, FP8 too.
 
     An FP8 weight cannot move by less than its own rounding: trained ones are dequantised.
-    lora, seed: of the adapters, where these are trained.
+    lora, seed: of the adapters, where these are trained. scope: what of the model is needed.
     """
-    model = load(path, mesh, compute_dtype=dtype)
+    model = load(path, mesh, scope=scope, compute_dtype=dtype)
     model.remat = remat
     if mode == "lora":
         add_adapters(model, lora or LoraSettings(), fresh(seed, mesh))
     cast_weights(model, jnp.float32, only=TRAINABLE[mode])
     return Split.of(model, mode)
+
+
+def needed_scope(settings: RunSettings) -> Scope:
+    """The part of the model that a run loads."""
+    return "mtp" if settings.states else "all"
 
 
 def matrices(checkpoint: Checkpoint) -> Callable[[str], bool]:

@@ -82,6 +82,11 @@ class DeepSeekV3(nnx.Module):
 
     def main(self, tokens_BT: Ids, context: Context) -> MainStates:
         """Hidden states of the main model."""
+        x_BTD, load_LE = self.residual(tokens_BT, context)
+        return MainStates(*self.main_states(x_BTD), load_LE)
+
+    def residual(self, tokens_BT: Ids, context: Context) -> tuple[jax.Array, jax.Array]:
+        """The residual stream after the last layer, [B, T, D], and the load of its experts."""
         if self.scope == "mtp":
             raise ValueError("this model was loaded with scope='mtp': it has no main layers")
         x_BTD = self.embed(tokens_BT)
@@ -90,7 +95,7 @@ class DeepSeekV3(nnx.Module):
             x_BTD, _ = run_stack(self.dense_layers, x_BTD, context, self.remat)
         if self.config.num_moe_layers:
             x_BTD, load_LE = run_stack(self.moe_layers, x_BTD, context, self.remat)
-        return MainStates(*self.main_states(x_BTD), load_LE)
+        return x_BTD, load_LE
 
     def main_states(self, x_BTD: Float[Array, "B T D"]) -> tuple[jax.Array, jax.Array]:
         """hidden and state of `MainStates`, from the residual stream after the last layer."""

@@ -4,10 +4,11 @@ B rows, T tokens a row.
 """
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
 
+import jax
 import numpy as np
 
 from finetune.data.records import DataError
@@ -18,16 +19,30 @@ from finetune.data.tokens import Tokens
 LOOKAHEAD = 32
 
 
-class Batch(NamedTuple):
-    """Packed rows, all int32 [B, T]. Segment ids count from 1 in each row; 0 is padding.
+class PreNorm(NamedTuple):
+    """States of the main model before its final norm."""
 
-    Positions begin at 0 in every segment. loss_mask belongs to the token itself.
+    x_BTD: Any
+
+
+class PostNorm(NamedTuple):
+    """States of the main model after its final norm."""
+
+    x_BTD: Any
+
+
+class Batch(NamedTuple):
+    """Packed rows, int32 [B, T]. Segment ids count from 1 in each row; 0 is padding.
+
+    Positions begin at 0 in every segment. loss_mask belongs to the token itself. states: what the
+    main model made of the tokens, where that was captured and need not be computed.
     """
 
     tokens_BT: Any
     segment_ids_BT: Any
     positions_BT: Any
     loss_mask_BT: Any
+    states: PreNorm | PostNorm | None = None
 
 
 def first_rows(
@@ -36,7 +51,7 @@ def first_rows(
     """Batches until there are so many rows; what the last one has beyond them is padding."""
     for batch, position in batches:
         rows = len(batch.tokens_BT)
-        yield Batch(*(_padded_from(num_rows, each) for each in batch)), position
+        yield jax.tree.map(functools.partial(_padded_from, num_rows), batch), position
         num_rows -= rows
         if num_rows <= 0:
             return
@@ -44,7 +59,11 @@ def first_rows(
 
 def _padded_from(row: int, each_BT: np.ndarray) -> np.ndarray:
     """The array with zeros from a row on."""
-    return np.where(np.arange(len(each_BT))[:, None] < row, each_BT, np.int32(0))
+    if row >= len(each_BT):
+        return each_BT
+    padded_BT = each_BT.copy()
+    padded_BT[row:] = 0
+    return padded_BT
 
 
 class TokenPlace(NamedTuple):
@@ -209,7 +228,10 @@ class Packer:
             masks.append(tokens.loss_mask[part])
             room -= ids[-1].size
             at = at._replace(token=at.token + ids[-1].size)
-            done = RowPart(place, Tokens(np.concatenate(ids), np.concatenate(masks)))
+            whole = Tokens(np.concatenate(ids), np.concatenate(masks))
+            if read := tokens.states:  # such documents have one stretch
+                whole = whole._replace(states=functools.partial(_read_from, read, place.token))
+            done = RowPart(place, whole)
             if at.token < tokens.ids.size:
                 return done, (at, tokens)
             if tokens.following is None:
@@ -218,11 +240,17 @@ class Packer:
             tokens = self._tokens(at)
 
 
+def _read_from(read: Callable[[int, int], Any], first: int, begin: int, end: int) -> Any:
+    """States of tokens that are counted from `first` of their document."""
+    return read(first + begin, first + end)
+
+
 class _Rows:
     """The rows of one batch while they are filled."""
 
     def __init__(self, rows: int, row_tokens: int):
-        self.arrays = Batch(*(np.zeros((rows, row_tokens), np.int32) for _ in Batch._fields))
+        tokens, segments, positions, mask = np.zeros((4, rows, row_tokens), np.int32)
+        self.arrays = Batch(tokens, segments, positions, mask)
         self.used = [0] * rows
         self.places: list[list[TokenPlace]] = [[] for _ in range(rows)]
 
@@ -244,8 +272,18 @@ class _Rows:
         self.arrays.segment_ids_BT[part] = len(self.places[row])
         self.arrays.positions_BT[part] = np.arange(size)
         self.arrays.loss_mask_BT[part] = piece.tokens.loss_mask
+        if read := piece.tokens.states:
+            self._take_states(part, read(0, size))
         self.used[row] += size
         return True
+
+    def _take_states(self, part: tuple[int, slice], found: PreNorm | PostNorm) -> None:
+        if self.arrays.states is None:
+            shape = (*self.arrays.tokens_BT.shape, found.x_BTD.shape[-1])
+            states = type(found)(np.zeros(shape, found.x_BTD.dtype))
+            self.arrays = self.arrays._replace(states=states)
+        assert self.arrays.states is not None
+        self.arrays.states.x_BTD[part] = found.x_BTD
 
     def batch(self) -> Batch:
         return self.arrays

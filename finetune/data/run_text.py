@@ -4,11 +4,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import numpy as np
 import xxhash
 
 from finetune.data.corpus import Corpus, scan
-from finetune.data.packing import Batch, Packer, first_rows
+from finetune.data.packing import Batch, Documents, Packer, PostNorm, PreNorm, first_rows
 from finetune.data.records import DataError
 from finetune.data.tokens import TextEncoder, TokenDocuments
 from finetune.settings import RunSettings
@@ -22,10 +23,11 @@ SHOWN_FILES = 8  # of those left out
 class RunText:
     """Documents to train on and documents held out (None: no evaluation)."""
 
-    train: TokenDocuments
-    held_out: TokenDocuments | None
+    train: Documents
+    held_out: Documents | None
     digest: str  # of the files that are trained on
     description: str  # for the person who started the run
+    states: PreNorm | PostNorm | None = None  # captured ones, of no token
 
 
 def open_run_text(settings: RunSettings, config: ModelConfig) -> RunText:
@@ -53,7 +55,7 @@ def open_documents(checkpoint: str, data: tuple[Path, ...], config: ModelConfig)
 
 
 def held_out_batches(
-    documents: TokenDocuments, settings: RunSettings
+    documents: Documents, settings: RunSettings
 ) -> list[tuple[Batch, list[list[int]]]]:
     """The rows of every evaluation: a fixed sample, whatever the order of training is.
 
@@ -80,8 +82,8 @@ def digest_of(batches: Iterable[Batch]) -> str:
 
 def add_rows(state: xxhash.xxh3_128, batch: Batch) -> None:
     """The rows of one batch, added to the digest of measured text."""
-    for each in batch:
-        state.update(np.ascontiguousarray(each).data)
+    for each in jax.tree.leaves(batch):
+        state.update(np.ascontiguousarray(each).view(np.uint8).data)
 
 
 def _split(
@@ -92,9 +94,17 @@ def _split(
     if settings.eval_data:
         held_out = scan(settings.eval_data, vocab_size, encoder.chats)
         return corpus, held_out, f"{len(held_out)} held out (--eval-data)"
-    every = min(settings.evaluation.holdout_every, len(corpus))
+    chosen_N, said = held_out_numbers(len(corpus), settings.evaluation.holdout_every)
+    if not chosen_N.any():
+        return corpus, None, said
+    return corpus.select(~chosen_N), corpus.select(chosen_N), said
+
+
+def held_out_numbers(count: int, holdout_every: int) -> tuple[np.ndarray, str]:
+    """Which of so many documents are held out (bool), and a sentence about it."""
+    every = min(holdout_every, count)
     if not every:
-        return corpus, None, "none held out: no evaluation"
+        return np.zeros(count, bool), "none held out: no evaluation"
     if every == 1:
         raise DataError(
             [
@@ -102,10 +112,9 @@ def _split(
                 "or --evaluation.holdout-every 0 to train without evaluation"
             ]
         )
-    chosen_N = np.arange(len(corpus)) % every == every - 1
-    held_out = corpus.select(chosen_N)
-    said = f"{len(held_out)} held out (1 of every {every}; --eval-data names others)"
-    return corpus.select(~chosen_N), held_out, said
+    chosen_N = np.arange(count) % every == every - 1
+    said = f"{chosen_N.sum()} held out (1 of every {every}; --eval-data names others)"
+    return chosen_N, said
 
 
 def _idle(corpus: Corpus) -> str:

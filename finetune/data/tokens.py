@@ -1,6 +1,7 @@
 """Records of text as tokens with a loss mask, by the checkpoint's own tokenizer."""
 
 import json
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,8 @@ class Tokens(NamedTuple):
     ids: np.ndarray  # int32 [n]
     loss_mask: np.ndarray  # int32 [n]
     following: int | None = None  # where the document's next stretch begins, in its bytes
+    # Reads what the main model made of tokens [begin, end), where that was captured.
+    states: Callable[[int, int], Any] | None = None
 
 
 class TextEncoder:

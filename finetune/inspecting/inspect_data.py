@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from rich import box
@@ -19,6 +20,7 @@ from tokenizers import Tokenizer
 
 from finetune.data.packing import Batch, Packer
 from finetune.data.run_text import RunText, open_run_text
+from finetune.data.tokens import TokenDocuments
 from finetune.objective.losses import targets
 from finetune.settings import (
     BatchSettings,
@@ -137,10 +139,11 @@ def _as_run(settings: InspectDataSettings) -> RunSettings:
 def _shown_rows(
     number: int, batch: Batch, depths: int, text: RunText, documents_of_rows: list[list[int]]
 ) -> Iterator[ShownRow]:
-    on_device = Batch(*map(jnp.asarray, batch))
+    on_device = jax.tree.map(jnp.asarray, batch)
     target = [targets(on_device, k) for k in range(depths + 1)]
     tokens_KBT = np.stack([np.asarray(each.tokens_BT) for each in target])
     valid_KBT = np.stack([np.asarray(each.valid_BT) for each in target])
+    assert isinstance(text.train, TokenDocuments)  # nothing was captured
     tokenizer, where = text.train.encoder.tokenizer, text.train.corpus.where
     for row, documents in enumerate(documents_of_rows):
         yield ShownRow(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from finetune.data.packing import Batch
+from finetune.data.packing import Batch, PostNorm
 from finetune.objective.acceptance import (
     AcceptanceCounts,
     Choices,
@@ -262,13 +262,25 @@ def context_of(batch: Batch) -> Context:
     return make_context(batch.segment_ids_BT, batch.positions_BT)
 
 
+def main_states(model: DeepSeekV3, batch: Batch) -> MainStates:
+    """What the main model makes of a batch: computed, or as it was captured."""
+    if batch.states is None:
+        return model.main(batch.tokens_BT, context_of(batch))
+    x_BTD = batch.states.x_BTD.astype(model.compute_dtype)
+    normed = isinstance(batch.states, PostNorm)
+    hidden_BTD, state_BTD = (x_BTD, x_BTD) if normed else model.main_states(x_BTD)
+    c = model.config
+    return MainStates(
+        hidden_BTD, state_BTD, jnp.zeros((c.num_moe_layers, c.n_routed_experts), jnp.float32)
+    )
+
+
 def measure(
     model: DeepSeekV3, batch: Batch, main: MainStates, asked: Asked = ONE_DRAFT_EACH
 ) -> Measurement:
     """Run the depths on a batch, and add up all losses.
 
-    main: what the main model made of the batch, `model.main(batch.tokens_BT, context_of(batch))`;
-    a gradient flows back into it unless it is stopped there.
+    main: `main_states` of the batch; a gradient flows back into it unless it is stopped there.
     """
     context = context_of(batch)
     own = functools.partial(_likeliest, model.lm_head) if asked.own_tokens else None

@@ -7,6 +7,7 @@ from finetune.settings import MESH, RunSettings, flat, option
 MAY_CHANGE = (
     "checkpoint",
     "data",
+    "states",
     "out",
     "steps",
     "eval_data",

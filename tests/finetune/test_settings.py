@@ -131,7 +131,7 @@ def test_every_value_that_cannot_be_used_is_reported():
     assert len(caught.value.faults) == len(wrong) + 1
     for name, (value, needed) in wrong.items():
         assert f"{name} is {value}, needed {needed}" in caught.value.faults
-    assert "--data is (), needed at least one path" in caught.value.faults
+    assert "--data is (), needed at least one path, or --states" in caught.value.faults
 
 
 def test_differences_are_named_as_options():

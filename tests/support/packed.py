@@ -1,5 +1,6 @@
 """Small packed batches of random documents, and sums as if measured on one."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -26,7 +27,7 @@ def packed(documents, rows=2, row_tokens=16) -> Batch:
     packer = Packer(documents, rows=rows, row_tokens=row_tokens, seed=0, epochs=1)
     (batch, _), *more = packer
     assert not more
-    return Batch(*map(jnp.asarray, batch))
+    return jax.tree.map(jnp.asarray, batch)
 
 
 def measured_of(nll_sums, counts) -> Measured:

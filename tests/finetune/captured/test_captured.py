@@ -1,0 +1,370 @@
+"""Training without the main model: the same losses and gradients as beside it."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from imported import import_folder
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from trained import QUIET, read_rows
+
+from finetune import cli
+from finetune.captured.capture import CaptureError, CaptureSettings, capture
+from finetune.captured.documents import open_states
+from finetune.captured.sample import Content, open_sample, write_sample
+from finetune.data.packing import Packer, PostNorm, PreNorm
+from finetune.data.records import DataError
+from finetune.objective.losses import Asked, main_states, measure
+from finetune.objective.objectives import objective
+from finetune.run.directory import RunError
+from finetune.settings import BatchSettings, EvaluationSettings, ObjectiveSettings, RunSettings
+from finetune.train import train
+from finetune.weights import load_for_training, open_trainable
+from mtp_model import make_context, progress
+from mtp_model.load import load
+
+SIZE = {"rows": 2, "row_tokens": 32}
+TOLERANCE = 2e-6  # of sums in another order: documents are packed into other rows
+CONTROL = 100 * TOLERANCE
+ROUNDED = {"bfloat16": 2e-3, "float8": 2e-2}  # what a loss differs by
+
+
+@pytest.fixture(scope="module")
+def mtp_only(checkpoint, tmp_path_factory):
+    """The same source, imported without the main model's layers."""
+    folder = tmp_path_factory.mktemp("mtp") / "checkpoint"
+    import_folder(checkpoint.with_name("source"), folder, scope="mtp")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def records(data, tmp_path_factory):
+    """A few documents, one of them longer than a row, with answers that alone are learnt."""
+    file = tmp_path_factory.mktemp("few") / "few.jsonl"
+    lines = data.read_text().splitlines()[:6]
+    answer = {"prompt": "Say it: ", "completion": "it is said, and so it is."}
+    file.write_text("\n".join([*lines, json.dumps(answer)]) + "\n")
+    return file
+
+
+def capture_of(checkpoint: Path, records: Path, out: Path, **changes) -> Path:
+    settings = CaptureSettings(
+        checkpoint=str(checkpoint), data=(records,), out=out, stored="float32", **SIZE
+    )
+    capture(dataclasses.replace(settings, **changes))
+    return out
+
+
+@pytest.fixture(scope="module")
+def states(checkpoint, records, tmp_path_factory):
+    return capture_of(checkpoint, records, tmp_path_factory.mktemp("captured") / "states")
+
+
+def run_settings(checkpoint: Path, states: Path, out: Path = Path("none"), **changes):
+    settings = RunSettings(
+        checkpoint=str(checkpoint),
+        states=(states,),
+        out=out,
+        steps=3,
+        batch=BatchSettings(**SIZE),
+        objective=ObjectiveSettings(ce=0.5, e2e_tv=0.5),
+        evaluation=EvaluationSettings(every=2, rows=4, holdout_every=3),
+    )
+    return dataclasses.replace(settings, **changes)
+
+
+def batches_of(checkpoint: Path, states: Path):
+    settings = run_settings(checkpoint, states, evaluation=EvaluationSettings(holdout_every=0))
+    base = open_trainable(str(checkpoint), captured=True)[0]
+    text = open_states(settings, base, "float32", lambda _: None)
+    return [batch for batch, _ in Packer(text.train, **SIZE, seed=3, epochs=1)]
+
+
+def learnt(checkpoint: Path, batches, scope) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Losses of batches, and the gradient of their sum."""
+    split = load_for_training(str(checkpoint), "mtp", "float32", scope=scope)
+    mixture = ObjectiveSettings(ce=0.5, e2e_tv=0.5)
+
+    @jax.jit
+    def loss_of(trainable, batch):
+        model = nnx.merge(split.graphdef, trainable, split.biases, split.frozen)
+        main = jax.lax.stop_gradient(main_states(model, batch))
+        measured, *_ = measure(model, batch, main, Asked(2, True))
+        return objective(measured, "mtp", mixture, jnp.float32(0), None)
+
+    found = [jax.value_and_grad(loss_of)(split.trainable, batch) for batch in batches]
+    total = jax.tree.map(lambda *each: sum(each), *(grad for _, grad in found))
+    leaves = jax.tree_util.tree_leaves_with_path(total)
+    grads = {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
+    return np.array([float(loss) for loss, _ in found]), grads
+
+
+def difference(got, want) -> float:
+    of_losses = np.abs(got[0] / want[0] - 1).max()
+    of_grads = [np.abs(got[1][name] - x).max() / np.abs(x).max() for name, x in want[1].items()]
+    return float(max(of_losses, *of_grads))
+
+
+@pytest.fixture(scope="module")
+def beside_the_main_model(checkpoint, mtp_only, states):
+    """Batches of captured states, and what is learnt from them where the main model is run."""
+    batches = batches_of(mtp_only, states)
+    return batches, learnt(checkpoint, [b._replace(states=None) for b in batches], "all")
+
+
+def test_losses_and_gradients_are_those_beside_the_main_model(mtp_only, beside_the_main_model):
+    batches, want = beside_the_main_model
+    assert any(batch.segment_ids_BT.max() > 1 for batch in batches)  # documents share rows
+    assert difference(learnt(mtp_only, batches, "mtp"), want) < TOLERANCE
+
+
+MISTAKES = {
+    "states of the token before": lambda x: PreNorm(np.roll(x, 1, axis=1)),
+    "not normed": PostNorm,
+    "of another document": lambda x: PreNorm(np.roll(x, 1, axis=0)),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_are_far_off(mistake, mtp_only, beside_the_main_model):
+    batches, want = beside_the_main_model
+    wrong = [batch._replace(states=mistake(batch.states.x_BTD)) for batch in batches]
+    assert difference(learnt(mtp_only, wrong, "mtp"), want) > CONTROL
+
+
+@pytest.mark.parametrize("stored", ROUNDED)
+def test_what_is_stored_shorter_is_rounded(
+    stored, checkpoint, mtp_only, records, beside_the_main_model, tmp_path
+):
+    want = beside_the_main_model[1]
+    folder = capture_of(checkpoint, records, tmp_path / stored, stored=stored)
+    losses, _ = learnt(mtp_only, batches_of(mtp_only, folder), "mtp")
+    error = np.abs(losses / want[0] - 1).max()
+    assert TOLERANCE < error < ROUNDED[stored]
+
+
+def test_states_after_the_norm_are_the_same(
+    checkpoint, mtp_only, records, beside_the_main_model, tmp_path
+):
+    folder = capture_of(checkpoint, records, tmp_path / "post", state="post_norm")
+    batches = batches_of(mtp_only, folder)
+    assert isinstance(batches[0].states, PostNorm)
+    assert difference(learnt(mtp_only, batches, "mtp"), beside_the_main_model[1]) < TOLERANCE
+
+
+def test_a_run_from_states_goes_on(mtp_only, states, tmp_path):
+    """Only MTP leaves move, and other samples are another run."""
+    run = run_settings(mtp_only, states, tmp_path / "run", steps=2)
+    train(run, QUIET)
+    result = train(dataclasses.replace(run, steps=3), QUIET)
+    assert result.after
+    assert result.after.overlap[0]
+    assert [row["step"] for row in read_rows(result.run.metrics)] == [1, 2, 3]
+    before, after = (
+        dict(nnx.to_flat_state(nnx.state(load(path, dtype=np.float32, scope="mtp"))))
+        for path in (mtp_only, result.run.final)
+    )
+    moved = {path for path, leaf in after.items() if (leaf[...] != before[path][...]).any()}
+    assert {path[0] for path in moved} == {"mtp"}
+    with pytest.raises(RunError, match="data changed since it began"):
+        some = tmp_path / "some"
+        shutil.copytree(states, some)
+        next(some.glob("*.safetensors")).unlink()
+        train(dataclasses.replace(run, states=(some,), steps=4), QUIET)
+
+
+# --- the files
+
+
+def test_the_files_are_what_safetensors_reads(checkpoint, states):
+    """Tokens, masks, and states that the whole model computes from the tokens alone."""
+    model = load(checkpoint, compute_dtype=jnp.float32)
+    masked = 0
+    files = sorted(states.glob("*.safetensors"))
+    for path in files[:4] + files[-1:]:
+        with safe_open(path, "numpy") as file:
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            assert file.metadata()["state"] == "pre_norm"
+        tokens = found["token_ids"]
+        assert tokens.dtype == np.int64
+        assert found["hidden_states"].shape == (len(tokens), model.config.hidden_size)
+        masked += int((found["loss_mask"] == 0).sum())
+        batch = jnp.asarray(tokens[None], jnp.int32)
+        want, _ = model.residual(batch, make_context(jnp.ones_like(batch)))
+        np.testing.assert_allclose(found["hidden_states"], want[0], atol=2e-5, rtol=1e-4)
+    mask = np.concatenate([open_sample(path).loss_mask() for path in files])
+    assert 0 < mask.sum() < mask.size  # the prompt is not learnt
+
+
+def test_fp8_keeps_a_scale_for_each_token(tmp_path):
+    values = np.random.default_rng(0).standard_normal((5, 16)).astype(np.float32)
+    values *= np.float32(10.0) ** np.arange(-6, 4, 2)[:, None]
+    values[2] = 0
+    content = Content(np.arange(5), np.ones(5), values)
+    write_sample(tmp_path / "a.safetensors", content, "pre_norm", "m", "float8")
+    got = open_sample(tmp_path / "a.safetensors").states(1, 5)
+    largest = np.abs(values[1:]).max(axis=1, keepdims=True)
+    assert (np.abs(got - values[1:]) <= largest / 16).all()
+    assert (got[1] == 0).all()
+
+
+def test_a_stopped_capture_goes_on(checkpoint, records, states, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    class KilledError(Exception):
+        pass
+
+    def stop_after_two(done, *_):
+        if done == 2:
+            raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(progress, "_nothing", stop_after_two)
+        patch.setattr(progress, "_hushed", True)
+        with pytest.raises(KilledError):
+            capture_of(checkpoint, records, out)
+    written = {path: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
+    with pytest.raises(DataError, match="not finished: run the same `capture` again"):
+        batches_of(checkpoint, out)
+    capture_of(checkpoint, records, out)
+    assert written
+    assert all(path.stat().st_mtime_ns == time for path, time in written.items())
+    one, other = ({p.name: p.read_bytes() for p in f.glob("*.saf*")} for f in (out, states))
+    assert one == other
+    assert len(one) > len(written)
+    with pytest.raises(CaptureError, match="stored was float32, is now bfloat16"):
+        capture_of(checkpoint, records, out, stored="bfloat16")
+    with pytest.raises(CaptureError, match="no capture; give --out another place"):
+        capture_of(checkpoint, records, checkpoint)
+
+
+# --- what cannot be used
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def bit_flipped(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[-7] ^= 1
+    path.write_bytes(raw)
+
+
+def states_of(path: Path) -> np.ndarray:
+    return open_sample(path).states(0, open_sample(path).num_tokens)
+
+
+def rewritten(path: Path, metadata=None, **changes) -> None:
+    tensors = {"token_ids": open_sample(path).token_ids(), "hidden_states": states_of(path)}
+    save_file(tensors | changes, path, metadata)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def text(path: Path) -> None:
+    path.write_text("nothing of the kind" * 9)
+
+
+FAULTS = {
+    "cut short": (cut_short, "was cut short: "),
+    "a bit flipped": (bit_flipped, "is damaged: its bytes give"),
+    "empty": (empty, "is no safetensors file"),
+    "text": (text, "is no safetensors file"),
+    "wider": (
+        lambda p: rewritten(p, hidden_states=np.zeros((open_sample(p).num_tokens, 8), np.float32)),
+        "has states 8 wide, the model's are",
+    ),
+    "other model": (lambda p: rewritten(p, {"main_model": "abc"}), "from another main model"),
+    "other tokens": (
+        lambda p: rewritten(p, token_ids=np.full(open_sample(p).num_tokens, 10**6)),
+        "has token 1000000, the model's vocabulary",
+    ),
+    "fewer tokens": (lambda p: rewritten(p, token_ids=np.arange(1)), "for 1 tokens"),
+    "no tokens": (lambda p: save_file({"x": np.zeros(2)}, p), "needed token_ids and hidden_states"),
+    "NaN": (
+        lambda p: rewritten(p, hidden_states=states_of(p) * np.float32(np.nan)),
+        "NaN or infinity in hidden_states",
+    ),
+    "half": (
+        lambda p: rewritten(p, hidden_states=np.zeros((open_sample(p).num_tokens, 64), np.float16)),
+        "has hidden_states in F16, needed BF16 or F32 or F8_E4M3",
+    ),
+    "other state": (lambda p: rewritten(p, {"state": "none"}), "needed pre_norm or post_norm"),
+}
+
+
+@pytest.mark.parametrize(("break_it", "said"), FAULTS.values(), ids=FAULTS)
+def test_what_cannot_be_used_is_named_and_refused_or_left_out(
+    break_it, said, mtp_only, states, tmp_path
+):
+    copy = tmp_path / "states"
+    shutil.copytree(states, copy)
+    broken = sorted(copy.glob("*.safetensors"))[1]
+    break_it(broken)
+    settings = run_settings(mtp_only, copy, evaluation=EvaluationSettings(holdout_every=0))
+    base, lines = open_trainable(str(mtp_only), captured=True)[0], []
+
+    def read(settings):
+        documents = open_states(settings, base, "float32", lines.append).train
+        packer = Packer(documents, **SIZE, seed=0, epochs=1)
+        return sum((batch.segment_ids_BT != 0).sum() for batch, _ in packer)
+
+    with pytest.raises(DataError) as caught:
+        read(settings)
+    assert str(broken) in str(caught.value)
+    assert said in str(caught.value)
+    assert "--skip-unusable" in str(caught.value)
+    left = read(dataclasses.replace(settings, skip_unusable=True))
+    assert [line for line in lines if str(broken) in line and said in line and "left out" in line]
+    others = [p for p in states.glob("*.safetensors") if p.name != broken.name]
+    assert left == sum(open_sample(path).num_tokens for path in others)
+
+
+def test_files_of_vllm_are_read_as_they_are(checkpoint, mtp_only, states, tmp_path):
+    """[T, layers, D] in bfloat16, in folders, nothing said of it: the last layer, not normed."""
+    theirs = tmp_path / "theirs"
+    for number, path in enumerate(sorted(states.glob("*.safetensors"))):
+        sample = open_sample(path)
+        last = sample.states(0, sample.num_tokens).astype(ml_dtypes.bfloat16)
+        layers = np.stack([-last, last], axis=1)
+        folder = theirs / f"{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {"token_ids": sample.token_ids(), "hidden_states": layers}
+        save_file(tensors, folder / f"req-{number}.safetensors")
+    batches = batches_of(mtp_only, theirs)
+    want = learnt(checkpoint, [b._replace(states=None) for b in batches], "all")
+    error = np.abs(learnt(mtp_only, batches, "mtp")[0] / want[0] - 1).max()
+    assert error < ROUNDED["bfloat16"]
+    first = [b._replace(states=PreNorm(-b.states.x_BTD)) for b in batches]  # the first layer
+    assert np.abs(learnt(mtp_only, first, "mtp")[0] / want[0] - 1).max() > 10 * error
+
+
+def test_the_commands(checkpoint, mtp_only, records, tmp_path, capsys):
+    out = tmp_path / "states"
+    words = ["--checkpoint", str(checkpoint), "--data", str(records), "--out", str(out)]
+    size = ["--rows", "2", "--row-tokens", "32"]
+    assert cli.run(["capture", *words, *size, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["finished"]
+    assert told["samples"] == len(list(out.glob("*.safetensors")))
+    assert cli.run(["capture", *words, *size]) == 0  # nothing is left to do
+    assert "samples of" in capsys.readouterr().out
+    words = ["train", "--checkpoint", str(mtp_only), "--states", str(out), "--out", "run"]
+    assert cli.run([*words, "--train", "all"]) == 2
+    assert "--train is all, needed mtp with --states" in capsys.readouterr().err
+    assert cli.run([*words, "--data", str(records)]) == 2
+    assert "--states is given with --data" in capsys.readouterr().err
+    other = ["--checkpoint", str(mtp_only), "--data", str(records), "--out", str(tmp_path / "b")]
+    assert cli.run(["capture", *other]) == 1
+    assert "has no main model: it is of --scope mtp" in capsys.readouterr().err
