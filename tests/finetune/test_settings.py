@@ -157,7 +157,8 @@ def status(argv) -> Any:
     [
         ([], "Missing subcommand"),
         (["fine"], "fine"),
-        (["train", "--checkpoint", "C"], "--data"),
+        (["train", "--checkpoint", "C"], "--out"),
+        (["train", "--checkpoint", "C", "--out", "R"], "--data is (), needed at least one path"),
         ([*NEEDED, "--optimizer.learning-rat", "1"], "--optimizer.learning-rate"),
         ([*NEEDED, "--steps", "many"], "many"),
         ([*NEEDED, "--config", "no.yaml"], "no.yaml"),
