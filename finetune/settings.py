@@ -265,6 +265,11 @@ class RunSettings:
     mesh: MeshSettings = field(default_factory=MeshSettings)
 
     @property
+    def scope(self) -> Literal["all", "mtp"]:
+        """The part of the model that is loaded."""
+        return "mtp" if self.states else "all"
+
+    @property
     def part(self) -> Part:
         """What learns."""
         return part_of(self.train, self.lora)

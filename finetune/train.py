@@ -17,9 +17,9 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from finetune.captured.documents import open_states
+from finetune.captured.documents import open_text
 from finetune.data.packing import Batch, Packer, Position
-from finetune.data.run_text import RunText, digest_of, held_out_batches, open_run_text
+from finetune.data.run_text import RunText, digest_of, held_out_batches
 from finetune.devices import (
     Workload,
     abstract_batch,
@@ -62,7 +62,6 @@ from finetune.weights import (
     keep_adapters,
     load_for_training,
     matrices,
-    needed_scope,
     open_trainable,
     raise_unless_fitting,
     recomputes_layers,
@@ -132,13 +131,9 @@ def train(
     computed_in = begun_in or compute_dtype(settings.compute_dtype)
     base, config = open_trainable(settings.checkpoint, captured=bool(settings.states))
     raise_unless_fitting(settings, config)
-    scope = needed_scope(settings)
-    work = Workload.of(base, settings.train, settings.batch.rows_at_once, scope)
+    work = Workload.of(base, settings.train, settings.batch.rows_at_once, settings.scope)
     mesh = devices_for(settings.mesh, work)
-    if settings.states:
-        text = open_states(settings, base, computed_in, console.print)
-    else:
-        text = open_run_text(settings, config)
+    text = open_text(settings, base, computed_in, console.print)
     console.print(text.description)
     cluster.raise_unless_alike(given(settings, text, base))
     with run.claim(settings, computed_in, overwrite):
@@ -176,7 +171,7 @@ def _prepare(
     held_out = held_out_batches(text.held_out, settings) if text.held_out else []
     remat = recomputes_layers(settings, base.config)
     how = settings.checkpoint, settings.train, computed_in, remat, mesh
-    split = load_for_training(*how, settings.lora, settings.seed, needed_scope(settings))
+    split = load_for_training(*how, settings.lora, settings.seed, settings.scope)
     raise_unless_finite(split, settings.checkpoint)
     optimizer = make_optimizer(settings.optimizer, settings.steps, matrices(base))
     asked = asked_by(settings)

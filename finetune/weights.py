@@ -151,11 +151,6 @@ def load_for_training(
     return Split.of(model, mode)
 
 
-def needed_scope(settings: RunSettings) -> Scope:
-    """The part of the model that a run loads."""
-    return "mtp" if settings.states else "all"
-
-
 def matrices(checkpoint: Checkpoint) -> Callable[[str], bool]:
     """Whether the leaf at a path stacks matrices, not vectors: those that weight decay is for."""
     names = {name for name, leaf in checkpoint.leaves.items() if len(leaf.tensor_shape) > 1}

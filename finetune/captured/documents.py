@@ -16,7 +16,7 @@ from finetune.captured.sample import (
 from finetune.data.kinds import FileError
 from finetune.data.packing import PostNorm, PreNorm
 from finetune.data.records import DataError
-from finetune.data.run_text import RunText, held_out_numbers
+from finetune.data.run_text import RunText, held_out_numbers, open_run_text
 from finetune.data.tokens import Tokens
 from finetune.settings import RunSettings
 from mtp_model.checkpoint.directory import Checkpoint
@@ -76,6 +76,13 @@ class SampleDocuments:
             if fault and self.skip:
                 self.skip(f"{self.samples[document].path} {fault}: left out")
         return self._faults[document]
+
+
+def open_text(settings: RunSettings, base: Checkpoint, dtype: str, say: Say) -> RunText:
+    """What a run learns from: text, or what was captured of it."""
+    if settings.states:
+        return open_states(settings, base, dtype, say)
+    return open_run_text(settings, base.config)
 
 
 def open_states(settings: RunSettings, base: Checkpoint, dtype: str, say: Say) -> RunText:
