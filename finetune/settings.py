@@ -175,6 +175,8 @@ class CheckpointSettings:
     """Steps between checkpoints."""
     keep: int = 2
     """Newest checkpoints that are kept."""
+    keep_every: int = 0
+    """Checkpoints of every so many steps are kept for good; 0: of none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,6 +311,7 @@ NOT_NEGATIVE = (
     "seed",
     "optimizer.weight_decay",
     "evaluation.holdout_every",
+    "checkpoints.keep_every",
     *MESH,
 )
 FRACTIONS = ("optimizer.warmup_fraction", "optimizer.final_fraction")

@@ -36,6 +36,7 @@ from finetune.run.checkpoints import (
     Checkpoints,
     RunPosition,
     raise_unless_room,
+    room_for,
     saved_steps,
 )
 from finetune.run.directory import RunDirectory
@@ -199,7 +200,7 @@ def _loop(job: _Job, profiled: int) -> TrainState:
     settings, run, stopping = job.settings, job.run, job.stopping
     with contextlib.ExitStack() as stack:
         inputs = inputs_of(job.text, job.base)
-        checkpoints = Checkpoints(run.checkpoints, settings.checkpoints.keep)
+        checkpoints = Checkpoints(run.checkpoints, settings.checkpoints)
         stack.callback(checkpoints.close)
         state, at = resume(run, checkpoints, job.first_state, inputs, settings, job.console)
         writes = cluster.is_first()
@@ -270,10 +271,8 @@ def _compiled(job: _Job, state: TrainState) -> tuple[Callable[..., Any], dict[st
 
 def _raise_unless_room(job: _Job) -> None:
     """UserError unless the disk has room for all that the run will write; said before it trains."""
-    settings, folder = job.settings, job.run.checkpoints
-    saved = saved_steps(folder)
-    left = -(-(settings.steps - max(saved, default=0)) // settings.checkpoints.every)
-    more = max(min(left, settings.checkpoints.keep + 1 - len(saved)), 0)
+    folder = job.run.checkpoints
+    more = room_for(saved_steps(folder), job.settings.checkpoints, job.settings.steps)
     final = final_bytes(job.base, job.first_state)
     raise_unless_room(folder, job.first_state, checkpoints=more, bytes_more=final)
 

@@ -24,7 +24,7 @@ from converters.sources.open import open_source
 from finetune.data.packing import Batch
 from finetune.optimizer import make_optimizer
 from finetune.run.checkpoints import Checkpoints, RunPosition
-from finetune.settings import BatchSettings, RunSettings
+from finetune.settings import BatchSettings, CheckpointSettings, RunSettings
 from finetune.state import TrainState, make_train_step, start
 from finetune.weights import load_for_training, matrices
 from mtp_model.checkpoint.directory import open_checkpoint
@@ -76,7 +76,7 @@ class Training:
         ones = np.ones_like(tokens)
         places = np.broadcast_to(np.arange(ROW_TOKENS, dtype=np.int32), tokens.shape)
         self._batch = Batch(tokens, ones, places, ones)
-        self.checkpoints = Checkpoints(scratch / "saved", keep=1)
+        self.checkpoints = Checkpoints(scratch / "saved", CheckpointSettings(keep=1))
         self._saved = 0
 
     @property

@@ -18,6 +18,7 @@ MAY_CHANGE = (
     "evaluation.rows",
     "checkpoints.every",
     "checkpoints.keep",
+    "checkpoints.keep_every",
     "lora.keep",
     *MESH,
 )

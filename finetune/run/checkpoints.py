@@ -10,7 +10,7 @@ import json
 import logging
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from finetune.settings import CheckpointSettings
 from mtp_model import cluster
 from mtp_model.checkpoint.directory import digest_of_json
 from mtp_model.files.local import raise_if_full
@@ -66,6 +67,22 @@ def saved_steps(folder: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal())
 
 
+def room_for(saved: Sequence[int], settings: CheckpointSettings, steps: int) -> int:
+    """How many checkpoints more than are there a run of so many steps has at a time."""
+    done = max(saved, default=0)
+    coming = sorted({*range(settings.every, steps, settings.every), steps})
+    coming = [step for step in coming if step > done]
+    passing = [step for step in saved if not _is_for_good(step, settings)]
+    for_good = sum(_is_for_good(step, settings) for step in coming)
+    others = min(len(coming) - for_good, settings.keep + 1 - len(passing))
+    return for_good + max(others, 0)
+
+
+def _is_for_good(step: int, settings: CheckpointSettings) -> bool:
+    """Whether the checkpoint of a step is kept however many come after it."""
+    return settings.keep_every > 0 and step % settings.keep_every == 0
+
+
 class Checkpoints:
     """The numbered checkpoints of a run; a half-written one has no number yet.
 
@@ -75,8 +92,8 @@ class Checkpoints:
     makes the copy; each host's process writes what its devices hold.
     """
 
-    def __init__(self, folder: Path, keep: int):
-        self._folder, self._keep = folder.absolute(), keep
+    def __init__(self, folder: Path, settings: CheckpointSettings):
+        self._folder, self._settings = folder.absolute(), settings
         # Orbax logs, with tracebacks and more than once, what it also raises.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
@@ -182,7 +199,9 @@ class Checkpoints:
             self._orbax.wait_until_finished()
         if not cluster.is_first():
             return
-        for old in saved_steps(self._folder)[: -self._keep]:
+        for old in saved_steps(self._folder)[: -self._settings.keep]:
+            if _is_for_good(old, self._settings):
+                continue
             (self._folder / str(old)).rename(self._folder / f"{old}{_DELETED}")
         self._delete_leftovers()
 

@@ -15,7 +15,14 @@ import orbax.checkpoint as ocp
 import pytest
 
 from finetune.run import checkpoints as module
-from finetune.run.checkpoints import Checkpoints, DamagedError, RunPosition, saved_steps
+from finetune.run.checkpoints import (
+    Checkpoints,
+    DamagedError,
+    RunPosition,
+    room_for,
+    saved_steps,
+)
+from finetune.settings import CheckpointSettings
 from mtp_model.problems import UserError
 
 RECORD = "progress/metadata"
@@ -32,7 +39,7 @@ def as_bytes(tree: dict[str, jax.Array]) -> dict[str, bytes]:
 
 @pytest.fixture
 def checkpoints(tmp_path: Path):
-    opened = Checkpoints(tmp_path / "checkpoints", keep=2)
+    opened = Checkpoints(tmp_path / "checkpoints", CheckpointSettings(keep=2))
     yield opened
     opened.close()
 
@@ -51,6 +58,22 @@ def test_the_newest_are_kept_and_give_back_what_was_saved(checkpoints: Checkpoin
     assert checkpoints.position(3).position == {"next": [0, 3]}
     for step in (2, 3):
         assert as_bytes(checkpoints.restore(step, state(0))) == as_bytes(state(step))
+
+
+def test_those_of_every_so_many_steps_stay(tmp_path: Path):
+    kept = CheckpointSettings(every=1, keep=1, keep_every=3)
+    opened = Checkpoints(tmp_path, kept)
+    for step in range(1, 8):
+        save(opened, step)
+    assert saved_steps(tmp_path) == [3, 6, 7]
+    opened.close()
+    # Each is written before an older one goes: 3, 6, and 7 beside 5 or 6.
+    assert room_for([], kept, 7) == 4
+    assert room_for([3, 6], kept, 7) == 1
+    assert room_for([3, 4], kept, 7) == 2
+    assert room_for([], CheckpointSettings(every=2, keep=2), 7) == 3
+    assert room_for([2, 4], CheckpointSettings(every=2, keep=2), 7) == 1
+    assert room_for([7], kept, 7) == 0
 
 
 def test_plain_orbax_reads_them(checkpoints: Checkpoints, tmp_path: Path):
@@ -106,7 +129,7 @@ def test_a_save_that_is_under_way_is_no_checkpoint(
     names = {path.name for path in copied.iterdir()}
     assert len(names) == 2
     assert saved_steps(copied) == [1]
-    again = Checkpoints(copied, keep=2)
+    again = Checkpoints(copied, CheckpointSettings(keep=2))
     assert [path.name for path in copied.iterdir()] == ["1"]
     assert as_bytes(again.restore(1, state(0))) == as_bytes(state(1))
     again.close()
