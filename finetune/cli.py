@@ -40,7 +40,7 @@ from finetune.settings import ClusterSettings, RunSettings, SettingsError, blank
 from finetune.settings_file import read_yaml
 from finetune.train import Result, train
 from mtp_model import cluster
-from mtp_model.commands import FAILED, INTERRUPTED, exit_status
+from mtp_model.commands import FAILED, exit_status
 from mtp_model.reporting import Section, show, stdout
 
 WRONG_USAGE = 2
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         status = run(sys.argv[1:] if argv is None else argv)
     finally:
-        cluster.leave(whole=status in (0, INTERRUPTED))
+        cluster.leave(status)
     sys.exit(status)
 
 

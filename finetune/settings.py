@@ -356,6 +356,13 @@ def check(settings: RunSettings) -> None:
     if settings.batch.rows % max(settings.batch.accumulation, 1):
         found = f"{option('batch.accumulation')} is {settings.batch.accumulation}"
         faults.append(f"{found}, needed a divisor of the {settings.batch.rows} rows of a batch")
+    if settings.train != "lora":
+        asked, usual = flat(settings.lora), flat(LoraSettings())
+        faults += [
+            f"{option('lora.' + name)} is {value}, needed --train lora beside it"
+            for name, value in asked.items()
+            if value != usual[name]
+        ]
     places = {name: getattr(settings, name) for name in ("data", "states", "eval_data")}
     for name, paths in (places | {"out": (settings.out,)}).items():
         clouds = [path for path in paths if path.parts[:1] == ("gs:",)]

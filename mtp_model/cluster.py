@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mtp_model import progress
-from mtp_model.commands import FAILED
+from mtp_model.commands import INTERRUPTED
 from mtp_model.problems import UserError
 
 # A process that has not been heard of for so long is gone, and ends the others.
@@ -63,15 +63,15 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
         progress.hush()
 
 
-def leave(*, whole: bool) -> None:
-    """End this process's part, of a cluster if it is in one.
+def leave(status: int) -> None:
+    """End this process's part, of a cluster if it is in one, with its exit status.
 
-    whole: all of them end here, and wait for each other. Else the process ends now, and the others
-    are told that it is gone.
+    Where nothing failed all of them end here, and wait for each other. Else the process ends now,
+    and the others are told that it is gone.
     """
     if not jax.distributed.is_initialized():
         return
-    if whole:
+    if status in (0, INTERRUPTED):
         jax.distributed.shutdown()
     else:
         # Python's own end would wait for the others, who would wait for what this one had to do.
@@ -79,7 +79,7 @@ def leave(*, whole: bool) -> None:
             traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(FAILED)
+        os._exit(status)
 
 
 def count() -> int:

@@ -124,6 +124,8 @@ def test_every_value_that_cannot_be_used_is_reported():
         "--optimizer.beta1": ("1.0", "from 0 to less than 1"),
         "--batch.row-tokens": ("1", "2 or more"),
         "--evaluation.holdout-every": ("1", "0, or 2 and more"),
+        "--batch.accumulation": ("3", "a divisor of the 8 rows of a batch"),
+        "--lora.rank": ("3", "--train lora beside it"),
     }
     settings = parsed(*(part for name, (value, _) in wrong.items() for part in (name, value)))
     with pytest.raises(SettingsError) as caught:

@@ -33,4 +33,4 @@ if __name__ == "__main__":
         found[f"{name}/losses"] = losses
     if cluster.is_first():
         np.savez(out, **found)
-    cluster.leave(whole=True)
+    cluster.leave(0)
