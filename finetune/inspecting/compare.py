@@ -65,6 +65,9 @@ def compare(settings: CompareSettings) -> SideBySide:
     if settings.report and _is_other_file(settings.report):
         needed = "needed a folder, or a name that ends with .html"
         faults.append(f"--report is {settings.report}, {needed}")
+    if settings.report and any((settings.report / name).is_file() for name in _OF_OTHERS):
+        found = f"--report is {settings.report}, which is a run or a checkpoint"
+        faults.append(f"{found} with reports of its own, needed another folder")
     if faults:
         raise SettingsError("settings that cannot be used", faults)
     read = read_results(settings.results)
@@ -73,6 +76,9 @@ def compare(settings: CompareSettings) -> SideBySide:
     if settings.report:
         _write(settings.report, found)
     return found
+
+
+_OF_OTHERS = ("config.yaml", "COMPLETE")
 
 
 def _is_other_file(report: Path) -> bool:

@@ -300,3 +300,14 @@ def test_a_report_is_a_folder_too(tmp_path, capsys):
     assert json.loads((report / "report.json").read_text()) == {"report_version": 1, **found}
     assert "| mean accepted length | 1.700 | 2.500 |" in (report / "report.md").read_text()
     assert_readable(report / "report.html", tmp_path)
+
+
+def test_a_report_takes_no_runs_place(tmp_path, capsys):
+    paths, run = written(tmp_path, b=COUNTS), tmp_path / "run"
+    run.mkdir()
+    for name in ("config.yaml", "report.json"):
+        (run / name).write_text("of the run")
+    assert cli.run(["compare", str(paths[0]), "--report", str(run)]) == 2
+    assert "which is a run or a checkpoint with reports of its own" in capsys.readouterr().err
+    assert (run / "report.json").read_text() == "of the run"
+    assert [path.name for path in sorted(run.iterdir())] == ["config.yaml", "report.json"]
