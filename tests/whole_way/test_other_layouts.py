@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from changed import leaf_of_rows
 from gcs_server import GcsServer
 from imported import CONTROL, TOLERANCE, import_folder, load_float32, relative_error
 from layouts import (
@@ -32,7 +33,7 @@ from converters.cli.main import main as convert
 from converters.exporting.exporter import export_checkpoint
 from converters.format.fit import fit
 from converters.verifying.logits.check import check_logits
-from mtp_model.checkpoint.derived import ChangedLeaf, write_derived
+from mtp_model.checkpoint.derived import write_derived
 from mtp_model.checkpoint.directory import open_checkpoint
 from tools.make_tiny_checkpoint import TINY_CONFIG, make_tiny_checkpoint
 
@@ -207,7 +208,7 @@ def test_a_trained_router_bias_keeps_the_kind_that_it_had(tmp_path: Path):
     leaf = f"mtp.block.{BIAS}"
     assert checkpoint.leaves[leaf].dtype == np.float32
     moved = checkpoint.read_rows(leaf, (0,), 0, 12) + np.float32(0.3337)
-    new = ChangedLeaf(dtype=np.dtype(np.float32), rows=lambda _, start, stop: moved[start:stop])
+    new = leaf_of_rows(np.dtype(np.float32), lambda _, start, stop: moved[start:stop])
     trained = write_derived(checkpoint, tmp_path / "trained", {leaf: new}, {})
     summary = export_checkpoint(trained, tmp_path / "tuned")
     name = f"model.layers.{MTP}.{BIAS}"

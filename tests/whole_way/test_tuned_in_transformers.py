@@ -12,13 +12,14 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import torch
+from changed import leaf_of_rows
 from drafting import make_drafting_checkpoint
 from imported import load_float32
 from roundtrip import patch_tensor, read_tensors
 from transformers_pair import load_transformers
 
 from converters.cli.main import main as convert
-from mtp_model.checkpoint.derived import ChangedLeaf, write_derived
+from mtp_model.checkpoint.derived import write_derived
 from mtp_model.checkpoint.directory import open_checkpoint
 from mtp_model.model import leaves_by_name
 
@@ -51,7 +52,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     every = {index: bad[index].tobytes() for index in np.ndindex(*bad.shape)}
     patch_tensor(folder / "source", NAME, every)
     run("import", folder / "source", folder / "ckpt")
-    changed = ChangedLeaf(dtype=np.dtype(np.float32), rows=lambda _, start, stop: good[start:stop])
+    changed = leaf_of_rows(np.dtype(np.float32), lambda _, start, stop: good[start:stop])
     write_derived(open_checkpoint(folder / "ckpt"), folder / "tuned", {LEAF: changed}, {})
     run("export", folder / "tuned", folder / "out")
     return folder

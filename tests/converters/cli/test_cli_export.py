@@ -10,6 +10,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from changed import leaf_of_rows
 from hub_client import TOKEN, lone_hub
 from hub_server import Fault, HubServer
 from roundtrip import assert_same_files, dequantised, read_tensors, tree_bytes
@@ -18,7 +19,7 @@ from converters.cli.main import main
 from converters.publishing import push as hub_push
 from converters.verifying import export_gate
 from converters.verifying.logits.check import check_logits
-from mtp_model.checkpoint.derived import ChangedLeaf, write_derived
+from mtp_model.checkpoint.derived import write_derived
 from mtp_model.checkpoint.directory import Checkpoint, open_checkpoint
 from tools.make_tiny_checkpoint import make_tiny_checkpoint
 
@@ -53,7 +54,7 @@ def tuned(mtp: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Checkpoi
         noise = np.random.default_rng(index[-1]).normal(size=(stop - start, 1))
         return mtp.read_rows(EXPERTS, index, start, stop) + (0.01 * noise).astype(np.float32)
 
-    changed = {EXPERTS: ChangedLeaf(dtype=np.dtype(np.float32), rows=rows)}
+    changed = {EXPERTS: leaf_of_rows(np.dtype(np.float32), rows)}
     return write_derived(mtp, tmp_path_factory.mktemp("tuned") / "final", changed, {})
 
 
@@ -252,7 +253,7 @@ def test_the_card_claims_what_anybody_finds(
     assert run(capsys, "import", "org/Base", tmp_path / "ckpt")[0] == 0
     base, leaf = open_checkpoint(tmp_path / "ckpt"), "mtp.enorm.weight"
     rows = base.read_rows(leaf, (0,), 0, base.leaves[leaf].tensor_shape[0])
-    changed = {leaf: ChangedLeaf(dtype=rows.dtype, rows=lambda _, a, b: -rows[a:b])}
+    changed = {leaf: leaf_of_rows(rows.dtype, lambda _, a, b: -rows[a:b])}
     write_derived(base, tmp_path / "tuned", changed, {})
     out = tmp_path / "out"
     assert run(capsys, "export", tmp_path / "tuned", out, "--push", REPO)[0] == 0

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from changed import leaf_of_rows
 from gcs_server import GcsServer
 from gcs_server import key_of as key
 from roundtrip import assert_same_files, make_source, run_import, tree_bytes
@@ -17,7 +18,7 @@ from converters.exporting.result import ExportSummary
 from converters.format.listing import list_checkpoint
 from converters.sources.open import open_source
 from mtp_model.checkpoint.claim import held
-from mtp_model.checkpoint.derived import ChangedLeaf, write_derived
+from mtp_model.checkpoint.derived import write_derived
 from mtp_model.checkpoint.directory import UNFINISHED, Checkpoint, CheckpointError, open_checkpoint
 from mtp_model.files import object_place
 from mtp_model.files.object_place import AppendedObject, ObjectPlace
@@ -51,7 +52,7 @@ def ckpt(src: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def tuned(ckpt: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """Another final norm: one file of the source changes."""
     norm = np.dtype(np.float32)
-    change = {"norm.weight": ChangedLeaf(dtype=norm, rows=lambda _, a, b: np.ones(b - a, norm))}
+    change = {"norm.weight": leaf_of_rows(norm, lambda _, a, b: np.ones(b - a, norm))}
     return write_derived(ckpt, tmp_path_factory.mktemp("tuned") / "ckpt", change, {})
 
 

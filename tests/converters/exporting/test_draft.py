@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from advice import done, follows, told
+from changed import leaf_of_rows
 from gcs_server import GcsServer, key_of
 from layouts import fused, in_bf16, make_edited
 from modules import assert_only_the_module_is_new, config_of, module_of, without_module
@@ -17,7 +18,7 @@ from converters.cli.main import main
 from converters.exporting import draft as draft_module
 from converters.exporting.exporter import export_checkpoint
 from converters.verifying.export_gate import check_draft
-from mtp_model.checkpoint.derived import ChangedLeaf, write_derived
+from mtp_model.checkpoint.derived import write_derived
 from mtp_model.checkpoint.directory import open_checkpoint
 from tools.make_tiny_checkpoint import make_tiny_checkpoint
 
@@ -40,7 +41,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
 
     leaves = ("mtp.eh_proj.weight", "mtp.block.self_attn.o_proj.weight")
-    changed = {leaf: ChangedLeaf(dtype=np.dtype(np.float32), rows=rows(leaf)) for leaf in leaves}
+    changed = {leaf: leaf_of_rows(np.dtype(np.float32), rows(leaf)) for leaf in leaves}
     settings = {"train": "mtp", "draft_tokens": 3}
     write_derived(checkpoint, folder / "tuned", changed, {"settings": settings})
     done("export", folder / "tuned", folder / "whole", "--no-verify")

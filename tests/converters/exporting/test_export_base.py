@@ -12,6 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from changed import leaf_of_rows
 from hub_client import lone_hub
 from roundtrip import (
     SMALL_CHUNKS,
@@ -83,7 +84,7 @@ def changed(ckpt: Checkpoint, dst: Path, *paths: str) -> Checkpoint:
             values = ckpt.read_rows(path, index, start, stop).astype(np.float32)
             return (values * 1.5 + 0.01).astype(BF16)
 
-        return ChangedLeaf(dtype=BF16, rows=rows)
+        return leaf_of_rows(BF16, rows)
 
     leaves: Mapping[str, ChangedLeaf] = {path: leaf(path) for path in paths}
     return write_derived(ckpt, dst, leaves, {}, policy=SMALL_CHUNKS)

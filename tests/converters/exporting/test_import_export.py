@@ -13,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import xxhash
+from changed import leaf_of_rows
 from roundtrip import (
     SMALL_CHUNKS,
     assert_same_files,
@@ -39,7 +40,7 @@ from converters.format.mapping import slots
 from converters.importing.importer import import_checkpoint
 from converters.sources.local import LocalSource
 from mtp_model.checkpoint.chunks import Leaf
-from mtp_model.checkpoint.derived import ChangedLeaf, write_derived
+from mtp_model.checkpoint.derived import write_derived
 from mtp_model.checkpoint.directory import Checkpoint, CheckpointError, open_checkpoint
 from mtp_model.config import ModelConfig
 from mtp_model.files.local import LocalPlace
@@ -253,7 +254,7 @@ def trained(base: Checkpoint, dst: Path, path: str, change: Any) -> tuple[Checkp
     def rows_of(index: tuple[int, ...], start: int, stop: int) -> np.ndarray:
         return new[index][start:stop]
 
-    changed = {path: ChangedLeaf(dtype=BF16, rows=rows_of)}
+    changed = {path: leaf_of_rows(BF16, rows_of)}
     return write_derived(base, dst, changed, {}, policy=SMALL_CHUNKS), new
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from changed import leaf_of_rows
 from flax import nnx
 from gcs_server import BUCKET, GcsServer
 from gcs_server import key_of as key
@@ -21,7 +22,7 @@ from converters.importing.importer import import_checkpoint
 from converters.sources.open import open_source
 from finetune.cli import run as finetune
 from mtp_model.checkpoint.claim import claim
-from mtp_model.checkpoint.derived import ChangedLeaf, write_derived
+from mtp_model.checkpoint.derived import write_derived
 from mtp_model.checkpoint.directory import COMPLETE, UNFINISHED, CheckpointError, open_checkpoint
 from mtp_model.files.object_place import ObjectPlace
 from mtp_model.files.objects import CloudError
@@ -270,7 +271,7 @@ def test_what_was_trained_goes_both_ways(
     gcs: GcsServer, stored: str, url: str, local: Path, tmp_path: Path
 ):
     norm = np.dtype(np.float32)
-    change = {"norm.weight": ChangedLeaf(dtype=norm, rows=lambda _, a, b: np.ones(b - a, norm))}
+    change = {"norm.weight": leaf_of_rows(norm, lambda _, a, b: np.ones(b - a, norm))}
     down = write_derived(open_checkpoint(stored), tmp_path / "down", change, {})
     wanted = write_derived(open_checkpoint(local), tmp_path / "wanted", change, {})
     assert tree_bytes(tmp_path / "down").keys() == tree_bytes(tmp_path / "wanted").keys()

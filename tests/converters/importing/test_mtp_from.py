@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import xxhash
+from changed import leaf_of_rows
 from gcs_server import GcsServer
 from hub_client import REPO, lone_hub
 from modules import (
@@ -36,7 +37,7 @@ from roundtrip import (
 )
 
 from converters.cli.main import main
-from mtp_model.checkpoint.derived import ChangedLeaf, write_derived
+from mtp_model.checkpoint.derived import write_derived
 from mtp_model.checkpoint.directory import Checkpoint, open_checkpoint
 from tools.make_tiny_checkpoint import make_tiny_checkpoint
 
@@ -278,7 +279,7 @@ def trained(checkpoint: Checkpoint, to: Path) -> Path:
         values = np.random.default_rng(index[-1]).normal(size=shape)
         return values[start:stop].astype(np.float32)
 
-    write_derived(checkpoint, to, {leaf: ChangedLeaf(dtype=np.dtype(np.float32), rows=rows)}, {})
+    write_derived(checkpoint, to, {leaf: leaf_of_rows(np.dtype(np.float32), rows)}, {})
     return to
 
 

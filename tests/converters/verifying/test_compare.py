@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from advice import done, follows, told
+from changed import leaf_of_rows
 from gcs_server import GcsServer
 from hub_client import REPO, lone_hub
 from layouts import fused, make_edited
@@ -18,7 +19,7 @@ from roundtrip import dequantised, patch_tensor, read_tensors, run_import, tree_
 from converters.cli.main import main
 from converters.sources.local import LocalSource
 from converters.verifying import tensors as tensors_module
-from mtp_model.checkpoint.derived import ChangedLeaf, write_derived
+from mtp_model.checkpoint.derived import write_derived
 from mtp_model.checkpoint.directory import open_checkpoint
 from tools.make_tiny_checkpoint import make_tiny_checkpoint
 
@@ -46,7 +47,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         values = checkpoint.read_rows("mtp.enorm.weight", index, start, stop)
         return (values.astype(np.float32) + 1).astype(values.dtype)
 
-    changed = ChangedLeaf(dtype=np.dtype(ml_dtypes.bfloat16), rows=rows)
+    changed = leaf_of_rows(np.dtype(ml_dtypes.bfloat16), rows)
     write_derived(checkpoint, folder / "tuned", {"mtp.enorm.weight": changed}, {})
     return folder
 

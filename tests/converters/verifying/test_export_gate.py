@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from advice import follows
+from changed import leaf_of_rows
 from modules import without_module
 from roundtrip import read_tensors
 
@@ -61,7 +62,7 @@ def trained(base: Checkpoint, path: Path, leaves: dict[str, float], **record: An
         def rows(index: tuple[int, ...], start: int, stop: int) -> np.ndarray:
             return base.read_rows(leaf, index, start, stop).astype(F32) + F32.type(added)
 
-        return ChangedLeaf(dtype=F32, rows=rows)
+        return leaf_of_rows(F32, rows)
 
     changed = {leaf: values(leaf, added) for leaf, added in leaves.items()}
     return write_derived(base, path, changed, record)

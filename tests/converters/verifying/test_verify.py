@@ -10,6 +10,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from changed import leaf_of_rows
 from imported import import_folder, import_tiny
 from verified import Pair, opened, storage
 
@@ -26,7 +27,7 @@ from converters.verifying.logits.check import (
 )
 from converters.verifying.logits.depths import TOLERANCE
 from converters.verifying.verify import StorageCheck
-from mtp_model.checkpoint.derived import ChangedLeaf, write_derived
+from mtp_model.checkpoint.derived import write_derived
 from mtp_model.checkpoint.directory import Checkpoint, CheckpointError, open_checkpoint
 from mtp_model.problems import ProblemsError, UserError
 from mtp_model.reporting import to_json
@@ -92,7 +93,7 @@ def trained(base: Path, dst: Path, leaves: list[str], dtype: np.dtype = BF16) ->
             gain * rng.standard_normal((stop - start, *shape))
         ).astype(dtype)
 
-    changed = {path: ChangedLeaf(dtype=dtype, rows=rows(path)) for path in leaves}
+    changed = {path: leaf_of_rows(dtype, rows(path)) for path in leaves}
     return write_derived(checkpoint, dst, changed, {"by": "test"})
 
 
@@ -181,7 +182,7 @@ def test_swapped_tensors_of_the_checkpoint_are_both_named(kept: Pair, tmp_path: 
         return lambda index, start, stop: checkpoint.read_rows(path, index, start, stop)
 
     pairs = zip(leaves, reversed(leaves), strict=True)
-    changed = {path: ChangedLeaf(dtype=BF16, rows=rows_of(other)) for path, other in pairs}
+    changed = {path: leaf_of_rows(BF16, rows_of(other)) for path, other in pairs}
     write_derived(checkpoint, tmp_path / "swapped", changed, {})
     assert differing(storage(kept[0], tmp_path / "swapped")) == {
         f"model.layers.{layer}.{norm}_layernorm.weight"
