@@ -58,7 +58,7 @@ measured_jit = jax.jit(lambda model, batch: measure_whole(model, batch)[0])
 
 
 def targets_by_loop(batch: Batch, k: int):
-    tokens, segments, _, mask = map(np.asarray, batch)
+    tokens, segments, _, mask = map(np.asarray, batch[:4])
     found = {}
     for row, length in enumerate([tokens.shape[1]] * tokens.shape[0]):
         for i in range(length):
