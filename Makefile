@@ -16,7 +16,7 @@ demo: .venv/for-demo
 	$(BIN)/python -m tools.demo
 
 test: .venv/for-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/for-lint
 	$(BIN)/ruff check .
@@ -33,7 +33,7 @@ ifeq ($(NEWEST_PYTHON),)
 else
 	$(MAKE) $(NEWEST)/installed
 	$(NEWEST)/bin/python -m pip list --disable-pip-version-check | grep -iE '^(jax|flax|orbax-checkpoint|numpy) '
-	$(NEWEST)/bin/python -m pytest -n 2 --dist loadfile
+	$(NEWEST)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 endif
 
 .venv/for-demo: EXTRAS := verify

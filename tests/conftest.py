@@ -32,6 +32,21 @@ if TYPE_CHECKING:
 
 install_import_hook(CHECKED_MODULES, "beartype.beartype")
 
+# Files of a minute and more come first: one that comes last keeps one of two workers waiting.
+LONGEST = (
+    "test_demo",
+    "test_stopping",
+    "test_meshes",
+    "test_processes",
+    "test_train",
+    "test_model",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, all else in its order."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else 9)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_power_cut() -> Iterator[None]:
