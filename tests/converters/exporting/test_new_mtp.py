@@ -132,7 +132,7 @@ def test_new_modules_learn_by_their_own_objective_until_they_are_trained(tmp_pat
 
     def said(**more) -> str:
         out = io.StringIO()
-        monkeypatch.setattr("finetune.train._loop", lambda _: 1 / 0)
+        monkeypatch.setattr("finetune.train._loop", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(asked(checkpoint, **more), Console(file=out), overwrite=True)
         return " ".join(out.getvalue().split())
