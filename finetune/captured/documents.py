@@ -121,7 +121,7 @@ def scan_samples(
     skip: is told of those that cannot be used; without it they are a DataError.
     """
     model, found, faults = main_model_digest(base), [], []
-    with progress("read samples", "samples") as report:
+    with progress("scan samples", "samples") as report:
         for folder in folders:
             _raise_unless_finished(folder)
             for path in samples_below(folder):

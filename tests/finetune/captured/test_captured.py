@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from advice import follows
 from flax import nnx
 from imported import import_folder
 from safetensors import safe_open
@@ -18,7 +19,7 @@ from trained import QUIET, read_rows
 
 from finetune import cli
 from finetune.captured.capture import CaptureError, CaptureSettings, capture
-from finetune.captured.documents import open_states
+from finetune.captured.documents import PROGRESS_FILE, open_states
 from finetune.captured.sample import Content, open_sample, write_sample
 from finetune.data.packing import Packer, PostNorm, PreNorm
 from finetune.data.records import DataError
@@ -29,6 +30,8 @@ from finetune.settings import BatchSettings, EvaluationSettings, ObjectiveSettin
 from finetune.train import train
 from finetune.weights import load_for_training, open_trainable
 from mtp_model import make_context, progress
+from mtp_model.checkpoint.directory import open_checkpoint
+from mtp_model.files.open import as_place
 from mtp_model.load import load
 
 SIZE = {"rows": 2, "row_tokens": 32}
@@ -216,6 +219,7 @@ def test_fp8_keeps_a_scale_for_each_token(tmp_path):
     assert (got[1] == 0).all()
 
 
+@follows("is not finished: run the same `capture` again to go on")
 def test_a_stopped_capture_goes_on(checkpoint, records, states, tmp_path, monkeypatch):
     out = tmp_path / "out"
 
@@ -244,6 +248,51 @@ def test_a_stopped_capture_goes_on(checkpoint, records, states, tmp_path, monkey
         capture_of(checkpoint, records, out, stored="bfloat16")
     with pytest.raises(CaptureError, match="no capture; give --out another place"):
         capture_of(checkpoint, records, checkpoint)
+
+
+@follows(
+    "; wait or end it",
+    "is a capture of something else; give --out another place",
+    "is not empty and no capture; give --out another place",
+    "); give --out another place",
+)
+def test_a_folder_that_cannot_be_gone_on_with_is_told(checkpoint, records, states, tmp_path):
+    """And nothing in it is touched; another place, or the same one later, takes the capture."""
+    other, damaged, busy = (tmp_path / name for name in ("other", "damaged", "busy"))
+    shutil.copytree(states, damaged)
+    (damaged / PROGRESS_FILE).write_text("{}")
+    other.mkdir()
+    (other / "mine").touch()
+    busy.mkdir()
+    for folder, said in (
+        (states, "is a capture of something else"),
+        (other, "is not empty and no capture"),
+        (damaged, "is damaged"),
+    ):
+        before = sorted(folder.iterdir())
+        with pytest.raises(CaptureError, match=said):
+            capture_of(checkpoint, records, folder, stored="float8")
+        assert set(folder.iterdir()) - set(before) <= {folder / "lock"}
+    with as_place(busy / "lock").locked() as got:
+        assert got
+        with pytest.raises(CaptureError, match="another process captures to"):
+            capture_of(checkpoint, records, busy)
+    capture_of(checkpoint, records, busy)
+    assert len(list(busy.glob("*.safetensors"))) == len(list(states.glob("*.safetensors")))
+
+
+@follows("NaN or infinity in the main model's states; verify the checkpoint, or try ")
+def test_states_that_are_not_finite_are_no_samples(checkpoint, records, tmp_path):
+    """The checkpoint's own digests, which `verify` compares, say what is damaged."""
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint, copy)
+    (first, *_) = (p for p in open_checkpoint(copy).pieces() if p.path == "embed_tokens.weight")
+    file = copy / str(first.file).removeprefix(f"{copy}/")
+    file.write_bytes(b"\xff" * file.stat().st_size)
+    with pytest.raises(CaptureError, match="NaN or infinity in the main model's states"):
+        capture_of(copy, records, tmp_path / "out")
+    wrong = [p.path for p in open_checkpoint(copy).pieces() if p.file.digest() != p.digest]
+    assert wrong == ["embed_tokens.weight"]
 
 
 # --- what cannot be used
