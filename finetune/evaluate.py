@@ -21,6 +21,7 @@ from finetune.devices import Workload, devices_for, on_mesh, spread
 from finetune.objective.acceptance import Rule
 from finetune.objective.intervals import DocumentCounts
 from finetune.objective.losses import Asked
+from finetune.run.changes import given_to_all
 from finetune.run.metrics import SourceAcceptance, Summary, measure_documents
 from finetune.settings import (
     ClusterSettings,
@@ -28,13 +29,12 @@ from finetune.settings import (
     DataPaths,
     MeshSettings,
     SettingsError,
-    flat,
-    option,
+    too_small,
 )
 from finetune.state import Split, make_measure_step
 from finetune.weights import compute_dtype, open_trainable
 from mtp_model import ModelConfig, cluster
-from mtp_model.checkpoint.directory import COMPLETE, Checkpoint
+from mtp_model.checkpoint.directory import Checkpoint
 from mtp_model.layers import FP8, INIT_STD
 from mtp_model.load import load
 from mtp_model.progress import Report, progress
@@ -143,11 +143,7 @@ def check(settings: EvaluateSettings) -> None:
     """Raise SettingsError with everything that is wrong with the values."""
     minimum = {"draft_tokens": 1, "rows": 1, "row_tokens": 2, "max_rows": 1, "draft_cost": 0}
     minimum |= {"draft_vocab": 1}
-    faults = [
-        f"--{name.replace('_', '-')} is {value}, needed {least} or more"
-        for name, least in minimum.items()
-        if (value := getattr(settings, name)) is not None and not value >= least
-    ]
+    faults = too_small(settings, minimum)
     if not 0 < settings.temperature < math.inf:
         faults.append(f"--temperature is {settings.temperature}, needed a number above 0")
     if settings.draft_vocab is None and (settings.draft_vocab_data or settings.token_map):
@@ -171,9 +167,8 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
         raise SettingsError("settings that cannot be used", [fault])
     mesh = devices_for(settings.mesh, Workload.of(checkpoint, None, settings.rows))
     documents = open_documents(settings.checkpoint, settings.data, config)
-    of_checkpoint = (checkpoint.path / COMPLETE).digest()
-    digests = {"data": documents.corpus.digest, "checkpoint": of_checkpoint}
-    cluster.raise_unless_alike(_asked_for(settings) | digests)
+    digests = {"data": documents.corpus.digest, "checkpoint": checkpoint.digest}
+    cluster.raise_unless_alike(given_to_all(settings) | digests)
     dtype = compute_dtype(settings.compute_dtype)
     split = Split.of(load(settings.checkpoint, mesh, compute_dtype=dtype), "mtp")
     asked = Asked(settings.draft_tokens, True, settings.sampling, settings.temperature)
@@ -196,7 +191,7 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
         controls["untrained"], _ = _measure(settings, documents, fresh, asked, title)
     return Evaluation(
         summary=summary,
-        checkpoint_digest=of_checkpoint,
+        checkpoint_digest=digests["checkpoint"],
         held_out=rows_seen.hexdigest(),
         data=documents.corpus.digest,
         sources=_by_source(settings.data, documents, counts) if len(settings.data) > 1 else [],
@@ -204,12 +199,6 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
         draft_cost=settings.draft_cost,
         reduced=reduced,
     )
-
-
-def _asked_for(settings: EvaluateSettings) -> dict[str, str]:
-    """What every process of a cluster must have been given."""
-    values = flat(settings).items()
-    return {option(name): str(value) for name, value in values if not name.startswith("cluster.")}
 
 
 def _reduced(

@@ -19,11 +19,10 @@ from finetune.data.tokens import TokenDocuments
 from finetune.generation.answers import Answers, Counts, in_batches
 from finetune.generation.decoder import Decoding, Prompts, decode, room_for
 from finetune.generation.server import Server, Wanted, Written, written_in_order
-from finetune.settings import ComputeDtype, SettingsError
+from finetune.settings import ComputeDtype, SettingsError, too_small
 from finetune.weights import compute_dtype
 from mtp_model import DeepSeekV3
 from mtp_model.checkpoint.directory import (
-    COMPLETE,
     Checkpoint,
     CheckpointError,
     open_checkpoint,
@@ -92,11 +91,7 @@ def check(settings: GenerateSettings) -> None:
     """Raise SettingsError with everything that is wrong with the values."""
     least = {"max_new_tokens": 1, "prompt_tokens": 2, "max_documents": 1, "rows": 1}
     least |= {"speculate": 0, "temperature": 0, "seed": 0, "requests": 1}
-    faults = [
-        f"--{name.replace('_', '-')} is {value}, needed {minimum} or more"
-        for name, minimum in least.items()
-        if (value := getattr(settings, name)) is not None and not value >= minimum
-    ]
+    faults = too_small(settings, least)
     if settings.temperature == math.inf:
         faults.append("--temperature is inf, needed a finite number")
     if settings.server is not None:
@@ -247,7 +242,7 @@ def _made_by(
     """What decides which answers are written: a file is continued with the same only."""
     return {
         "by": "finetune-deepseek generate",
-        "checkpoint": (checkpoint.path / COMPLETE).digest(),
+        "checkpoint": checkpoint.digest,
         "data": documents.corpus.digest,
         **{name: getattr(settings, name) for name in DECIDING},
     }

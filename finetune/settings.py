@@ -4,6 +4,7 @@ The command line (tyro) fills the same dataclasses: defaults < YAML file < comma
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -333,6 +334,15 @@ def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
 def option(name: str) -> str:
     """The command line option of a setting: optimizer.clip_norm -> --optimizer.clip-norm."""
     return "--" + name.replace("_", "-")
+
+
+def too_small(settings: Any, least: Mapping[str, float]) -> list[str]:
+    """What is wrong with numbers that must not be less than these, by field; None is no number."""
+    return [
+        f"{option(name)} is {value}, needed {minimum} or more"
+        for name, minimum in least.items()
+        if (value := getattr(settings, name)) is not None and not value >= minimum
+    ]
 
 
 def check(settings: RunSettings) -> None:

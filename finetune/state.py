@@ -25,6 +25,7 @@ from finetune.objective.losses import (
     main_nll,
     main_states,
     measure,
+    targets_by_depth,
 )
 from finetune.objective.objectives import lambdas, objective
 from finetune.optimizer import advance, initial, steps_taken
@@ -136,7 +137,7 @@ def make_train_step(
             lambda rows, whole: gradient(state.trainable, rows, whole),
             batch,
             settings.batch.accumulation,
-            counts_of(batch, depths, asked),
+            counts_of(targets_by_depth(batch, depths), asked),
         )
         loss = objective(measured, part, mixture, mtp_weight)
         trainable, opt_state = advance(optimizer, grads, state.opt_state, state.trainable)

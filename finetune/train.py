@@ -148,15 +148,16 @@ def train(
                 console.print(warning)
             state = _loop(job, profiled)
         measured = first_and_last(run.evaluations)
+        before, after = map(Summary.from_json, measured) if measured else (None, None)
         record = {"by": "finetune-deepseek train", "settings": as_plain(settings)}
         record |= {"computed_in": computed_in}
         record |= {"held_out": {"before": measured[0], "after": measured[1]}} if measured else {}
         if cluster.is_first():
-            write_run_report(run, settings)
+            write_run_report(run, settings, before, after)
         if settings.train == "lora" and settings.lora.keep:
             keep_adapters(base, run.adapters, state, record, settings.lora)
         write_final(base, run.final, state, record, settings.lora)
-    return _result(run)
+    return Result(run=run, before=before, after=after)
 
 
 def _prepare(
@@ -391,9 +392,3 @@ def _plan(job: _Job) -> str:
         f"{settings.steps} steps of up to {row_tokens:,} tokens, computed in {job.computed_in} on "
         f"{describe_mesh(job.mesh)}"
     )
-
-
-def _result(run: RunDirectory) -> Result:
-    measured = first_and_last(run.evaluations)
-    before, after = map(Summary.from_json, measured) if measured else (None, None)
-    return Result(run=run, before=before, after=after)

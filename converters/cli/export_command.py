@@ -24,7 +24,7 @@ from converters.publishing.serving import (
     num_drafts,
     serve_lines,
 )
-from mtp_model.checkpoint.directory import COMPLETE, Checkpoint, open_checkpoint
+from mtp_model.checkpoint.directory import Checkpoint, open_checkpoint
 from mtp_model.files.open import is_address
 from mtp_model.problems import Problem, ProblemsError
 from mtp_model.progress import progress
@@ -52,8 +52,7 @@ def run_export(command: Export) -> int:
     checkpoint = open_checkpoint(command.ckpt)
     if (adapters := settings_of(checkpoint)) is not None:
         return _export_adapters(command, checkpoint, adapters)
-    digest = (checkpoint.path / COMPLETE).digest()
-    measured = read_measured(command.acceptance, command.ckpt, digest)
+    measured = read_measured(command.acceptance, command.ckpt, checkpoint.digest)
     base = None
     follow_links = command.follow_links
     if command.base and command.mtp_from:

@@ -15,7 +15,7 @@ from converters.format.header import TensorInfo, start_of_file
 from converters.format.joined import overlapping
 from converters.format.listing import CONFIG_FILE, INDEX_FILE
 from converters.sources.source import Buffer, Fingerprint, Source, byte_view, range_fault
-from mtp_model.checkpoint.directory import COMPLETE, Checkpoint
+from mtp_model.checkpoint.directory import Checkpoint
 from mtp_model.files.place import Place
 from mtp_model.files.untrusted_json import shown
 from mtp_model.model import Scope
@@ -45,7 +45,7 @@ class DirectorySource(Source):
         self._texts = {CONFIG_FILE: text}
         if INDEX_FILE in checkpoint.side_files():
             self._texts[INDEX_FILE] = (checkpoint.path / INDEX_FILE).read_bytes()
-        self._complete = (checkpoint.path / COMPLETE).digest()
+        self._complete = checkpoint.digest
         sizes = {file: header.size for file, header in self._headers.items()}
         sizes |= {file: len(text) for file, text in self._texts.items()}
         self._sizes = dict(sorted(sizes.items()))

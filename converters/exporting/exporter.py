@@ -109,7 +109,7 @@ def _fingerprint(
     checkpoint: Checkpoint, dtype: Dtype, base: Listing | None, draft: Engine | None
 ) -> Fingerprint:
     """Everything that the files depend on: COMPLETE holds the digests of all other digests."""
-    complete = {COMPLETE: {"digest": (checkpoint.path / COMPLETE).digest()}}
+    complete = {COMPLETE: {"digest": checkpoint.digest}}
     options = {"dtype": dtype, "--base": base is not None, "table version": TABLE_VERSION}
     options |= {"--draft": draft} if draft else {}
     state = base_state(base, checkpoint) if base else {}

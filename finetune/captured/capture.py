@@ -28,10 +28,10 @@ from finetune.data.packing import Batch, Packer, Position
 from finetune.data.run_text import open_documents
 from finetune.devices import Workload, devices_for, on_mesh, spread
 from finetune.objective.losses import context_of
-from finetune.settings import ComputeDtype, DataPaths, MeshSettings, SettingsError
+from finetune.settings import ComputeDtype, DataPaths, MeshSettings, SettingsError, too_small
 from finetune.weights import compute_dtype
 from mtp_model import DeepSeekV3
-from mtp_model.checkpoint.directory import COMPLETE, Checkpoint, CheckpointError, open_checkpoint
+from mtp_model.checkpoint.directory import Checkpoint, CheckpointError, open_checkpoint
 from mtp_model.files.open import as_place
 from mtp_model.files.untrusted_json import parse
 from mtp_model.load import load
@@ -96,7 +96,7 @@ def capture(settings: CaptureSettings) -> Captured:
     documents = open_documents(settings.checkpoint, settings.data, config)
     computed_in = compute_dtype(settings.compute_dtype)
     inputs = {
-        "checkpoint": (checkpoint.path / COMPLETE).digest(),
+        "checkpoint": checkpoint.digest,
         "data": documents.corpus.digest,
         "computed_in": computed_in,
         **{name: getattr(settings, name) for name in ("state", "stored", "rows", "row_tokens")},
@@ -122,11 +122,7 @@ def capture(settings: CaptureSettings) -> Captured:
 
 def _check(settings: CaptureSettings) -> None:
     least = {"rows": 1, "row_tokens": 2}
-    faults = [
-        f"--{name.replace('_', '-')} is {getattr(settings, name)}, needed {minimum} or more"
-        for name, minimum in least.items()
-        if getattr(settings, name) < minimum
-    ]
+    faults = too_small(settings, least)
     faults += [] if settings.data else ["--data is empty, needed at least one path"]
     if settings.out.parts[:1] == ("gs:",):
         faults.append(f"--out is {settings.out}, needed a path on this machine")

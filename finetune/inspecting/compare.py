@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 import tyro
 
 from finetune.inspecting.results import TEXTS, AcceptanceResult, read_results
+from finetune.run.directory import RunDirectory
 from finetune.run.report import between, number, percent
 from finetune.settings import SettingsError
+from mtp_model.checkpoint.directory import COMPLETE
 from mtp_model.report_folder import Findings, write_report
 from mtp_model.reporting import LEGEND, Facts, Grid, Picture, Section, drawing
 
@@ -65,7 +67,7 @@ def compare(settings: CompareSettings) -> SideBySide:
     if settings.report and _is_other_file(settings.report):
         needed = "needed a folder, or a name that ends with .html"
         faults.append(f"--report is {settings.report}, {needed}")
-    if settings.report and any((settings.report / name).is_file() for name in _OF_OTHERS):
+    if settings.report and _has_reports_of_its_own(settings.report):
         found = f"--report is {settings.report}, which is a run or a checkpoint"
         faults.append(f"{found} with reports of its own, needed another folder")
     if faults:
@@ -78,12 +80,14 @@ def compare(settings: CompareSettings) -> SideBySide:
     return found
 
 
-_OF_OTHERS = ("config.yaml", "COMPLETE")
-
-
 def _is_other_file(report: Path) -> bool:
     """Whether it is named as a file that is no page: report.png, report.json."""
     return report.suffix[1:].isalpha() and report.suffix != _PAGE and not report.is_dir()
+
+
+def _has_reports_of_its_own(folder: Path) -> bool:
+    """Whether it is a run or a checkpoint."""
+    return RunDirectory(path=folder).config.is_file() or (folder / COMPLETE).is_file()
 
 
 def _write(where: Path, found: SideBySide) -> None:

@@ -28,6 +28,7 @@ from finetune.settings import (
     EvaluationSettings,
     RunSettings,
     SettingsError,
+    too_small,
 )
 from mtp_model.checkpoint.directory import open_checkpoint
 from mtp_model.reporting import plural
@@ -95,11 +96,7 @@ def check(settings: InspectDataSettings) -> None:
     """Raise SettingsError with everything that is wrong with the values."""
     least = {"rows": 1, "row_tokens": 2, "draft_tokens": 0, "seed": 0, "batches": 1, "around": 1}
     least |= {"holdout_every": 0}
-    faults = [
-        f"--{name.replace('_', '-')} is {value}, needed {minimum} or more"
-        for name, minimum in least.items()
-        if (value := getattr(settings, name)) < minimum
-    ]
+    faults = too_small(settings, least)
     if settings.holdout_every == 1:
         faults.append("--holdout-every is 1, needed 0, or 2 and more")
     faults += [] if settings.data else ["--data is empty, needed at least one path"]

@@ -108,6 +108,11 @@ def targets(batch: Batch, k: int) -> Targets:
     return Targets(shift_left(batch.tokens_BT, k + 1, 0), is_learnt(batch, k + 1))
 
 
+def targets_by_depth(batch: Batch, depths: int) -> tuple[Targets, ...]:
+    """Those of the main model, then of each depth."""
+    return tuple(targets(batch, k) for k in range(depths + 1))
+
+
 def chunk_length(rows: int, length: int, vocab_size: int, num_logits: int) -> int:
     """Positions whose float32 logits, `num_logits` at each, take at most LOGITS_BYTES a device."""
     rows_here = max(1, rows // math.prod(map(axis_size, BATCH_AXES)))
@@ -133,11 +138,6 @@ def through_head(
     chunk = chunk_length(rows, length, lm_head.weight.shape[0], num_logits)
     count = -(-length // chunk)
 
-    def in_chunks(x_BT):
-        padding = [(0, 0), (0, count * chunk - length)] + [(0, 0)] * (x_BT.ndim - 2)
-        split = jnp.pad(x_BT, padding).reshape(rows, count, chunk, *x_BT.shape[2:])
-        return jnp.moveaxis(split, 1, 0)
-
     def behind_chunks(x_BTD):
         """The `depths` rows behind each chunk, where the targets of its last rows are predicted."""
         ends = range(chunk, count * chunk + 1, chunk)
@@ -148,13 +148,24 @@ def through_head(
         return _of_chunk(lm_head, *args, temperature=asked.temperature, drafted=asked.drafted)
 
     behind = behind_chunks(jax.lax.stop_gradient(hidden[0])) if asked.distributions else None
-    chunks = (*jax.tree.map(in_chunks, (hidden, target)), behind)
+    chunks = (*jax.tree.map(lambda x: _in_chunks(x, chunk), (hidden, target)), behind)
     sums, choices = jax.lax.map(jax.checkpoint(of_chunk) if count > 1 else of_chunk, chunks)
+    whole = jax.tree.map(lambda x: _joined(x, length), choices)
+    return jax.tree.map(lambda x: jnp.sum(x, axis=0), sums), whole
 
-    def whole(x):
-        return jnp.moveaxis(x, 0, 1).reshape(rows, count * chunk)[:, :length]
 
-    return jax.tree.map(lambda x: jnp.sum(x, axis=0), sums), jax.tree.map(whole, choices)
+def _in_chunks(x_BT, chunk: int):
+    """Positions, and what else follows, as [chunks, B, chunk, ...]; the last one is padded."""
+    rows, length, *others = x_BT.shape
+    count = -(-length // chunk)
+    padding = [(0, 0), (0, count * chunk - length)] + [(0, 0)] * len(others)
+    return jnp.moveaxis(jnp.pad(x_BT, padding).reshape(rows, count, chunk, *others), 1, 0)
+
+
+def _joined(x_NBC, length: int):
+    """What was computed in chunks, by position [B, T]."""
+    count, rows, chunk = x_NBC.shape
+    return jnp.moveaxis(x_NBC, 0, 1).reshape(rows, count * chunk)[:, :length]
 
 
 def _of_chunk(
@@ -289,10 +300,10 @@ def measure(
     if asked.shifted:  # what comes round from a row's beginning to its end has no target there
         drafted = tuple(jnp.roll(h_BTD, -1, axis=1) for h_BTD in drafted)
     hidden = (main.hidden_BTD, *drafted)
-    target = tuple(targets(batch, k) for k in range(len(hidden)))
+    target = targets_by_depth(batch, len(drafted))
     sums, choices = through_head(model.lm_head, hidden, target, asked)
     acceptance, rounds = count_acceptance(batch, choices, asked.rule)
-    counts = counts_of(batch, len(drafted), asked)
+    counts = counts_of(target, asked)
     text_nll = -_sum_where(target[0].valid_BT & asked.distributions, choices.log_prob[0])
     measured = Measured(
         nll_sum_K1=sums.nll_K1,
@@ -314,11 +325,9 @@ def _likeliest(lm_head: Embedding, h_BTD: Float[Array, "B T D"]) -> Int[Array, "
     """The token with the largest logit at each position; no gradient goes through the choice."""
     rows, length, _ = h_BTD.shape
     chunk = chunk_length(rows, length, lm_head.weight.shape[0], 1)
-    count = -(-length // chunk)
-    padded = jnp.pad(jax.lax.stop_gradient(h_BTD), [(0, 0), (0, count * chunk - length), (0, 0)])
-    chunks = jnp.moveaxis(padded.reshape(rows, count, chunk, -1), 1, 0)
+    chunks = _in_chunks(jax.lax.stop_gradient(h_BTD), chunk)
     tokens = jax.lax.map(lambda h_BCD: _largest(lm_head.logits(h_BCD)), chunks)
-    return jnp.moveaxis(tokens, 0, 1).reshape(rows, -1)[:, :length]
+    return _joined(tokens, length)
 
 
 def main_nll(model: DeepSeekV3, batch: Batch, main: MainStates) -> jax.Array:
@@ -334,10 +343,9 @@ class TargetCounts(NamedTuple):
     num_anchors: jax.Array  # int32
 
 
-def counts_of(batch: Batch, depths: int, asked: Asked) -> TargetCounts:
+def counts_of(target: tuple[Targets, ...], asked: Asked) -> TargetCounts:
     """The counts of `measure` of a batch, of which a part may be computed at a time."""
-    target = tuple(targets(batch, k) for k in range(depths + 1))
-    anchors_BT = _is_anchor(target) & (asked.distributions and depths > 0)
+    anchors_BT = _is_anchor(target) & (asked.distributions and len(target) > 1)
     valid = [jnp.sum(each.valid_BT, dtype=jnp.int32) for each in target]
     return TargetCounts(jnp.stack(valid), jnp.sum(anchors_BT, dtype=jnp.int32))
 

@@ -1,4 +1,4 @@
-"""What may change in a run that goes on, and what has: setting by setting."""
+"""Settings side by side: what may change in a run that goes on, what has, what must be alike."""
 
 from typing import Any
 
@@ -49,6 +49,12 @@ def forbidden_changes(before: RunSettings, now: RunSettings) -> list[str]:
     if now.steps < before.steps:
         allowed -= {"steps"}  # the learning rate would have fallen faster
     return [line for name, line in changed.items() if name not in allowed]
+
+
+def given_to_all(settings: Any) -> dict[str, str]:
+    """Values by option: what every process of a cluster must have been given alike."""
+    values = flat(settings).items()
+    return {option(name): str(value) for name, value in values if not name.startswith("cluster.")}
 
 
 def _shown(value: Any) -> str:

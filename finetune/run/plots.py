@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from finetune.run.directory import RunDirectory
-from finetune.run.metrics import Row, Summary, Thinned, first_and_last, read_rows
+from finetune.run.metrics import Row, Summary, Thinned, read_rows
 from finetune.run.report import comparison_sections
 from finetune.settings import RunSettings
 from finetune.settings_file import as_plain
@@ -44,10 +44,13 @@ def draw_curves(path: Path, steps: Sequence[Row], evaluations: Sequence[Row], ti
     figure.savefig(path, dpi=120)
 
 
-def write_run_report(run: RunDirectory, settings: RunSettings) -> None:
-    """Write report.json, report.md and report.html of a finished run into its folder."""
-    measured = first_and_last(run.evaluations)
-    before, after = map(Summary.from_json, measured) if measured else (None, None)
+def write_run_report(
+    run: RunDirectory, settings: RunSettings, before: Summary | None, after: Summary | None
+) -> None:
+    """Write report.json, report.md and report.html of a finished run into its folder.
+
+    before, after: its first and last evaluation.
+    """
     sections: list[Section] = [Facts(_facts(settings))]
     sections += comparison_sections(before, after) if before and after else []
     steps, evaluations = (_thinned(file) for file in (run.metrics, run.evaluations))

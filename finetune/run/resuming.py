@@ -9,25 +9,24 @@ from rich.console import Console
 
 from finetune.data.run_text import RunText
 from finetune.optimizer import learning_rates
-from finetune.run.changes import differences
+from finetune.run.changes import differences, given_to_all
 from finetune.run.checkpoints import Checkpoints, DamagedError, RunPosition
 from finetune.run.directory import RunDirectory, RunError
 from finetune.run.metrics import RunLog
-from finetune.settings import RunSettings, flat, option
+from finetune.settings import RunSettings
 from finetune.state import TrainState
 from mtp_model import cluster
-from mtp_model.checkpoint.directory import COMPLETE, Checkpoint
+from mtp_model.checkpoint.directory import Checkpoint
 
 
 def inputs_of(text: RunText, base: Checkpoint) -> dict[str, str]:
     """Digests of what is trained on and of what is trained: none may change in a run."""
-    return {"data": text.digest, "checkpoint": (base.path / COMPLETE).digest()}
+    return {"data": text.digest, "checkpoint": base.digest}
 
 
 def given(settings: RunSettings, text: RunText, base: Checkpoint) -> dict[str, str]:
     """What every process of a cluster must have been given."""
-    said = {option(name): str(value) for name, value in flat(settings).items()}
-    return {**said, **inputs_of(text, base)}
+    return given_to_all(settings) | inputs_of(text, base)
 
 
 def resume(

@@ -97,6 +97,12 @@ class Checkpoint:
         return ModelConfig.from_dict({**self.config_dict, "mtp_hidden_state": hidden_state})
 
     @property
+    def digest(self) -> str:
+        """Tells checkpoints apart, wherever they are: of COMPLETE, which has the digests of what
+        has those of all chunks."""
+        return (self.path / COMPLETE).digest()
+
+    @property
     def dtypes(self) -> dict[str, Any]:
         """What each leaf is stored in, by its path."""
         return {name: leaf.dtype for name, leaf in self.leaves.items()}
