@@ -28,7 +28,6 @@ from finetune.devices import (
     on_mesh,
     spread,
 )
-from finetune.not_finite import cause, raise_unless_finite
 from finetune.objective.losses import Asked
 from finetune.objective.objectives import forgets
 from finetune.optimizer import learning_rates, make_optimizer
@@ -41,6 +40,7 @@ from finetune.run.checkpoints import (
 )
 from finetune.run.directory import RunDirectory
 from finetune.run.metrics import RunLog, Summary, first_and_last, measure_text, summarise
+from finetune.run.not_finite import cause, raise_unless_finite
 from finetune.run.plots import draw_curves, write_run_report
 from finetune.run.report import evaluation_sentence
 from finetune.run.resuming import given, inputs_of, resume, say_what_is_done_again

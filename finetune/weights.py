@@ -21,8 +21,8 @@ from finetune.settings import (
     RunSettings,
     SettingsError,
     TrainMode,
-    check,
 )
+from finetune.settings_rules import check
 from finetune.state import TRAINABLE, Split, TrainState
 from mtp_model import ModelConfig
 from mtp_model.attention import keeps_scores

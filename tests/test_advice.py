@@ -18,7 +18,7 @@ ASKS = (
 # The beginning of a text, or of a part of it; an alternative; words that the user is to type.
 ASKING = re.compile(rf"(?:^|[;:] |[;,] or )`?(?:{'|'.join(ASKS)}) ")
 # What is said of data, of runs and of values in training is tried in their own tests.
-OTHER_ROOMS = ("finetune/data/", "finetune/run/", "finetune/not_finite.py")
+OTHER_ROOMS = ("finetune/data/", "finetune/run/")
 # What is done, or the name of a thing, and no request.
 NO_ADVICE = ("copy in the cloud", "export writes", "import checks", "export does not write it")
 

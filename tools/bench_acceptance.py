@@ -1,15 +1,19 @@
 """Which objective raises acceptance most: the demo's model, tuned by each, measured as a decoder.
 
-    make demo                                       # or any other checkpoint with its text
+    python -m tools.demo --steps-scale 2.8 --out demo-run     # or any checkpoint with its text
     python -m tools.bench_acceptance --demo demo-run --out acceptance-run
 
 The main model writes its own answers to prompts out of the demo's prose: sampled ones to train on,
-and greedy and sampled ones to held-out prompts to measure on. Each variant tunes the module of the
-same checkpoint. One seed: differences below about 0.05 say little. What is there is not done again.
+and greedy and sampled ones to held-out prompts to measure on, of prose and of the code that it was
+pretrained on. Each variant tunes the module of the same checkpoint, once for each seed (another
+order of the same documents). What was measured is in OUT/results.jsonl and is not done again.
 """
 
 import argparse
+import itertools
 import json
+import math
+import os
 import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,23 +24,66 @@ from tools.demo import run_command
 
 console = Console(highlight=False, soft_wrap=True)
 
+# Student's t: 95 % of means of so many values lie within t standard errors.
+T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}
+
 
 class Variant(NamedTuple):
     """What a module is tuned by."""
 
     objective: str
     drafts: int
-    own_answers: bool  # else the text that the prompts are from
+    own_answers: bool = True  # else the text that the prompts are from
+
+    @property
+    def name(self) -> str:
+        return f"{self.objective}-{self.drafts}-{'own' if self.own_answers else 'foreign'}"
+
+    @property
+    def title(self) -> str:
+        text = "own answers" if self.own_answers else "foreign text"
+        return f"`{self.objective}`, {self.drafts} draft{'s' * (self.drafts > 1)}, {text}"
 
 
+# What is compared most comes first, for it takes hours.
 VARIANTS = (
-    Variant("ce", 1, own_answers=False),
-    Variant("ce", 1, own_answers=True),
-    Variant("kl", 1, own_answers=True),
-    Variant("tv", 1, own_answers=True),
-    Variant("e2e_tv", 1, own_answers=True),
+    Variant("kl", 5),
+    Variant("e2e_tv", 5),
+    Variant("e2e_tv", 1),
+    Variant("kl", 1),
     Variant("e2e_tv", 5, own_answers=False),
-    Variant("e2e_tv", 5, own_answers=True),
+    Variant("ce", 1),
+    Variant("ce", 1, own_answers=False),
+    *(Variant(objective, 1) for objective in ("tv", "lk")),
+    *(Variant(objective, 3) for objective in ("e2e_tv", "kl", "tv", "lk", "ce")),
+    *(Variant(objective, 5) for objective in ("tv", "lk", "ce")),
+)
+
+
+class Measure(NamedTuple):
+    """Mean accepted length of the main model's own answers, by a rule and a number of drafts."""
+
+    title: str
+    answers: str
+    rule: str
+    drafts: int
+
+
+MEASURES = (
+    Measure("greedy, K = 3", "greedy", "greedy", 3),
+    Measure("greedy, K = 5", "greedy", "greedy", 5),
+    Measure("target, K = 5", "sampled", "target", 5),
+    Measure("rejection, K = 5", "sampled", "rejection", 5),
+    Measure("rejection, K = 5, code", "sampled-code", "rejection", 5),
+)
+# (this one, less that one): are they apart?
+PAIRS = (
+    (Variant("e2e_tv", 5), Variant("kl", 5)),
+    (Variant("e2e_tv", 1), Variant("kl", 1)),
+    (Variant("e2e_tv", 5), Variant("e2e_tv", 1)),
+    (Variant("kl", 5), Variant("kl", 1)),
+    (Variant("e2e_tv", 5), Variant("e2e_tv", 5, own_answers=False)),
+    (Variant("ce", 1), Variant("ce", 1, own_answers=False)),
 )
 
 
@@ -47,34 +94,75 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--answers", type=int, default=2500, help="to train on")
+    parser.add_argument("--seeds", type=int, default=3, choices=range(1, 6))
+    parser.add_argument("--variants", type=int, default=len(VARIANTS), help="the first so many")
+    parser.add_argument("--table", action="store_true", help="only print what was measured so far")
     arguments = parser.parse_args()
-    checkpoint, text = arguments.demo / "checkpoint", arguments.demo / "text"
-    out, foreign = arguments.out, text / "prose.jsonl"
+    measured = Measured(arguments.out / "results.jsonl")
+    if not arguments.table:
+        # Commands that are alike but for the seed are compiled once.
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(arguments.out / "compiled"))
+        measure_all(arguments, measured)
+    print_tables(measured)
+
+
+class Measured:
+    """Results by variant and seed, in a file of JSON lines."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        self._of = {(row["variant"], row["seed"]): row for row in map(json.loads, lines)}
+
+    def has(self, name: str, seed: int) -> bool:
+        return (name, seed) in self._of
+
+    def add(self, name: str, seed: int, lengths: dict[str, float], step_s: float | None) -> None:
+        row = {"variant": name, "seed": seed, "lengths": lengths, "step_s": step_s}
+        self._of[name, seed] = row
+        with self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def lengths(self, name: str, title: str) -> dict[int, float]:
+        """By seed."""
+        return {seed: row["lengths"][title] for (of, seed), row in self._of.items() if of == name}
+
+    def step_s(self, name: str) -> float | None:
+        found = [row["step_s"] for (of, _), row in self._of.items() if of == name]
+        return statistics.median(found) if found and found[0] else None
+
+
+def measure_all(arguments: argparse.Namespace, measured: Measured) -> None:
+    checkpoint, text, out = (
+        arguments.demo / "checkpoint",
+        arguments.demo / "text",
+        arguments.out,
+    )
+    foreign = text / "prose.jsonl"
     answers = generate(checkpoint, foreign, out / "answers.jsonl", 1.0, arguments.answers)
-    asked = text / "prose-held-out.jsonl"
-    greedy = generate(checkpoint, asked, out / "greedy.jsonl", 0.0, 400)
-    sampled = generate(checkpoint, asked, out / "sampled.jsonl", 1.0, 400)
-    rows = [row("nothing", checkpoint, greedy, sampled, None)]
-    for each in VARIANTS:
-        name = f"{each.objective}-{each.drafts}-{'own' if each.own_answers else 'foreign'}"
-        run = out / name
-        if not (run / "final" / "COMPLETE").exists():
-            finetune(
-                *("train", "--checkpoint", checkpoint, "--out", run, "--steps", arguments.steps),
-                *("--data", answers if each.own_answers else foreign),
-                *("--batch.rows", 16, "--batch.row-tokens", 128, "--draft-tokens", each.drafts),
-                *(f"--objective.{each.objective.replace('_', '-')}", 1),
-                *("--optimizer.learning-rate", arguments.learning_rate),
-                *("--evaluation.holdout-every", 0, "--checkpoints.every", arguments.steps),
-            )
+    for name, asked, temperature in (
+        ("greedy", "prose-held-out", 0.0),
+        ("sampled", "prose-held-out", 1.0),
+        ("sampled-code", "code-held-out", 1.0),
+    ):
+        generate(checkpoint, text / f"{asked}.jsonl", out / f"{name}.jsonl", temperature, 400)
+    if not measured.has("nothing", 0):
+        measured.add("nothing", 0, all_lengths(checkpoint, out), None)
+    for each, seed in itertools.product(VARIANTS[: arguments.variants], range(arguments.seeds)):
+        if measured.has(each.name, seed):
+            continue
+        run = out / f"{each.name}-{seed}"
+        finetune(
+            *("train", "--checkpoint", checkpoint, "--out", run, "--steps", arguments.steps),
+            *("--data", answers if each.own_answers else foreign, "--seed", seed),
+            *("--batch.rows", 16, "--batch.row-tokens", 128, "--draft-tokens", each.drafts),
+            *(f"--objective.{each.objective.replace('_', '-')}", 1),
+            *("--optimizer.learning-rate", arguments.learning_rate),
+            *("--evaluation.holdout-every", 0, "--checkpoints.every", arguments.steps),
+        )
         lines = (run / "metrics.jsonl").read_text().splitlines()
         seconds = statistics.median(json.loads(line)["step_s"] for line in lines)
-        text_of = "own answers" if each.own_answers else "foreign text"
-        named = f"{each.objective}, {each.drafts} draft{'s' * (each.drafts > 1)}, {text_of}"
-        rows.append(row(named, run / "final", greedy, sampled, seconds))
-    columns = ("greedy, K = 3", "greedy, K = 5", "target, K = 5", "rejection, K = 3")
-    table = [("tuned by", *columns, "rejection, K = 5", "s a step"), ("---",) * 7, *rows]
-    print("\n".join(f"| {' | '.join(each)} |" for each in table))
+        measured.add(each.name, seed, all_lengths(run / "final", out), seconds)
 
 
 def generate(checkpoint: Path, prompts: Path, out: Path, temperature: float, count: int) -> Path:
@@ -88,18 +176,11 @@ def generate(checkpoint: Path, prompts: Path, out: Path, temperature: float, cou
     return out
 
 
-def row(
-    name: str, checkpoint: Path, greedy: Path, sampled: Path, seconds: float | None
-) -> tuple[str, ...]:
-    """Mean accepted length by rule and number of drafts."""
-    measured = [
-        length(checkpoint, greedy, "greedy", 3),
-        length(checkpoint, greedy, "greedy", 5),
-        length(checkpoint, sampled, "target", 5),
-        length(checkpoint, sampled, "rejection", 3),
-        length(checkpoint, sampled, "rejection", 5),
-    ]
-    return (name, *(f"{x:.2f}" for x in measured), "" if seconds is None else f"{seconds:.2f}")
+def all_lengths(checkpoint: Path, out: Path) -> dict[str, float]:
+    return {
+        each.title: length(checkpoint, out / f"{each.answers}.jsonl", each.rule, each.drafts)
+        for each in MEASURES
+    }
 
 
 def length(checkpoint: Path, data: Path, rule: str, drafts: int) -> float:
@@ -111,6 +192,48 @@ def length(checkpoint: Path, data: Path, rule: str, drafts: int) -> float:
     )
     console.print(f"{checkpoint} {rule} K={drafts}: {found['mean_accepted_length']:.3f}")
     return found["mean_accepted_length"]
+
+
+def print_tables(measured: Measured) -> None:
+    """Means over seeds with intervals of 95 %; then differences, seed by seed."""
+    titles = [each.title for each in MEASURES]
+    table = [("tuned by", *titles, "s a step"), ("---",) * (len(titles) + 2)]
+    for name, title in (("nothing", "nothing"), *((each.name, each.title) for each in VARIANTS)):
+        if measured.lengths(name, titles[0]):
+            cells = (mean_with_interval(measured.lengths(name, each).values()) for each in titles)
+            seconds = measured.step_s(name)
+            table.append((title, *cells, f"{seconds:.2f}" if seconds else ""))
+    print_table(table)
+    table = [("difference in points of acceptance a draft", *titles), ("---",) * (len(titles) + 1)]
+    for this, that in PAIRS:
+        cells = [points(measured, this, that, each) for each in MEASURES]
+        if all(cells):
+            table.append((f"{this.title} - {that.title}", *cells))
+    print_table(table)
+
+
+def points(measured: Measured, this: Variant, that: Variant, measure: Measure) -> str:
+    """By how much more of the drafts is accepted, seed by seed."""
+    of_this, of_that = (measured.lengths(each.name, measure.title) for each in (this, that))
+    return mean_with_interval(
+        100 * (of_this[seed] - of_that[seed]) / measure.drafts
+        for seed in sorted(of_this.keys() & of_that.keys())
+    )
+
+
+def mean_with_interval(values: Any) -> str:
+    values = list(values)
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):.2f}"
+    if len(values) == 1:
+        return mean
+    half = T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{mean} ± {half:.2f}"
+
+
+def print_table(rows: list[tuple[str, ...]]) -> None:
+    print("\n".join(f"| {' | '.join(each)} |" for each in rows) + "\n")
 
 
 def finetune(*words: object) -> str:

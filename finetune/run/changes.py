@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from finetune.settings import MESH, RunSettings, flat, option
+from finetune.settings import RunSettings, flat, option
+from finetune.settings_rules import MESH
 
 MAY_CHANGE = (
     "checkpoint",

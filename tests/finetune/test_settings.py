@@ -10,8 +10,9 @@ from finetune.cli import TrainCommand, parse, run
 from finetune.data import kinds
 from finetune.evaluate import EvaluateSettings
 from finetune.run.changes import differences
-from finetune.settings import RunSettings, SettingsError, check
+from finetune.settings import RunSettings, SettingsError
 from finetune.settings_file import read_yaml, write_yaml
+from finetune.settings_rules import check
 
 NEEDED = ["train", "--checkpoint", "CKPT", "--data", "a.txt", "b", "--out", "RUN"]
 

@@ -12,8 +12,8 @@ from flax import nnx
 from trained import QUIET
 
 from finetune.data.packing import Batch
-from finetune.not_finite import cause, not_finite, raise_unless_finite
 from finetune.optimizer import make_optimizer
+from finetune.run.not_finite import cause, not_finite, raise_unless_finite
 from finetune.settings import CheckpointSettings, EvaluationSettings, OptimizerSettings, RunSettings
 from finetune.state import Split, StepResult, TrainState, make_train_step, start
 from finetune.train import StoppedError, train

@@ -1,0 +1,86 @@
+"""What values the settings of a run may have; all that is wrong is said together."""
+
+from finetune.settings import LoraSettings, RunSettings, SettingsError, flat, option
+
+MESH = ("mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor")
+POSITIVE = (
+    "objective.depth_decay",
+    "steps",
+    "batch.rows",
+    "batch.accumulation",
+    "lora.rank",
+    "lora.alpha",
+    "optimizer.learning_rate",
+    "optimizer.epsilon",
+    "optimizer.clip_norm",
+    "evaluation.every",
+    "evaluation.rows",
+    "checkpoints.every",
+    "checkpoints.keep",
+)
+NOT_NEGATIVE = (
+    "mtp_lambda",
+    "mtp_lambda_end",
+    "draft_tokens",
+    "objective.ce",
+    "objective.kl",
+    "objective.tv",
+    "objective.lk",
+    "objective.e2e_tv",
+    "router_bias_rate",
+    "seed",
+    "optimizer.weight_decay",
+    "evaluation.holdout_every",
+    "checkpoints.keep_every",
+    *MESH,
+)
+FRACTIONS = ("optimizer.warmup_fraction", "optimizer.final_fraction")
+BELOW_ONE = ("optimizer.beta1", "optimizer.beta2")
+
+
+def check(settings: RunSettings) -> None:
+    """Raise SettingsError with everything that is wrong with the values."""
+    values = flat(settings)
+    rules = (
+        (POSITIVE, lambda value: value > 0, "more than 0"),
+        (NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
+        (FRACTIONS, lambda value: 0 <= value <= 1, "from 0 to 1"),
+        (BELOW_ONE, lambda value: 0 <= value < 1, "from 0 to less than 1"),
+        (("batch.row_tokens",), lambda value: value >= 2, "2 or more"),
+        (("evaluation.holdout_every",), lambda value: value != 1, "0, or 2 and more"),
+    )
+    faults = _sources(settings)
+    faults += [
+        f"{option(name)} is {values[name]}, needed {needed}"
+        for names, good, needed in rules
+        for name in names
+        if not good(values[name])
+    ]
+    if settings.batch.rows % max(settings.batch.accumulation, 1):
+        found = f"{option('batch.accumulation')} is {settings.batch.accumulation}"
+        faults.append(f"{found}, needed a divisor of the {settings.batch.rows} rows of a batch")
+    if settings.train != "lora":
+        asked, usual = flat(settings.lora), flat(LoraSettings())
+        faults += [
+            f"{option('lora.' + name)} is {value}, needed --train lora beside it"
+            for name, value in asked.items()
+            if value != usual[name]
+        ]
+    places = {name: getattr(settings, name) for name in ("data", "states", "eval_data")}
+    for name, paths in (places | {"out": (settings.out,)}).items():
+        clouds = [path for path in paths if path.parts[:1] == ("gs:",)]
+        faults += [f"{option(name)} is {path}, needed a path on this machine" for path in clouds]
+    if faults:
+        raise SettingsError("settings that cannot be used", faults)
+
+
+def _sources(settings: RunSettings) -> list[str]:
+    """What is wrong with where a run gets its text from."""
+    if not settings.states:
+        return [] if settings.data else ["--data is (), needed at least one path, or --states"]
+    faults = ["--states is given with --data: needed one of them"] if settings.data else []
+    if settings.train != "mtp":
+        faults.append(
+            f"--train is {settings.train}, needed mtp with --states: no main model is there"
+        )
+    return faults
