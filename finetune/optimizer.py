@@ -1,8 +1,9 @@
-"""The optimizer of a run: learning rate, AdamW, and how parameters and moments are kept."""
+"""The optimizer of a run: learning rate, weight decay, and how parameters and moments are kept."""
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
@@ -13,6 +14,7 @@ from jax.sharding import NamedSharding
 from jax.tree_util import DictKey
 
 from finetune.settings import Kept, OptimizerSettings, Schedule
+from mtp_model.lora import named_by
 from mtp_model.model import leaf_name
 from mtp_model.sharding import everywhere
 
@@ -51,16 +53,81 @@ _SCHEDULES: dict[Schedule, Callable[[Any], Any]] = {
 def make_optimizer(
     settings: OptimizerSettings, steps: int, is_matrix: Callable[[str], bool]
 ) -> optax.GradientTransformation:
-    """The optimizer after clipping; weight decay on the leaves whose path `is_matrix` accepts."""
+    """The optimizer after clipping; weight decay on the leaves whose path `is_matrix` accepts,
+    unless the settings say another one for a leaf.
+    """
     rate = learning_rates(settings, steps)
 
-    def decayed(trainable: nnx.State) -> nnx.State:
-        return nnx.map_state(lambda path, _: is_matrix(leaf_name(path)), trainable)
+    def moved_by(settings: OptimizerSettings, decayed: Any) -> optax.GradientTransformation:
+        return _OPTIMIZERS[settings.name](settings, lambda count: rate(count + 1), decayed)
 
-    found = _OPTIMIZERS[settings.name](settings, lambda count: rate(count + 1), decayed)
+    def of_leaves(value_of: Callable[[str], Any]) -> Callable[[nnx.State], nnx.State]:
+        return lambda state: nnx.map_state(lambda path, _: value_of(leaf_name(path)), state)
+
+    if groups := decay_groups(settings):
+
+        def group_of(name: str) -> float:
+            return groups.get(group(name, groups), settings.weight_decay * is_matrix(name))
+
+        values = {settings.weight_decay, 0.0, *groups.values()}
+        by_value = {value: replace(settings, weight_decay=value) for value in values}
+        every: dict[Hashable, Any] = {
+            str(value): moved_by(each, None) for value, each in by_value.items()
+        }
+        found = optax.partition(every, of_leaves(lambda name: str(group_of(name))))
+    else:
+        found = moved_by(settings, of_leaves(is_matrix))
     if settings.moments == "bfloat16":
         found = _with_short_moments(found)
-    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), found)
+    means = [_averaging(settings.ema)] if settings.ema else []
+    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), found, *means)
+
+
+def decay_groups(settings: OptimizerSettings) -> dict[str, float]:
+    """Weight decays by the end of what a weight's path names; ValueError of what is no number."""
+    pairs = (each.rpartition("=") for each in settings.weight_decay_of)
+    return {name: float(value) for name, _, value in pairs}
+
+
+def group(name: str, ends: Iterable[str]) -> str:
+    """The end that a leaf's owner has, the longest where they are several; "" where it has none."""
+    owner = name.rpartition(".")[0]
+    return max((end for end in ends if named_by([end], [owner])[end]), key=len, default="")
+
+
+class Averaged(NamedTuple):
+    """The optimizer's last state where a mean of the parameters is kept."""
+
+    steps: jax.Array  # that are in it, int32
+    ema: Any  # as the parameters, float32
+
+
+def _averaging(decay: float) -> optax.GradientTransformation:
+    """Moves nothing: keeps a mean of the parameters, in which the last steps count most.
+
+    The decay is at first less than asked for, as in tf.train.ExponentialMovingAverage: a short run
+    would else end with what it began with.
+    """
+
+    def init(params: Any) -> Averaged:
+        # Copied: the step gives the memory of its parameters to the next ones.
+        return Averaged(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Averaged]:
+        steps = state.steps + 1
+        weight = 1 - jnp.minimum(decay, (1 + steps) / (10 + steps))
+        moved = optax.apply_updates(params, updates)
+        mean = jax.tree.map(lambda old, new: old + weight * (new - old), state.ema, moved)
+        return updates, Averaged(steps, mean)
+
+    return optax.GradientTransformation(init, update)
+
+
+def averaged(opt_state: Any) -> nnx.State | None:
+    """The mean of the parameters, float32, where one is kept."""
+    inner: Any = opt_state.optimizer if isinstance(opt_state, Halved) else opt_state
+    last = inner[-1]
+    return last.ema if isinstance(last, Averaged) else None
 
 
 def _adamw(settings: OptimizerSettings, rate: Any, decayed: Any) -> optax.GradientTransformation:

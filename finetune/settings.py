@@ -140,6 +140,12 @@ class OptimizerSettings:
     """Learning rate of the last step, as a part of the highest."""
     weight_decay: float = 0.01
     """Decoupled weight decay of matrices; norms have none."""
+    weight_decay_of: tuple[str, ...] = ()
+    """Another weight decay for some weights, by the end of their names: embed_tokens=0
+    experts.down_proj=0.1"""
+    ema: float = 0.0
+    """Keep a mean of what is trained, which is measured and is the result: from step to step it
+    keeps this part of itself (0.999, say; less in the first steps). 0: the last step's weights."""
     beta1: float = 0.9
     """Decay of the mean of the gradient, a step (of muon too)."""
     beta2: float = 0.95

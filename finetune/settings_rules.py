@@ -1,5 +1,7 @@
 """What values the settings of a run may have; all that is wrong is said together."""
 
+import re
+
 from finetune.settings import LoraSettings, RunSettings, SettingsError, flat, option
 
 MESH = ("mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor")
@@ -35,7 +37,7 @@ NOT_NEGATIVE = (
     *MESH,
 )
 FRACTIONS = ("optimizer.warmup_fraction", "optimizer.final_fraction")
-BELOW_ONE = ("optimizer.beta1", "optimizer.beta2")
+BELOW_ONE = ("optimizer.beta1", "optimizer.beta2", "optimizer.ema")
 
 
 def check(settings: RunSettings) -> None:
@@ -59,6 +61,7 @@ def check(settings: RunSettings) -> None:
     if settings.batch.rows % max(settings.batch.accumulation, 1):
         found = f"{option('batch.accumulation')} is {settings.batch.accumulation}"
         faults.append(f"{found}, needed a divisor of the {settings.batch.rows} rows of a batch")
+    faults += _decays(settings.optimizer.weight_decay_of)
     if settings.train != "lora":
         asked, usual = flat(settings.lora), flat(LoraSettings())
         faults += [
@@ -72,6 +75,19 @@ def check(settings: RunSettings) -> None:
         faults += [f"{option(name)} is {path}, needed a path on this machine" for path in clouds]
     if faults:
         raise SettingsError("settings that cannot be used", faults)
+
+
+def _decays(groups: tuple[str, ...]) -> list[str]:
+    """What is wrong with weight decays of some weights."""
+    faults, seen = [], set()
+    for each in groups:
+        name, _, value = each.rpartition("=")
+        if not name or not re.fullmatch(r"\d+(\.\d*)?(e-?\d+)?", value):
+            faults.append(f"--optimizer.weight-decay-of is {each}, needed NAME=NUMBER, 0 or more")
+        elif name in seen:
+            faults.append(f"--optimizer.weight-decay-of names {name} twice: needed one number")
+        seen.add(name)
+    return faults
 
 
 def _sources(settings: RunSettings) -> list[str]:

@@ -28,7 +28,7 @@ from finetune.objective.losses import (
     targets_by_depth,
 )
 from finetune.objective.objectives import lambdas, objective
-from finetune.optimizer import advance, initial, steps_taken
+from finetune.optimizer import advance, averaged, initial, steps_taken
 from finetune.settings import Kept, Part, RunSettings, TrainMode
 from mtp_model import DeepSeekV3, RouterBias
 from mtp_model.sharding import BATCH_AXES, active_mesh, everywhere, placement
@@ -81,6 +81,12 @@ def start(
     """The state before the first step."""
     trainable, opt_state = initial(optimizer, split.trainable, kept)
     return TrainState(trainable, split.biases, opt_state)
+
+
+def as_served(state: TrainState) -> TrainState:
+    """What is measured and written: the mean of the parameters, where one is kept."""
+    mean = averaged(state.opt_state)
+    return state if mean is None else TrainState(mean, state.biases, ())
 
 
 def balance(biases: nnx.State, load: ExpertLoad, rate: float) -> nnx.State:

@@ -51,6 +51,7 @@ from finetune.state import (
     Split,
     StepResult,
     TrainState,
+    as_served,
     asked_by,
     make_measure_step,
     make_train_step,
@@ -146,7 +147,7 @@ def train(
                 console.print("the MTP modules are new: they learn by lk (--objective.lk 1)")
             if warning := forgets(settings.objective, base.provenance):
                 console.print(warning)
-            state = _loop(job, profiled)
+            state = as_served(_loop(job, profiled))
         measured = first_and_last(run.evaluations)
         before, after = map(Summary.from_json, measured) if measured else (None, None)
         record = {"by": "finetune-deepseek train", "settings": as_plain(settings)}
@@ -328,7 +329,8 @@ def _evaluate(
             yield batch_and_documents
 
     if job.held_out:
-        parts = (state.trainable, state.biases, job.split.frozen)
+        served = as_served(state)
+        parts = (served.trainable, served.biases, job.split.frozen)
         summary = measure_text(
             lambda batch: job.measure_step(*parts, spread(batch, job.mesh)), batches(), job.asked
         )

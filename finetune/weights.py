@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from finetune.adapters import add_adapters, merged, moved_leaf, raise_unless_there
 from finetune.objective.objectives import are_new
-from finetune.optimizer import Halved, join
+from finetune.optimizer import Halved, decay_groups, group, join
 from finetune.settings import (
     ComputeDtype,
     LoraSettings,
@@ -31,7 +31,7 @@ from mtp_model.checkpoint.directory import Checkpoint, CheckpointError, open_che
 from mtp_model.files.open import as_place
 from mtp_model.load import cast_weights, load
 from mtp_model.lora import fresh
-from mtp_model.model import Scope, leaf_name
+from mtp_model.model import Scope, abstract_model, leaf_name, leaves_by_name
 from mtp_model.sharding import collected
 
 KEPT_BYTES_ON_CPU = 4 << 30  # --remat auto keeps up to this
@@ -86,10 +86,24 @@ def raise_unless_fitting(settings: RunSettings, config: ModelConfig) -> None:
         faults.append(f"{found}, needed {least} or more for this model")
     if settings.draft_input == "own" and modules > 1:
         faults.append(f"--draft-input is own, needed text for a model of {modules} MTP modules")
+    faults += _groups_of_nothing(settings, config)
     if faults:
         raise SettingsError("settings that cannot be used", faults)
     if settings.train == "lora":
         raise_unless_there(settings.lora, config)
+
+
+def _groups_of_nothing(settings: RunSettings, config: ModelConfig) -> Iterator[str]:
+    """What is wrong with weight decays of weights that do not learn."""
+    if not (groups := decay_groups(settings.optimizer)):
+        return
+    names = leaves_by_name(abstract_model(config))
+    learns = [name for name in names if settings.part == "all" or name.startswith("mtp.")]
+    there = ", ".join(dict.fromkeys(name.split(".")[-2] for name in learns))
+    for end in groups:
+        if not any(group(name, [end]) for name in learns):
+            found = f"--optimizer.weight-decay-of names {end}"
+            yield f"{found}, needed the end of what learns: {there}"
 
 
 def compute_dtype(choice: ComputeDtype) -> ComputeDtype:

@@ -16,6 +16,8 @@ from trained import QUIET, assert_same_result, read_rows, unfinished_copy
 from finetune.data.packing import Batch
 from finetune.optimizer import (
     Halved,
+    advance,
+    averaged,
     halve,
     initial,
     join,
@@ -24,14 +26,16 @@ from finetune.optimizer import (
     make_optimizer,
     steps_taken,
 )
+from finetune.run.checkpoints import Checkpoints
 from finetune.run.directory import RunError
 from finetune.settings import CheckpointSettings, Kept, OptimizerSettings, RunSettings
 from finetune.settings_file import read_yaml
-from finetune.state import make_train_step, start
+from finetune.state import as_served, make_train_step, start
 from finetune.train import Result, train
 from finetune.weights import load_for_training, matrices
 from mtp_model import make_mesh
 from mtp_model.checkpoint.directory import open_checkpoint
+from mtp_model.model import leaf_name
 
 
 def test_learning_rate_warms_up_and_falls_to_its_last_value():
@@ -241,10 +245,76 @@ def test_moments_live_with_their_parameters(name):
     assert int(steps_taken(state)) == 0
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
+def test_weights_of_a_group_decay_as_if_all_did(name):
+    """The longest end counts; what no end names decays as before, vectors not at all."""
+    rng = np.random.default_rng(5)
+    shapes = {
+        ("mlp", "experts", "up_proj", "weight"): (2, 12, 10),
+        ("mlp", "shared", "up_proj", "weight"): (8, 10),
+        ("embed_tokens", "weight"): (14, 6),
+        ("norm", "weight"): (6,),
+    }
+
+    def drawn() -> nnx.State:
+        values = {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
+        return nnx.from_flat_state(
+            [(path, nnx.Param(jnp.asarray(x))) for path, x in values.items()]
+        )
+
+    weights, grads = drawn(), drawn()
+
+    def updates(decay: float, *groups: str) -> dict[tuple, np.ndarray]:
+        settings = OptimizerSettings(
+            name=name, weight_decay=decay, weight_decay_of=groups, **CONSTANT
+        )
+        optimizer = make_optimizer(settings, 10, lambda leaf: "norm" not in leaf)
+
+        @jax.jit
+        def first(weights, grads):
+            with jax.numpy_dtype_promotion("standard"):
+                return optimizer.update(grads, optimizer.init(weights), weights)[0]
+
+        found = nnx.to_flat_state(first(weights, grads))
+        return {path: np.asarray(leaf[...]) for path, leaf in found}
+
+    grouped = updates(0.3, "up_proj=0.7", "experts.up_proj=0", "embed_tokens=0.3")
+    for path, decay in zip(shapes, (0.0, 0.7, 0.3, 0.0), strict=True):
+        np.testing.assert_allclose(grouped[path], updates(decay)[path], rtol=1e-5, atol=1e-7)
+    experts = next(iter(shapes))
+    assert np.abs(grouped[experts] - updates(0.7)[experts]).max() > 0.01  # negative control
+
+
+def test_a_mean_of_the_parameters_is_kept():
+    """By its formula in float64, with the decay that grows; what moves is moved as without it."""
+    rng = np.random.default_rng(7)
+    drawn = rng.normal(size=(5, 12, 10)).astype(np.float32)
+    weight = nnx.State({"o_proj": {"weight": nnx.Param(jnp.asarray(drawn[0]))}})
+    settings = OptimizerSettings(ema=0.25, **CONSTANT)
+
+    @jax.jit
+    def after_all(weight, grads, settings=settings):
+        optimizer = make_optimizer(settings, 10, lambda _: True)
+        state, passed = optimizer.init(weight), []
+        for grad in grads:
+            weight, state = advance(optimizer, grad, state, weight)
+            passed.append(weight)
+        return passed, averaged(state)
+
+    grads = [jax.tree.map(lambda _, g=g: jnp.asarray(g), weight) for g in drawn[1:]]
+    passed, mean = after_all(weight, grads)
+    wanted = np.float64(drawn[0])
+    for step, weights in enumerate(passed, start=1):
+        decay = min(0.25, (1 + step) / (10 + step))
+        wanted = decay * wanted + (1 - decay) * np.float64(jax.tree.leaves(weights)[0])
+    np.testing.assert_allclose(jax.tree.leaves(mean)[0], wanted, rtol=1e-6, atol=1e-6)
+    assert np.abs(wanted - jax.tree.leaves(passed[-1])[0]).max() > 1e-3  # negative control
+
+
 KEPT = {
     "whole": {},
-    "short moments": {"moments": "bfloat16", "parameters": "halves"},
-    "muon": {"name": "muon", "moments": "bfloat16"},
+    "short moments": {"moments": "bfloat16", "parameters": "halves", "ema": 0.5},
+    "muon": {"name": "muon", "moments": "bfloat16", "weight_decay_of": ("o_proj=0.5",)},
 }
 
 
@@ -275,6 +345,32 @@ def test_short_moments_are_nearly_the_run(trained):
     }
     assert losses["short moments"] != losses["whole"]
     np.testing.assert_allclose(losses["short moments"], losses["whole"], rtol=2e-3)
+
+
+def test_the_mean_is_the_result(trained):
+    """What `final/` has, and not the weights of the last step."""
+    run = trained["short moments"].run
+    settings = read_yaml(run.path / "config.yaml")
+    split = load_for_training(settings.checkpoint, "mtp", "bfloat16")
+    optimizer = make_optimizer(
+        settings.optimizer, settings.steps, matrices(open_checkpoint(settings.checkpoint))
+    )
+    first = start(split, optimizer, settings.optimizer.parameters)
+    kept = Checkpoints(run.checkpoints, settings.checkpoints)
+    state = kept.restore(settings.steps, first)
+    kept.close()
+    final = open_checkpoint(run.final)
+    for path, leaf in nnx.to_flat_state(as_served(state).trainable):
+        value, stored = np.asarray(leaf[...]), final.leaves[leaf_name(path)]
+        outer = value.ndim - len(stored.tensor_shape)
+        for index in np.ndindex(value.shape[:outer]):
+            written = final.read_rows(leaf_name(path), index, 0, value.shape[outer])
+            np.testing.assert_array_equal(written, value[index])
+    assert isinstance(state.opt_state, Halved)
+    last = joined(state.trainable, state.opt_state.low)
+    pairs = zip(*map(jax.tree.leaves, (last, as_served(state).trainable)), strict=True)
+    apart = max(float(jnp.abs(new - mean).max()) for new, mean in pairs)
+    assert apart > 1e-5
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from finetune.run.changes import differences
 from finetune.settings import RunSettings, SettingsError
 from finetune.settings_file import read_yaml, write_yaml
 from finetune.settings_rules import check
+from finetune.weights import raise_unless_fitting
+from mtp_model.checkpoint.directory import open_checkpoint
 
 NEEDED = ["train", "--checkpoint", "CKPT", "--data", "a.txt", "b", "--out", "RUN"]
 
@@ -127,6 +129,8 @@ def test_every_value_that_cannot_be_used_is_reported():
         "--evaluation.holdout-every": ("1", "0, or 2 and more"),
         "--batch.accumulation": ("3", "a divisor of the 8 rows of a batch"),
         "--lora.rank": ("3", "--train lora beside it"),
+        "--optimizer.ema": ("1.0", "from 0 to less than 1"),
+        "--optimizer.weight-decay-of": ("o_proj=-1", "NAME=NUMBER, 0 or more"),
     }
     settings = parsed(*(part for name, (value, _) in wrong.items() for part in (name, value)))
     with pytest.raises(SettingsError) as caught:
@@ -135,6 +139,32 @@ def test_every_value_that_cannot_be_used_is_reported():
     for name, (value, needed) in wrong.items():
         assert f"{name} is {value}, needed {needed}" in caught.value.faults
     assert "--data is (), needed at least one path, or --states" in caught.value.faults
+
+
+def test_weight_decays_of_what_is_not_there(checkpoint):
+    """Of each name it is said; a name of the main model is none of what learns in the module."""
+    named = ("o_proj=0.1", "lm_head=0", "proj=0.1", "o_proj=0.2", "o_proj=x")
+    settings = parsed("--optimizer.weight-decay-of", *named)
+    with pytest.raises(SettingsError) as caught:
+        check(settings)
+    assert caught.value.faults == [
+        "--optimizer.weight-decay-of names o_proj twice: needed one number",
+        "--optimizer.weight-decay-of is o_proj=x, needed NAME=NUMBER, 0 or more",
+    ]
+    config = open_checkpoint(checkpoint).config
+    settings = parsed("--optimizer.weight-decay-of", *named[:3])
+    with pytest.raises(SettingsError, match="names proj, needed the end of") as caught:
+        raise_unless_fitting(settings, config)
+    lm_head, _ = caught.value.faults
+    assert "names lm_head, needed the end of what learns: input_layernorm, down_proj" in lm_head
+    raise_unless_fitting(
+        dataclasses.replace(
+            settings,
+            train="all",
+            optimizer=parsed("--optimizer.weight-decay-of", *named[:2]).optimizer,
+        ),
+        config,
+    )
 
 
 def test_differences_are_named_as_options():
