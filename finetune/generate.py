@@ -187,6 +187,7 @@ def _ask(
 
     left, total = _left(settings, documents, answers)
     with progress("generate", "answers", answers.counts.documents, total) as report:
+        server.on_failure = lambda why: report(answers.counts.documents, total, why)
         for ready in written_in_order(ask, left, settings.requests):
             found = [with_prompt(*each) for each in ready]
             tokens = sum(len(ids) - length for ids, length in found)

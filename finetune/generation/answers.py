@@ -3,16 +3,17 @@
 While it is written it is called FILE.partial. FILE.about says how it came to be, and counts.
 """
 
-import contextlib
+import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mtp_model.files.untrusted_json import JsonError, faults, parse
 from mtp_model.problems import UserError
 
 
@@ -43,6 +44,10 @@ class Counts:
         )
 
 
+_COUNTS = {"documents": int, "tokens": int, "num_drafts": int, "num_accepted_tokens_per_pos": [int]}
+_ABOUT = {"made_by": dict, "counts": _COUNTS}
+
+
 class Answers:
     """A file of answers that is being written; `counts` say what is in it."""
 
@@ -63,8 +68,8 @@ class Answers:
             self._go_on()
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._partial.touch()
             self._say()
+            self._partial.touch()
 
     def add(self, answers: Sequence[tuple[np.ndarray, int]], counts: Counts) -> None:
         """Write texts, each with the length of its prompt; counts: with these."""
@@ -82,24 +87,33 @@ class Answers:
         self._partial.replace(self.path)
 
     def _go_on(self) -> None:
-        about = self._read_about()
-        if about.get("made_by") != self.made_by:
+        made_by, self.counts = self._read_about()
+        if made_by != self.made_by:
             raise AnswersError(
                 f"{self._partial} was begun with other settings or another checkpoint or data; "
                 "give the same ones to continue it, another --out, or --overwrite"
             )
-        self.counts = replace(self.counts, **about["counts"])
         with self._partial.open("rb+") as file:  # what was written behind the last count goes
-            for _ in range(self.counts.documents):
-                file.readline()
-            file.truncate()
+            lines = itertools.islice(iter(file.readline, b""), self.counts.documents)
+            whole = sum(line.endswith(b"\n") for line in lines)
+            file.truncate(file.tell())
+        if whole < self.counts.documents:
+            raise self._damaged(f"{self._partial} has {whole} of {self.counts.documents} answers")
 
-    def _read_about(self) -> dict[str, Any]:
-        with contextlib.suppress(OSError, ValueError):
-            about = json.loads(self._about.read_text(encoding="utf-8"))
-            if isinstance(about, dict) and isinstance(about.get("counts"), dict):
-                return about
-        return {}
+    def _read_about(self) -> tuple[dict[str, Any], Counts]:
+        """What the file was made by, and what is in it."""
+        about: Any = None
+        try:
+            about = parse(self._about.read_bytes())
+            wrong = [*faults(about, _ABOUT)]
+        except (OSError, JsonError) as error:
+            wrong = [str(error)]
+        if wrong:
+            raise self._damaged(f"{self._about}: {'; '.join(wrong)}")
+        return about["made_by"], Counts(**{name: about["counts"][name] for name in _COUNTS})
+
+    def _damaged(self, what: str) -> AnswersError:
+        return AnswersError(f"{what}; give another --out, or --overwrite")
 
     def _say(self) -> None:
         text = json.dumps({"made_by": self.made_by, "counts": asdict(self.counts)}, indent=2)

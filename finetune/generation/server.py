@@ -72,6 +72,8 @@ class Server:
     def __init__(self, url: str, model: str | None, requests: int):
         """ServerError where nothing answers there, or it does not serve the model."""
         self._where = url
+        self.on_failure: Callable[[str], None] = lambda _: None
+        """Told of what is tried again, by any thread, until there is a better word."""
         key = self._key = os.environ.get(KEY)
         self._ended = threading.Event()
         self._client = httpx2.Client(
@@ -180,6 +182,7 @@ class Server:
                         f"{self._where}: {subject}: {failure}; tried {failures} times; the same "
                         "command goes on when the server answers again"
                     ) from None
+                self.on_failure(f"{subject}: {failure}; trying again")
                 wait_s = max(FIRST_WAIT_S * 2 ** (failures - 1), failure.wait_s)
                 self._ended.wait(min(wait_s, LONGEST_WAIT_S))
 

@@ -95,7 +95,26 @@ def test_speculation_writes_the_same_greedy_text(settings):
     assert most - counts.documents <= counts.tokens <= most
 
 
+def assert_damage_is_said(settings: GenerateSettings, partial: Path) -> None:
+    """Of what says how the file was begun, and of the file itself; what is there stays."""
+    about = settings.out.with_name("answers.jsonl.about")
+    for good, damages in (
+        (about, ["", "[]", '{"made_by": {}}', about.read_text().replace('"tokens"', '"token"')]),
+        (partial, [partial.read_text().splitlines(keepends=True)[0]]),
+    ):
+        kept = good.read_bytes()
+        for damaged in damages:
+            good.write_text(damaged)
+            with pytest.raises(
+                AnswersError, match=rf"{good.name}.*; give another --out, or --over"
+            ):
+                generate.generate(settings)
+            assert good.read_text() == damaged
+        good.write_bytes(kept)
+
+
 @follows(
+    "; give another --out, or --overwrite",
     "was begun with other settings or another checkpoint or data; ",
     "give the same ones to continue it, another --out, or --overwrite",
     " is there already; give another --out, or --overwrite",
@@ -124,6 +143,7 @@ def test_an_interrupted_file_is_continued(settings, monkeypatch):
     with partial.open("a") as file:
         file.write('{"input_ids": [1, 2')
     settings = dataclasses.replace(settings, overwrite=False)
+    assert_damage_is_said(settings, partial)
     other = dataclasses.replace(settings, seed=1)
     with pytest.raises(AnswersError, match="begun with other settings"):
         generate.generate(other)

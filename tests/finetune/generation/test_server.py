@@ -100,15 +100,24 @@ def test_text_becomes_tokens_where_a_server_returns_no_ids(settings, prompts, ch
     assert "return_token_ids" not in server.asked[0], "a strict server would refuse it"
 
 
-def test_what_passes_is_tried_again(settings, prompts):
+def test_what_passes_is_tried_again(settings, prompts, monkeypatch):
     """A busy server, a broken connection, half an answer, one that was aborted: every answer comes
-    all the same."""
+    all the same, and the progress says what is waited for."""
+    notes = []
+    say = progress._Lines.report
+
+    def noted(display, done, total, note=""):
+        notes.append(note)
+        say(display, done, total, note)
+
+    monkeypatch.setattr(progress._Lines, "report", noted)
     faults = ["429", "503", "drop", "truncate", "half", "abort"]
     with completions_server("vllm") as server:
         for number, fault in enumerate(faults):
             server.faults[3 + 5 * number] = [fault, faults[number - 1]]
         generate(at(server, settings))
         assert not any(server.faults.values())
+    assert any("it answered 503; trying again" in note for note in notes)
     assert read_rows(settings.out) == expected(prompts)
 
 
