@@ -13,6 +13,7 @@ from mtp_model.config import ModelConfig
 from mtp_model.context import Context, KeysValues, LatentCache
 from mtp_model.layers import RMSNorm
 from mtp_model.moe import FeedForward, MixtureOfExperts
+from mtp_model.narrow import scan_parts
 from mtp_model.sharding import spread_batch
 
 M = TypeVar("M", bound=nnx.Module)
@@ -81,7 +82,7 @@ def run_stack(layers: DecoderLayer, x_BTD, context: Context, remat: bool):
         out = layer(x_BTD, context, remat)
         return out.x_BTD, out.expert_load_E
 
-    return jax.lax.scan(jax.checkpoint(step) if remat else step, x_BTD, layers)
+    return scan_parts(step, x_BTD, layers, remat)
 
 
 def take_layer(layers: M, index: int) -> M:

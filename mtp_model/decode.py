@@ -15,6 +15,7 @@ from mtp_model.block import DecoderLayer, take_layer
 from mtp_model.context import Context, LatentCache
 from mtp_model.model import DeepSeekV3
 from mtp_model.mtp import MultiTokenPredictor
+from mtp_model.narrow import scan_parts
 
 
 class Caches(NamedTuple):
@@ -111,4 +112,4 @@ def _run_stack(layers: DecoderLayer, x_BTD, context: Context, caches: LatentCach
         out = layer(x_BTD, context._replace(cache=cache))
         return out.x_BTD, out.new
 
-    return jax.lax.scan(step, x_BTD, (layers, caches))
+    return scan_parts(step, x_BTD, (layers, caches))

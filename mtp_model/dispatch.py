@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from mtp_model.narrow import scan_parts
 from mtp_model.rows import gather_or_zero, inverse_permutation
 
 CAPACITY = 1.25  # slots a peer in one round, relative to a balanced load
@@ -202,9 +203,8 @@ def _over_groups(shape: _Shape, step, start, weights):
     def of_group(total, args):
         return step(total, *args)
 
-    total, results = lax.scan(
-        of_group, start, (jnp.arange(shape.num_groups), jax.tree.map(split, weights))
-    )
+    groups = jnp.arange(shape.num_groups), jax.tree.map(split, weights)
+    total, results = scan_parts(of_group, start, groups)
     return total, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
 
 

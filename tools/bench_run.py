@@ -71,7 +71,7 @@ def run_step(
     """One step in a process of its own; what it reads comes from the disk."""
     for folder in reads:
         drop_from_cache(folder)
-    command = [sys.executable, "-m", "tools.bench_step", step, str(src), str(dst)]
+    command = [sys.executable, "-m", "tools.bench_conversion_step", step, str(src), str(dst)]
     command += ["--dtype", dtype, "--workers", str(workers)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
