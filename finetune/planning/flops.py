@@ -15,17 +15,25 @@ from mtp_model import ModelConfig
 _RAGGED = ("ragged_dot_general", "ragged_dot")
 
 
-def model_flops(config: ModelConfig, part: Part, rows: int, row_tokens: int, depths: int) -> float:
+def model_flops(
+    config: ModelConfig,
+    part: Part,
+    rows: int,
+    row_tokens: int,
+    depths: int,
+    captured: bool = False,
+) -> float:
     """What a step has to compute, recomputation not counted.
 
     Rows are one document each. A trained weight takes three times its forward pass (the product,
     the gradient of its input, that of the weight), a frozen main model one, a frozen head two.
+    captured: the states of the main model are there, and need no pass.
     """
     layers, drafts, head = _parts(config, row_tokens, depths)
     if part == "all":
         a_token = 3 * (layers + drafts + (1 + depths) * head)
     else:
-        a_token = layers + 3 * drafts + (1 + 2 * depths) * head
+        a_token = (not captured) * layers + 3 * drafts + (1 + 2 * depths) * head
     return 2.0 * a_token * rows * row_tokens
 
 

@@ -19,18 +19,19 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from finetune.adapters import add_adapters, raise_unless_there
+from finetune.data.packing import PostNorm
 from finetune.devices import (
     MeshShape,
     Workload,
     abstract_batch,
     axes_in_words,
     choose_shape,
-    gathered_bytes,
     on_mesh,
     possible_shapes,
     stored_bytes,
 )
 from finetune.optimizer import abstract_initial, make_optimizer
+from finetune.planning.estimate import terms_of
 from finetune.planning.flops import adapted_flops, model_flops, program_flops
 from finetune.planning.slices import FAMILIES, HERE, Slice, family_of, memory_in, open_slice
 from finetune.settings import (
@@ -53,10 +54,7 @@ from mtp_model.lora import without_memory
 from mtp_model.model import abstract_model, leaf_name
 from mtp_model.problems import UserError
 from mtp_model.progress import progress
-from mtp_model.sharding import BATCH_AXES
 
-# Parts of their highest speed that a step is taken to reach, where nothing was measured.
-MATRIX_UNITS, MEMORY, LINKS = 0.5, 0.8, 0.7
 _MOST_MESHES = 4  # that --search compiles for a slice
 _MOST_OF_MEMORY = 0.97  # of a device, for weights and moments: more is not worth compiling
 
@@ -80,6 +78,8 @@ class PlanSettings:
     and show them all."""
     train: TrainMode = "mtp"
     """What is trained, as in `train`."""
+    captured: bool = False
+    """From hidden states that `capture` wrote, as `train --states`: no main model is loaded."""
     stored: Literal["as-is", "bf16"] = "as-is"
     """Frozen weights as the checkpoint or config.json has them (FP8 where it says so), or bf16."""
     rows: int = 0
@@ -88,6 +88,8 @@ class PlanSettings:
     """Tokens in a row."""
     draft_tokens: int = 0
     """MTP depths that are trained; 0: as many as there are modules."""
+    draft_input: Literal["text", "own"] = "text"
+    """As in `train`."""
     detach_main: bool = False
     """As in `train`."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -116,6 +118,7 @@ class Plan:
     chips: int
     mesh: MeshShape
     train: TrainMode
+    captured: bool
     rows: int
     row_tokens: int
     fits: bool | None  # None: nobody knows how much memory a device has
@@ -209,6 +212,9 @@ def _model(settings: PlanSettings) -> tuple[ModelConfig, dict[str, Any]]:
         dtypes = {n: jnp.bfloat16 if dtype == FP8 else dtype for n, dtype in dtypes.items()}
     if not config.num_nextn_predict_layers:
         raise SettingsError("a model without MTP modules", ["num_nextn_predict_layers is 0"])
+    if settings.captured and settings.train != "mtp":
+        found = f"--captured is given with --train {settings.train}"
+        raise SettingsError("settings that cannot be used", [f"{found}, needed --train mtp"])
     if settings.train == "lora":
         raise_unless_there(settings.lora, config)
     return config, dtypes
@@ -240,7 +246,7 @@ def _workload(
     settings: PlanSettings, config: ModelConfig, dtypes: Mapping[str, Any], place: Slice
 ) -> Workload:
     rows = settings.rows or len(place.devices)
-    return Workload(config, dtypes, settings.train, rows)
+    return Workload(config, dtypes, settings.train, rows, "mtp" if settings.captured else "all")
 
 
 def _compiled(settings: PlanSettings, work: Workload, place: Slice, shape: MeshShape) -> Plan:
@@ -275,10 +281,10 @@ def _compiled(settings: PlanSettings, work: Workload, place: Slice, shape: MeshS
     if settings.train == "lora":
         formula = adapted_flops(work.config, settings.part, _sizes(step), *size)
     else:
-        formula = model_flops(work.config, settings.part, *size)
+        formula = model_flops(work.config, settings.part, *size, captured=settings.captured)
     of_program = program_flops(step.traced.jaxpr.jaxpr, ragged=place.family is not None)
     tokens = rows * settings.row_tokens
-    terms = _terms(place, work, settings.part, shape, of_program, memory, tokens)
+    terms = terms_of(place, work, settings.part, shape, of_program, memory, tokens)
     step_s = sum(terms.values()) if terms else None
     return Plan(
         topology=place.name,
@@ -286,6 +292,7 @@ def _compiled(settings: PlanSettings, work: Workload, place: Slice, shape: MeshS
         chips=place.chips,
         mesh=shape,
         train=settings.train,
+        captured=settings.captured,
         rows=rows,
         row_tokens=settings.row_tokens,
         fits=None if limit is None else memory is not None,
@@ -312,7 +319,8 @@ def _step(settings: PlanSettings, work: Workload, mesh: Mesh, rows: int) -> _Ste
     computed_in = jnp.dtype(
         settings.compute_dtype if settings.compute_dtype != "auto" else "bfloat16"
     )
-    model = abstract_model(work.config, "all", _as_trained(work, settings.train), mesh, computed_in)
+    dtypes = _as_trained(work, settings.train)
+    model = abstract_model(work.config, work.scope, dtypes, mesh, computed_in)
     model.remat = settings.remat == "layer"
     if settings.train == "lora":
         add_adapters(model, settings.lora, without_memory(mesh))
@@ -324,6 +332,7 @@ def _step(settings: PlanSettings, work: Workload, mesh: Mesh, rows: int) -> _Ste
         train=settings.train,
         lora=settings.lora,
         draft_tokens=settings.draft_tokens,
+        draft_input=settings.draft_input,
         detach_main=settings.detach_main,
         objective=settings.objective,
         optimizer=settings.optimizer,
@@ -333,7 +342,10 @@ def _step(settings: PlanSettings, work: Workload, mesh: Mesh, rows: int) -> _Ste
     trainable, opt_state = abstract_initial(optimizer, split.trainable, kept)
     state = TrainState(trainable, split.biases, opt_state)
     step = make_train_step(split.graphdef, optimizer, run)
-    batch = abstract_batch(rows, settings.row_tokens, mesh)
+    states = None
+    if settings.captured:  # as `capture` keeps them
+        states = PostNorm(np.zeros((0, work.config.hidden_size), jnp.bfloat16))
+    batch = abstract_batch(rows, settings.row_tokens, mesh, states)
     return _Step(split=split, state=state, traced=step.trace(state, split.frozen, batch))
 
 
@@ -345,44 +357,6 @@ def _sizes(step: _Step) -> dict[str, int]:
 
 def _as_trained(work: Workload, mode: TrainMode) -> dict[str, Any]:
     """The dtypes that leaves have in a run: float32 where they are trained."""
-    state = nnx.state(abstract_model(work.config), TRAINABLE[mode])
+    state = nnx.state(abstract_model(work.config, work.scope), TRAINABLE[mode])
     trained = {leaf_name(path): jnp.dtype("float32") for path, _ in nnx.to_flat_state(state)}
     return {**work.dtypes, **trained}
-
-
-def _terms(
-    place: Slice,
-    work: Workload,
-    part: Part,
-    shape: MeshShape,
-    flops: float,
-    memory: Any,
-    tokens: int,
-) -> dict[str, float]:
-    """Seconds that a step takes by each part of a chip, none of them beside another."""
-    if place.family is None or memory is None:
-        return {}
-    a_chip = len(place.devices) / place.chips  # devices
-    compute = flops / len(place.devices) / (place.family.flops / a_chip * MATRIX_UNITS)
-    # Arguments are read once and, where they are trained, written; temporaries both.
-    moved = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    moved += 2 * memory.temp_size_in_bytes
-    through = moved / (place.family.hbm_bytes / a_chip * MEMORY)
-    sent = gathered_bytes(work, shape) + _sent_to_experts(work, part, shape, tokens)
-    links = sent / (place.family.interconnect_bytes / a_chip * LINKS)
-    return {"compute": compute, "memory": through, "interconnect": links}
-
-
-def _sent_to_experts(work: Workload, part: Part, shape: MeshShape, tokens: int) -> float:
-    """Bytes that a device receives of tokens on their way to experts and back, in bfloat16.
-
-    Once a layer in the forward pass; where a layer is trained again as it is recomputed, and for
-    the gradients there and back.
-    """
-    c = work.config
-    devices = math.prod(shape[name] for name in BATCH_AXES)
-    a_pass = (
-        tokens / devices * c.num_experts_per_tok * c.hidden_size * 2 * (1 - 1 / shape["expert"])
-    )
-    passes = {"mtp": 1, "all": 4}[part] * c.num_moe_layers
-    return 2 * a_pass * (passes + 4 * c.num_nextn_predict_layers)

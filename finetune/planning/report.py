@@ -8,7 +8,8 @@ from dataclasses import asdict
 from typing import Any
 
 from finetune.devices import axes_in_words
-from finetune.planning.plan import LINKS, MATRIX_UNITS, MEMORY, Plan
+from finetune.planning.estimate import LINKS, MATRIX_UNITS, MEMORY
+from finetune.planning.plan import Plan
 from mtp_model.reporting import Facts, Grid, Section
 
 
@@ -24,7 +25,7 @@ def plan_sections(plans: Sequence[Plan]) -> list[Section]:
     facts = [
         ("slice", f"{best.topology}: {best.chips} chips, {best.devices} devices"),
         ("mesh", axes_in_words(best.mesh)),
-        ("step", f"--train {best.train}, {best.rows} rows of {best.row_tokens:,} tokens"),
+        ("step", _step(best)),
         ("fits", _fits(best)),
         ("memory a device", f"{_gb(best.total_bytes)} of {_gb(best.limit_bytes)} GB"),
         ("weights, moments, batch", f"{_gb(best.argument_bytes)} GB"),
@@ -53,6 +54,11 @@ def plan_json(plans: Sequence[Plan]) -> dict[str, Any]:
     """The last plan; with several, all of them under `tried`."""
     found = asdict(plans[-1])
     return found | ({"tried": [asdict(each) for each in plans]} if len(plans) > 1 else {})
+
+
+def _step(found: Plan) -> str:
+    captured = ", from captured states" if found.captured else ""
+    return f"--train {found.train}{captured}, {found.rows} rows of {found.row_tokens:,} tokens"
 
 
 def _where(found: Plan) -> str:

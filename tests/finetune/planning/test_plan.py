@@ -5,6 +5,7 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec
 
 from finetune import cli
@@ -34,6 +35,22 @@ def test_the_plan_of_a_checkpoint_is_its_run(checkpoint, capsys):
     nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(split)) + 8 * trained
     assert nbytes / 8 < found["argument_bytes"] < nbytes
     assert found["flops_formula"] < found["flops_compiled"] < 4 * found["flops_formula"]
+
+
+def test_the_plan_from_captured_states_is_that_of_their_run(checkpoint, capsys):
+    """What is not loaded is not planned; what is trained is the same."""
+    words = ("--checkpoint", str(checkpoint), "--row-tokens", "16", "--compute-dtype", "float32")
+    _, whole = planned(capsys, *words, "--mesh.expert", "4")
+    status, found = planned(capsys, *words, "--mesh.expert", "4", "--captured")
+    split = load_for_training(str(checkpoint), "mtp", "float32", scope="mtp")
+    frozen = sum(leaf.size for leaf in jax.tree.leaves(nnx.filter_state(split.frozen, nnx.Param)))
+    assert (status, found["parameters_frozen"]) == (0, frozen)
+    assert frozen < whole["parameters_frozen"]
+    assert found["parameters_trained"] == whole["parameters_trained"]
+    assert found["argument_bytes"] < whole["argument_bytes"]
+    ratios = [each["flops_compiled"] / each["flops_formula"] for each in (found, whole)]
+    assert found["flops_formula"] < whole["flops_formula"]
+    assert ratios[0] == pytest.approx(ratios[1], rel=0.3)
 
 
 def test_more_meshes_are_tried_and_shown(checkpoint, capsys):
@@ -99,6 +116,7 @@ def test_the_formula_is_the_forward_pass_of_the_program(checkpoint):
         (("--checkpoint", "{}", "--topology", "v5p:3x2"), "needed here or one of v5p:2x2x1"),
         (("--checkpoint", "{}", "--topology", "v5p"), "a family: needed a slice, or --search"),
         (("--model-config", "missing.json"), "missing.json"),
+        (("--checkpoint", "{}", "--captured", "--train", "all"), "needed --train mtp"),
     ],
 )
 def test_what_cannot_be_planned(words, said, checkpoint, capsys):
