@@ -40,6 +40,11 @@ FRACTIONS = ("optimizer.warmup_fraction", "optimizer.final_fraction")
 BELOW_ONE = ("optimizer.beta1", "optimizer.beta2", "optimizer.ema")
 
 
+def least_row_tokens(draft_tokens: int, num_modules: int) -> int:
+    """Tokens that a row needs so that one of them has a target at every depth."""
+    return (draft_tokens or num_modules) + 2
+
+
 def check(settings: RunSettings) -> None:
     """Raise SettingsError with everything that is wrong with the values."""
     values = flat(settings)

@@ -22,7 +22,7 @@ from finetune.settings import (
     SettingsError,
     TrainMode,
 )
-from finetune.settings_rules import check
+from finetune.settings_rules import check, least_row_tokens
 from finetune.state import TRAINABLE, Split, TrainState
 from mtp_model import ModelConfig
 from mtp_model.attention import keeps_scores
@@ -80,7 +80,7 @@ def open_trainable(path: str, captured: bool = False) -> tuple[Checkpoint, Model
 def raise_unless_fitting(settings: RunSettings, config: ModelConfig) -> None:
     """SettingsError for what this model has no room or no place for."""
     modules, faults = config.num_nextn_predict_layers, []
-    least = (settings.draft_tokens or modules) + 2
+    least = least_row_tokens(settings.draft_tokens, modules)
     if settings.batch.row_tokens < least:
         found = f"--batch.row-tokens is {settings.batch.row_tokens}"
         faults.append(f"{found}, needed {least} or more for this model")

@@ -30,6 +30,7 @@ from finetune.settings import (
     SettingsError,
     too_small,
 )
+from finetune.settings_rules import least_row_tokens
 from mtp_model.checkpoint.directory import open_checkpoint
 from mtp_model.reporting import plural
 
@@ -108,6 +109,10 @@ def inspect_data(settings: InspectDataSettings) -> Inspected:
     """The first rows of a run with these settings; nothing is loaded but tokenizer and config."""
     check(settings)
     config = open_checkpoint(settings.checkpoint).config
+    least = least_row_tokens(settings.draft_tokens, config.num_nextn_predict_layers)
+    if settings.row_tokens < least:
+        found = f"--row-tokens is {settings.row_tokens}, needed {least} or more for this model"
+        raise SettingsError("settings that cannot be used", [found])
     depths = settings.draft_tokens or config.num_nextn_predict_layers
     text = open_run_text(_as_run(settings), config)
     packer = Packer(

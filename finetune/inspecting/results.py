@@ -99,8 +99,16 @@ def read_results(paths: Iterable[Path]) -> list[AcceptanceResult]:
 
 def _of_run(folder: Path) -> list[AcceptanceResult]:
     """The first and the last evaluation of a run on the same text."""
-    file = RunDirectory(path=folder).evaluations
-    measured = first_and_last(file)
+    run = RunDirectory(path=folder)
+    file, measured = run.evaluations, first_and_last(run.evaluations)
+    if measured is None and run.config.is_file():
+        raise ResultsError(
+            [
+                f"{folder} is a run that measured nothing, for it had no held-out text; its result "
+                "is measured by: finetune-deepseek evaluate --checkpoint "
+                f"{folder / 'final'} --data TEXT --json"
+            ]
+        )
     if measured is None:
         raise ResultsError([f"{folder} has no evaluations.jsonl with an evaluation: it is no run"])
     with file.open("rb") as lines:

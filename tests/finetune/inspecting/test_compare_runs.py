@@ -293,6 +293,17 @@ def test_all_that_is_wrong_is_said_together(tmp_path, capsys):
     assert "--report is x.png, needed a folder, or a name that ends with .html" in said
 
 
+def test_a_run_that_measured_nothing_is_one(tmp_path, capsys):
+    """And its result can be measured: the command is said."""
+    (tmp_path / "config.yaml").write_text("steps: 3\n")
+    assert cli.run(["compare", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert "is a run that measured nothing, for it had no held-out text" in said
+    assert f"evaluate --checkpoint {tmp_path / 'final'} --data TEXT --json" in " ".join(
+        said.split()
+    )
+
+
 def test_a_report_is_a_folder_too(tmp_path, capsys):
     paths = written(tmp_path, a=evaluated(), b=COUNTS)
     found = compared(capsys, *paths, "--report", tmp_path / "report-0.5")

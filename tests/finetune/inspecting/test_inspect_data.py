@@ -119,3 +119,6 @@ def test_settings_that_cannot_be_used_are_named_together(checkpoint, record, cap
     said = capsys.readouterr().err
     for name in ("--rows is 0", "--row-tokens is 1", "--holdout-every is 1"):
         assert name in said
+    wrong = options(checkpoint, record, **{"row-tokens": 4, "draft-tokens": 3})
+    assert cli.run(["inspect-data", *map(str, wrong)]) == 2
+    assert "--row-tokens is 4, needed 5 or more for this model" in capsys.readouterr().err
