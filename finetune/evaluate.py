@@ -35,6 +35,8 @@ from finetune.state import Split, make_measure_step
 from finetune.weights import compute_dtype, open_trainable
 from mtp_model import ModelConfig, cluster
 from mtp_model.checkpoint.directory import Checkpoint
+from mtp_model.files.open import as_place, written
+from mtp_model.files.place import Place
 from mtp_model.layers import FP8, INIT_STD
 from mtp_model.load import load
 from mtp_model.progress import Report, progress
@@ -268,17 +270,17 @@ def _by_source(
 ) -> list[SourceAcceptance]:
     """Acceptance in the documents of each path; of paths within each other the inner one's."""
     corpus = documents.corpus
-    named = {path.absolute(): path for path in paths}
-    owners = [
-        max((path for path in named if file.path.is_relative_to(path)), key=lambda p: len(p.parts))
-        for file in corpus.files
-    ]
-    by_path: dict[Path, list[int]] = {path: [] for path in named}
+    named = {as_place(path).absolute(): written(path) for path in paths}
+
+    def owner(place: Place) -> Place:
+        return place if place in named else owner(place.parent)
+
+    owners = [owner(file.path) for file in corpus.files]
+    by_path: dict[Place, list[int]] = {path: [] for path in named}
     for document, file in enumerate(corpus.file_N.tolist()):
         by_path[owners[file]].append(document)
     return [
-        SourceAcceptance.of(str(named[path]), counts.of(numbers))
-        for path, numbers in by_path.items()
+        SourceAcceptance.of(named[path], counts.of(numbers)) for path, numbers in by_path.items()
     ]
 
 

@@ -24,7 +24,7 @@ ComputeDtype = Literal["auto", "float32", "bfloat16"]
 DataPaths = Annotated[
     tuple[Path, ...],
     tyro.conf.arg(
-        help=f"Files of text or records, or folders of them: {NAMES}. "
+        help=f"Files of text or records, or folders of them, local or gs://: {NAMES}. "
         'A record is {"text"}, or {"messages"} (loss on the assistant\'s turns), '
         '{"prompt", "completion"} or {"instruction", optional "input", "output"} (loss on the '
         'answer only), or {"input_ids", optional "loss_mask" or "labels" with -100 for what is '

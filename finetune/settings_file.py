@@ -11,6 +11,7 @@ from typing import Any, Literal
 import yaml
 
 from finetune.settings import RunSettings, SettingsError, blank, flat
+from mtp_model.files.open import written
 
 
 def read_yaml(path: Path) -> RunSettings:
@@ -42,7 +43,7 @@ def write_yaml(settings: RunSettings, path: Path) -> None:
 def _plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
     def plain(value: Any) -> Any:
         if isinstance(value, Path):
-            return str(value)
+            return written(value)
         return [plain(each) for each in value] if isinstance(value, tuple) else value
 
     return {key: plain(value) for key, value in items}

@@ -3,6 +3,7 @@
 import re
 
 from finetune.settings import LoraSettings, RunSettings, SettingsError, flat, option
+from mtp_model.files.open import is_address, written
 
 MESH = ("mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor")
 POSITIVE = (
@@ -74,10 +75,8 @@ def check(settings: RunSettings) -> None:
             for name, value in asked.items()
             if value != usual[name]
         ]
-    places = {name: getattr(settings, name) for name in ("data", "states", "eval_data")}
-    for name, paths in (places | {"out": (settings.out,)}).items():
-        clouds = [path for path in paths if path.parts[:1] == ("gs:",)]
-        faults += [f"{option(name)} is {path}, needed a path on this machine" for path in clouds]
+    if is_address(settings.out):
+        faults.append(f"--out is {written(settings.out)}, needed a path on this machine")
     if faults:
         raise SettingsError("settings that cannot be used", faults)
 
@@ -100,6 +99,8 @@ def _sources(settings: RunSettings) -> list[str]:
     if not settings.states:
         return [] if settings.data else ["--data is (), needed at least one path, or --states"]
     faults = ["--states is given with --data: needed one of them"] if settings.data else []
+    far = filter(is_address, (*settings.states, *settings.eval_data))
+    faults += [f"{written(path)} is given with --states: needed a path here" for path in far]
     if settings.train != "mtp":
         faults.append(
             f"--train is {settings.train}, needed mtp with --states: no main model is there"

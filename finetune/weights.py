@@ -28,7 +28,7 @@ from mtp_model import ModelConfig
 from mtp_model.attention import keeps_scores
 from mtp_model.checkpoint.derived import ChangedLeaf, write_beside, write_derived
 from mtp_model.checkpoint.directory import Checkpoint, CheckpointError, open_checkpoint
-from mtp_model.files.open import as_place
+from mtp_model.files.open import absolute, as_place
 from mtp_model.load import cast_weights, load
 from mtp_model.lora import fresh
 from mtp_model.model import Scope, abstract_model, leaf_name, leaves_by_name
@@ -47,9 +47,9 @@ def resolve(settings: RunSettings) -> RunSettings:
     return dataclasses.replace(
         settings,
         checkpoint=str(as_place(settings.checkpoint).absolute()),
-        data=tuple(path.absolute() for path in settings.data),
-        states=tuple(path.absolute() for path in settings.states),
-        eval_data=tuple(path.absolute() for path in settings.eval_data),
+        data=tuple(map(absolute, settings.data)),
+        states=tuple(map(absolute, settings.states)),
+        eval_data=tuple(map(absolute, settings.eval_data)),
         out=settings.out.absolute(),
         objective=objective,
     )

@@ -1,17 +1,18 @@
-"""Training text on disk: where each document is, and that it can be read.
+"""Training text in files: where each document is, and that it can be read.
 
 A corpus is an index (file, number, first byte, bytes) of 28 bytes a document; the text stays on
-disk.
+disk, that of a bucket in a copy that is gone with the process.
 """
 
 import codecs
+import functools
 from array import array
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -41,7 +42,10 @@ from finetune.data.records import (
     is_record,
     parse_record,
 )
-from finetune.data.stored import StoredFile
+from finetune.data.stored import StoredFile, raise_unless_room
+from mtp_model.files.objects import CloudError
+from mtp_model.files.open import as_place
+from mtp_model.files.place import Place
 from mtp_model.progress import Report, progress
 
 REPORTED_EVERY = 256  # records
@@ -54,18 +58,18 @@ ABOUT_DATA = ("readme", "license", "licence", "changelog", "contributing", "noti
 class DataFile:
     """A file of documents, and what its documents need to be parsed."""
 
-    path: Path
+    path: Place
     kind: FileKind
     stored: StoredFile
     header: tuple[str, ...] = ()  # of a table
 
-    @property
+    @functools.cached_property
     def day(self) -> str:
         """When it was last changed: today, for chat templates that write the date.
 
         A run that goes on must see the same text on another day.
         """
-        return date.fromtimestamp(self.path.stat().st_mtime).isoformat()
+        return date.fromtimestamp(self.path.written_s()).isoformat()
 
     def record(self, value: Any, vocab_size: int | None = None) -> Record:
         """A JSON value of this file as a record. Raises ValueError."""
@@ -85,7 +89,7 @@ class Corpus:
     idle_N: np.ndarray  # bool, documents with nothing to learn
     digest: str  # xxh3-128 of all files' contents, in order
     has_text: bool  # some document needs the tokenizer
-    left_out: tuple[Path, ...] = ()  # files of a folder that are no data
+    left_out: tuple[Place, ...] = ()  # files of a folder that are no data
 
     def __len__(self) -> int:
         return len(self.file_N)
@@ -141,18 +145,17 @@ def scan(paths: Iterable[Path], vocab_size: int, chats: ChatTemplate | None = No
     so are hidden ones and those about the data. chats: the checkpoint's chat template, by which
     conversations are checked. Raises DataError with every malformed record.
     """
-    paths = tuple(paths)
+    places = tuple(map(as_place, paths))
     with progress("read data", "records") as report:
         scanner = _Scanner(vocab_size, chats, report)
-        for path in paths:
-            if path.is_dir():
-                for inner in _files_of(path):
-                    scanner.scan(inner, is_named=False)
-            else:
-                scanner.scan(path, is_named=True)
+        found = [each for place in places for each in _found(place)]
+        wanted = [file for file in found if file.is_named or _is_data(file.path)]
+        raise_unless_room((file.path, file.nbytes) for file in wanted)
+        for file in found:
+            scanner.scan(file.path, file.is_named)
     if not scanner.faults and not scanner.nbytes:
         left = f"; left out: {', '.join(map(str, scanner.left_out))}" if scanner.left_out else ""
-        scanner.faults.append(f"no document in {', '.join(map(str, paths))}{left}")
+        scanner.faults.append(f"no document in {', '.join(map(str, places))}{left}")
     if scanner.faults:
         raise DataError(scanner.faults)
     corpus = scanner.corpus()
@@ -167,11 +170,26 @@ def _where(file: DataFile, number: int) -> str:
     return f"{file.path}:{number}" if lined else f"{file.path}, record {number}"
 
 
-def _files_of(folder: Path) -> list[Path]:
-    """Files below a folder, sorted by their path in it; hidden files and folders left out."""
-    inner = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    seen = (path for path in inner if not any(part.startswith(".") for part in path.parts))
-    return [folder / path for path in sorted(seen, key=lambda path: path.parts)]
+class _Found(NamedTuple):
+    path: Place
+    nbytes: int
+    is_named: bool  # by the user, not found in a folder
+
+
+def _found(path: Place) -> list[_Found]:
+    """A file, or those below a folder, sorted by their path in it; hidden ones left out."""
+    if path.is_file() or not path.is_dir():
+        return [_Found(path, path.size() if path.is_far and path.is_file() else 0, True)]
+    files = {tuple(name.split("/")): nbytes for name, nbytes in path.sizes().items()}
+    # Consoles leave an object where somebody made a folder: its name ends with a slash.
+    seen = (p for p in sorted(files) if p[-1] and not any(part.startswith(".") for part in p))
+    return [_Found(path / "/".join(parts), files[parts], False) for parts in seen]
+
+
+def _is_data(path: Place) -> bool:
+    """Whether a file of a folder is read."""
+    kind = kind_of(path.name)
+    return kind is not None and not _is_about_data(path, kind)
 
 
 class _Scanner:
@@ -181,19 +199,19 @@ class _Scanner:
         self.vocab_size, self.chats, self.report = vocab_size, chats, report
         self.faults: list[str] = []
         self.files: list[DataFile] = []
-        self.left_out: list[Path] = []
+        self.left_out: list[Place] = []
         self.file, self.number = array("i"), array("q")
         self.begin, self.nbytes = array("q"), array("q")
         self.digest = xxhash.xxh3_128()
         self.has_text = False
         self.idle = array("b")  # 1 for a document with nothing to learn
-        self.with_chats: set[Path] = set()
+        self.with_chats: set[Place] = set()
 
-    def scan(self, path: Path, is_named: bool) -> None:
-        kind = kind_of(path)
+    def scan(self, path: Place, is_named: bool) -> None:
+        kind = kind_of(path.name)
         if kind is None and is_named and path.exists():
             self.faults.append(f"{path} is of no kind that is read: {NAMES}")
-        elif not is_named and (kind is None or _is_about_data(path, kind)):
+        elif not is_named and not _is_data(path):
             self.left_out.append(path)
         else:
             self._scan_file(path, kind or FileKind("", PROSE, False), is_named)
@@ -211,9 +229,9 @@ class _Scanner:
             left_out=tuple(self.left_out),
         )
 
-    def _scan_file(self, path: Path, kind: FileKind, is_named: bool) -> None:
+    def _scan_file(self, path: Place, kind: FileKind, is_named: bool) -> None:
         try:
-            stored = StoredFile(path.absolute(), kind)
+            stored = StoredFile(path.absolute(), kind, self._say)
             with stored.open() as opened:
                 header = read_header(opened) if kind.form == TABLE else ()
                 file = DataFile(path=path.absolute(), kind=kind, stored=stored, header=header)
@@ -229,6 +247,8 @@ class _Scanner:
             self.faults.append(f"{path} is not UTF-8 text: {error.reason}")
         except OSError as error:
             self.faults.append(f"{path} cannot be read: {error.strerror or error}")
+        except CloudError as error:
+            self.faults.append(str(error))
 
     def _take(self, file: DataFile, span: Span | Broken) -> None:
         where = _where(file, span.number)
@@ -271,7 +291,10 @@ class _Scanner:
         self.begin.append(span.begin)
         self.nbytes.append(span.nbytes)
         if len(self.nbytes) % REPORTED_EVERY == 0:
-            self.report(len(self.nbytes), None, self.files[-1].path.name)
+            self._say(self.files[-1].path.name)
+
+    def _say(self, note: str) -> None:
+        self.report(len(self.nbytes), None, note)
 
 
 NO_TEMPLATE = (
@@ -281,7 +304,7 @@ NO_TEMPLATE = (
 )
 
 
-def _is_about_data(path: Path, kind: FileKind) -> bool:
+def _is_about_data(path: Place, kind: FileKind) -> bool:
     return kind.form == PROSE and path.name.lower().startswith(ABOUT_DATA)
 
 

@@ -9,7 +9,7 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
 from mtp_model.files.untrusted_json import JsonError, shown, unique_members
@@ -64,9 +64,9 @@ class Broken:
     why: str
 
 
-def kind_of(path: Path) -> FileKind | None:
+def kind_of(name: str) -> FileKind | None:
     """The kind that a file's name says, None for one that is not read."""
-    suffixes = [each.lower() for each in path.suffixes[-2:]]
+    suffixes = [each.lower() for each in PurePosixPath(name).suffixes[-2:]]
     is_packed = suffixes[-1:] == [".gz"]
     [suffix] = (suffixes[:-1] if is_packed else suffixes)[-1:] or [""]
     form = _KINDS.get(suffix)

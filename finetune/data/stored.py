@@ -1,24 +1,29 @@
-"""Data files that can be read anywhere: as they are, or unpacked once into a temporary file.
+"""Data files that can be read anywhere: as they are, or once put into a temporary file.
 
-What is packed (.gz, .parquet) cannot be read from the middle. It is unpacked into a file without a
-name in the folder for temporary files, which is gone when the process is.
+What is packed (.gz, .parquet) cannot be read from the middle, and what is in a bucket not without a
+request for each document. It is put into a file without a name in the folder for temporary files,
+which is gone when the process is.
 """
 
 import errno
 import json
 import os
+import resource
 import tempfile
 import weakref
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from gzip import BadGzipFile, GzipFile
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from finetune.data.kinds import LINES, PARQUET, RECORD_BYTES, FileError, FileKind
 from finetune.data.records import FORM_KEYS, KNOWN_KEYS
+from mtp_model.files.local import raise_if_full
+from mtp_model.files.place import Place
 from mtp_model.files.untrusted_json import shown
+from mtp_model.reporting import human_bytes
 
 # Text is packed about 3 to 10 times; what a file of zeros gives is a thousand times.
 _MOST_UNPACKED = 200
@@ -26,53 +31,98 @@ _ALWAYS_UNPACKED_BYTES = 1 << 30
 _BLOCK = 1 << 20
 _ROWS = 64  # of parquet held at a time
 _PANDAS_INDEX = "__index_level_"  # a column that pandas writes unasked
+_OTHER_FOLDER = "set TMPDIR to another folder"
+Say = Callable[[str], None]
 
 
 class StoredFile:
     """A data file, open as bytes from any place in it."""
 
-    def __init__(self, path: Path, kind: FileKind):
-        """Raises FileError for a packed file that is damaged, OSError for one that is not there."""
-        self.path = path
+    def __init__(self, path: Place, kind: FileKind, say: Say):
+        """Raises FileError for a packed file that is damaged, OSError for one that is not there.
+
+        say: is told what takes long.
+        """
         self.form = LINES if kind.form == PARQUET else kind.form
-        self._unpacked: BinaryIO | None = None
+        self._here = None if path.is_far else Path(str(path))
+        self._temporary: BinaryIO | None = None
+        if path.is_far:
+            with _room(""):
+                self._temporary = _fetched(path, self._new_file(), say)
         if kind.is_packed or kind.form == PARQUET:
-            with path.open("rb") as file, _room_to_unpack():
-                self._unpacked = tempfile.TemporaryFile()  # noqa: SIM115 - as long as this lives
-                weakref.finalize(self, self._unpacked.close)
-                (_unpack_parquet if kind.form == PARQUET else _unpack_gzip)(file, self._unpacked)
-                self._unpacked.flush()
+            with self.open() as packed, _room("unpacked "):
+                unpacked = self._new_file()
+                (_unpack_parquet if kind.form == PARQUET else _unpack_gzip)(packed, unpacked)
+                unpacked.flush()
+            if self._temporary:
+                self._temporary.close()
+            self._temporary = unpacked
 
     @contextmanager
     def open(self) -> Iterator[BinaryIO]:
         """The file from its beginning."""
-        if self._unpacked is None:
-            with self.path.open("rb") as file:
+        if self._temporary is None:
+            assert self._here
+            with self._here.open("rb") as file:
                 yield file
         else:
-            self._unpacked.seek(0)
-            yield self._unpacked
+            self._temporary.seek(0)
+            yield self._temporary
 
     def read(self, begin: int, nbytes: int) -> bytes:
         """Bytes from any place. May be called by several threads."""
-        if self._unpacked is not None:
-            return os.pread(self._unpacked.fileno(), nbytes, begin)
-        with self.path.open("rb") as file:
+        if self._temporary is not None:
+            return os.pread(self._temporary.fileno(), nbytes, begin)
+        assert self._here
+        with self._here.open("rb") as file:
             file.seek(begin)
             return file.read(nbytes)
 
+    def _new_file(self) -> BinaryIO:
+        """A file without a name, for as long as this lives."""
+        _raise_file_limit()
+        file = tempfile.TemporaryFile()  # noqa: SIM115
+        weakref.finalize(self, file.close)
+        return file
+
+
+def raise_unless_room(files: Iterable[tuple[Place, int]]) -> None:
+    """UserError where the folder for temporary files has no room for all that is fetched to it.
+
+    files: with their bytes.
+    """
+    needed = sum(nbytes for file, nbytes in files if file.is_far)
+    raise_if_full({Path(tempfile.gettempdir()): needed} if needed else {}, _OTHER_FOLDER)
+
+
+def _fetched(path: Place, out: BinaryIO, say: Say) -> BinaryIO:
+    """All of a file that is on no disk of this machine, in one whose text is then read."""
+    done, size = 0, human_bytes(path.size())
+    for piece in path.pieces():
+        out.write(piece)
+        done += len(piece)
+        say(f"fetching {path.name}, {human_bytes(done)} of {size}")
+    out.flush()
+    return out
+
+
+def _raise_file_limit() -> None:
+    """As many files may be open from here on as this process can have at all."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:  # often 1,024, which is fewer than a folder of data may have files
+        with suppress(ValueError, OSError):  # a system that says "any number" and means fewer
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
 
 @contextmanager
-def _room_to_unpack() -> Iterator[None]:
+def _room(how: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
         where = tempfile.gettempdir()
-        why = (
-            f"does not fit unpacked into {where}: make room there, or set TMPDIR to another folder"
-        )
+        why = f"does not fit {how}into {where}: make room there, or {_OTHER_FOLDER}"
         raise FileError(why) from error
 
 

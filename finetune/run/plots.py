@@ -17,6 +17,7 @@ from finetune.run.metrics import Row, Summary, Thinned, read_rows
 from finetune.run.report import comparison_sections
 from finetune.settings import RunSettings
 from finetune.settings_file import as_plain
+from mtp_model.files.open import written
 from mtp_model.report_folder import Findings, write_report
 from mtp_model.reporting import LEGEND, Facts, Picture, Section, drawing
 
@@ -74,7 +75,7 @@ def _facts(settings: RunSettings) -> list[tuple[str, str]]:
     weights = settings.objective.weights()
     return [
         ("checkpoint", settings.checkpoint),
-        ("data", ", ".join(map(str, settings.data))),
+        ("data", ", ".join(map(written, settings.data))),
         ("trained", f"--train {settings.train}, {settings.steps:,} steps"),
         ("objective", ", ".join(f"{name} {weight:g}" for name, weight in weights.items())),
     ]

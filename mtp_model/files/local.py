@@ -9,6 +9,7 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PosixPath
@@ -33,6 +34,10 @@ _staging = threading.local()
 class LocalPlace(PosixPath):
     """A path of this machine with all that a Place can do."""
 
+    @property
+    def is_far(self) -> bool:
+        return False
+
     def entries(self, beginning: str = "") -> list[Self]:
         if not self.is_dir():
             return []
@@ -43,7 +48,9 @@ class LocalPlace(PosixPath):
         for folder, _, names in os.walk(self):
             for path in (os.path.join(folder, name) for name in names):  # noqa: PTH118
                 with contextlib.suppress(FileNotFoundError):  # another process gave it its name
-                    found[os.path.relpath(path, self)] = os.stat(path).st_size  # noqa: PTH116
+                    state = os.stat(path)  # noqa: PTH116
+                    if stat.S_ISREG(state.st_mode):
+                        found[os.path.relpath(path, self)] = state.st_size
         return found
 
     def is_same(self, other: Place) -> bool:
@@ -72,6 +79,12 @@ class LocalPlace(PosixPath):
         with self.open("rb") as file:
             while piece := file.read(piece_bytes):
                 yield piece
+
+    def size(self) -> int:
+        return self.stat().st_size
+
+    def written_s(self) -> float:
+        return self.stat().st_mtime
 
     def digest(self) -> str:
         state, memory = xxhash.xxh3_128(), _staging_memory()

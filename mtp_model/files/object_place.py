@@ -18,9 +18,12 @@ from mtp_model.files.lock import holder, object_locked
 from mtp_model.files.memory import AlignedBuffer
 from mtp_model.files.objects import (
     CloudError,
+    ObjectState,
     StoredObject,
     copy,
     join,
+    missing,
+    pieces,
     read_all,
     state,
     states,
@@ -35,6 +38,10 @@ _FIRST = "first"
 
 class ObjectPlace(StoredObject):
     """An object, or all below it, with all that a Place can do."""
+
+    @property
+    def is_far(self) -> bool:
+        return True
 
     def absolute(self) -> Self:
         return self
@@ -59,8 +66,14 @@ class ObjectPlace(StoredObject):
     def read_range_into(self, begin: int, out: np.ndarray) -> None:
         out[:] = np.frombuffer(self.read_range(begin, len(out)), np.uint8)
 
-    def pieces(self, piece_bytes: int = PIECE_BYTES) -> Iterator[bytes]:  # noqa: ARG002
-        yield self.read_bytes()
+    def pieces(self, piece_bytes: int = PIECE_BYTES) -> Iterator[bytes]:
+        return pieces(self, piece_bytes)
+
+    def size(self) -> int:
+        return self._state().size
+
+    def written_s(self) -> float:
+        return self._state().written_s
 
     def digest(self) -> str:
         return digest(self.read_bytes())
@@ -125,6 +138,12 @@ class ObjectPlace(StoredObject):
 
     def kvstore(self) -> dict[str, Any]:
         return {"driver": "gcs", "bucket": self.bucket, "path": f"{self.key}/"}
+
+    def _state(self) -> ObjectState:
+        found = state(self)
+        if found is None:
+            raise missing(self)
+        return found
 
 
 class AppendedObject(Appended):

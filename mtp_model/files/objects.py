@@ -8,12 +8,16 @@ Bytes are read and written by tensorstore, which reads several times as fast as 
 import base64
 import errno
 import functools
+import itertools
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
+
+import google_crc32c
 
 from mtp_model.problems import UserError
 
@@ -21,6 +25,7 @@ SCHEME = "gs://"
 _REQUESTS_AT_ONCE = 32  # as many as tensorstore sends by itself
 _MOST_AT_ONCE = 32  # objects that one request joins
 _JOINS_AT_ONCE = 8
+_PIECES_AT_ONCE = 8
 
 
 class CloudError(UserError):
@@ -34,6 +39,7 @@ class ObjectState:
     size: int
     crc32c: int
     generation: int
+    written_s: float  # when, since 1970
 
 
 @dataclass(frozen=True)
@@ -122,8 +128,40 @@ class StoredObject:
     def _content(self, read: Any) -> bytes:
         found = _asked(self, read)
         if found.state == "missing":
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
+            raise missing(self)
         return found.value
+
+
+def missing(path: StoredObject) -> FileNotFoundError:
+    """What is raised where there is no object."""
+    return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+
+
+def pieces(path: StoredObject, piece_bytes: int) -> Iterator[bytes]:
+    """An object's bytes as one moment had them, asked for in pieces, some at a time.
+
+    CloudError where it is replaced meanwhile, or arrives with another checksum than it is stored.
+    """
+    found = state(path)
+    if found is None:
+        raise missing(path)
+    begins = range(0, found.size, piece_bytes)
+    asked = (
+        _store(path.bucket).read(path.key, byte_range=slice(a, min(a + piece_bytes, found.size)))
+        for a in begins
+    )
+    coming = deque(itertools.islice(asked, _PIECES_AT_ONCE))
+    generations, crc32c = set(), google_crc32c.Checksum()
+    while coming:
+        read = _asked(path, coming.popleft())
+        coming.extend(itertools.islice(asked, 1))
+        generations.add(read.stamp.generation)
+        if read.state == "missing" or len(generations) > 1:
+            break
+        crc32c.update(read.value)
+        yield read.value
+    if len(generations) > 1 or int.from_bytes(crc32c.digest(), "big") != found.crc32c:
+        raise CloudError(f"{path} was replaced while it was read; run the same command again")
 
 
 def states(folder: StoredObject) -> dict[str, ObjectState]:
@@ -176,7 +214,12 @@ def _compose(parts: Sequence[StoredObject], target: StoredObject) -> None:
 def _state(blob: Any) -> ObjectState:
     # It is withheld from those who may list an object and not read it.
     crc32c = int.from_bytes(base64.b64decode(blob.crc32c or ""), "big")
-    return ObjectState(size=int(blob.size), crc32c=crc32c, generation=int(blob.generation))
+    return ObjectState(
+        size=int(blob.size),
+        crc32c=crc32c,
+        generation=int(blob.generation),
+        written_s=blob.time_created.timestamp(),
+    )
 
 
 def _blob(path: StoredObject) -> Any:

@@ -7,17 +7,32 @@ from mtp_model.files.object_place import ObjectPlace
 from mtp_model.files.objects import SCHEME, CloudError
 from mtp_model.files.place import Place
 
+_SCHEME_OF_PATHS = "gs:/"  # pathlib makes one slash of several
+
 
 def is_address(path: object) -> bool:
     """Whether the user's words mean a place in an object store."""
-    return str(path).startswith(SCHEME)
+    return str(path).startswith(_SCHEME_OF_PATHS)
 
 
 def as_place(path: str | Path | Place) -> Place:
     """The place that the user's words mean; CloudError for an address that is none."""
     if isinstance(path, ObjectPlace | LocalPlace):
         return path
-    return object_place(str(path)) if is_address(path) else LocalPlace(str(path))
+    text = str(path)
+    if is_address(text) and not text.startswith(SCHEME):
+        text = SCHEME + text.removeprefix(_SCHEME_OF_PATHS)
+    return object_place(text) if is_address(text) else LocalPlace(text)
+
+
+def absolute(path: Path) -> Path:
+    """The same path, whatever folder the process is in; an address is that already."""
+    return path if is_address(path) else path.absolute()
+
+
+def written(path: Path) -> str:
+    """A path as the user writes it; of an address pathlib keeps one slash."""
+    return str(as_place(path)) if is_address(path) else str(path)
 
 
 def object_place(address: str) -> ObjectPlace:

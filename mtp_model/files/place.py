@@ -96,6 +96,12 @@ class Place(Protocol):
         """The folder that it is in."""
         ...
 
+    @property
+    def is_far(self) -> bool:
+        """Whether it is on no disk of this machine: each read is a request, no name can be changed
+        at one moment, and nothing can be appended."""
+        ...
+
     def __truediv__(self, name: str, /) -> Self: ...
 
     def absolute(self) -> Self:
@@ -139,7 +145,15 @@ class Place(Protocol):
         ...
 
     def pieces(self, piece_bytes: int = PIECE_BYTES) -> Iterator[bytes]:
-        """The file's bytes, piece by piece; an object's at once."""
+        """The file's bytes, piece by piece; an object's as one moment had them, or a UserError."""
+        ...
+
+    def size(self) -> int:
+        """Bytes of the file."""
+        ...
+
+    def written_s(self) -> float:
+        """When the file's bytes were written, in seconds since 1970."""
         ...
 
     def digest(self) -> str:

@@ -59,7 +59,7 @@ def test_yaml_alone_is_enough(tmp_path):
     assert command.settings.optimizer.epsilon == 1e-6
 
 
-def test_what_is_read_and_written_is_on_this_machine_but_for_the_checkpoint(tmp_path):
+def test_what_a_run_writes_is_on_this_machine(tmp_path):
     command = [*NEEDED[:2], "gs://b/ckpt", "--data", "gs://b/text", "--out", "gs://b/run"]
     from_words = parse(command)
     assert isinstance(from_words, TrainCommand)
@@ -68,10 +68,7 @@ def test_what_is_read_and_written_is_on_this_machine_but_for_the_checkpoint(tmp_
         assert settings.checkpoint == "gs://b/ckpt"
         with pytest.raises(SettingsError) as caught:
             check(settings)
-        assert caught.value.faults == [
-            "--data is gs:/b/text, needed a path on this machine",
-            "--out is gs:/b/run, needed a path on this machine",
-        ]
+        assert caught.value.faults == ["--out is gs://b/run, needed a path on this machine"]
 
 
 def test_resolved_settings_come_back(tmp_path):

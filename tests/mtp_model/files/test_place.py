@@ -1,10 +1,12 @@
 """One contract for a folder of this machine and for a bucket."""
 
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from gcs_server import GcsServer
+from advice import follows
+from gcs_server import BUCKET, GcsServer, key_of
 
 from mtp_model.files.memory import AlignedBuffer
 from mtp_model.files.open import as_place
@@ -50,6 +52,9 @@ def test_places_overlap_by_whole_names(filled: Place):
 def test_what_was_written_is_read(filled: Place):
     file = filled / "a"
     assert file.read_bytes() == b"".join(file.pieces()) == DATA
+    assert b"".join(file.pieces(1000)) == DATA
+    assert (file.size(), len(list(file.pieces(1000)))) == (len(DATA), 6)
+    assert abs(file.written_s() - time.time()) < 60
     assert file.digest() == digest(DATA)
     out = np.empty(100, np.uint8)
     file.read_range_into(37, out)
@@ -58,6 +63,29 @@ def test_what_was_written_is_read(filled: Place):
         file.read_range_into(len(DATA) - 50, out)
     with pytest.raises(FileNotFoundError):
         (filled / "absent").read_range_into(0, out)
+    for read in ((filled / "absent").size, lambda: list((filled / "absent").pieces())):
+        with pytest.raises(FileNotFoundError, match="absent"):
+            read()
+
+
+@follows(" was replaced while it was read; run the same command again")
+@pytest.mark.parametrize("change", ["replaced", "deleted", "damaged"])
+def test_pieces_are_those_of_one_moment(gcs: GcsServer, url: str, change: str):
+    """An object that changes between two requests, or whose bytes are not those of its checksum."""
+    key = f"{key_of(url)}/a"
+    gcs.put(key, DATA)
+    if change == "damaged":
+        gcs.storage.objects[BUCKET][key]["crc32c"] = "AAAAAA=="
+    pieces = (as_place(url) / "a").pieces(100)
+    first = next(pieces)
+    if change == "replaced":
+        gcs.put(key, DATA[::-1])
+    elif change == "deleted":
+        gcs.delete(key)
+    with pytest.raises(UserError, match="a was replaced while it was read"):
+        assert first + b"".join(pieces) != DATA
+    gcs.put(key, DATA)
+    assert b"".join((as_place(url) / "a").pieces(100)) == DATA
 
 
 def test_a_buffer_is_a_file(place: Place):
