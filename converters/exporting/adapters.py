@@ -5,7 +5,7 @@ are the adapters' matrices alone, stacked as the weights that they stand beside.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,11 +70,29 @@ def write_adapters(
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
-        "target_modules": sorted({each.name.split(".")[-3] for each in tensors}),
+        **targets(each.name for each in tensors),
     }
     text = json.dumps(config, indent=2) + "\n"
     (place / CONFIG_FILE).write_pieces([text.encode()])
     return WrittenAdapters(place, len(tensors) // len(_MATRICES), header.size)
+
+
+def targets(names: Iterable[str]) -> dict[str, list[str]]:
+    """The settings by which PEFT finds what the matrices of these names stand beside.
+
+    Of a model with fused experts (Transformers 5) it takes gate_proj, up_proj and down_proj among
+    the modules as those of routed experts, and no others: layers without experts, and shared
+    experts, are found as parameters.
+    """
+    modules, parameters = set(), set()
+    for name in names:
+        parent, module = name.split(".")[-4:-2]
+        if parent in ("mlp", "shared_experts"):
+            parameters.add(f"{parent}.{module}.weight")
+        else:
+            modules.add(module)
+    found = {"target_modules": sorted(modules)}
+    return found | ({"target_parameters": sorted(parameters)} if parameters else {})
 
 
 def _tensors(checkpoint: Checkpoint) -> Iterator[AdapterTensor]:
