@@ -1,7 +1,7 @@
 """What adapter_config.json says of adapters, as PEFT finds them in a model with fused experts.
 
-PEFT itself is not among the tests' packages: with 0.21.2 and Transformers 5.23.0 the logits of a tiny
-model were those of its merged weights (docs/runs.md).
+PEFT itself is not among the tests' packages: with 0.21.2 and Transformers 5.23.0 the logits of a
+small model were those of its merged weights (docs/runs.md).
 """
 
 from converters.exporting.adapters import targets
