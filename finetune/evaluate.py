@@ -13,7 +13,9 @@ import xxhash
 from flax import nnx
 from jax.sharding import Mesh
 
+from finetune.data.corpus import DataFile
 from finetune.data.draft_vocab import most_frequent, write_token_map
+from finetune.data.files.kinds import is_on_hub
 from finetune.data.packing import Batch, Packer, Position, first_rows
 from finetune.data.run_text import add_rows, open_documents
 from finetune.data.tokens import TokenDocuments
@@ -275,7 +277,11 @@ def _by_source(
     def owner(place: Place) -> Place:
         return place if place in named else owner(place.parent)
 
-    owners = [owner(file.path) for file in corpus.files]
+    def owner_of(file: DataFile) -> Place:
+        given = paths[file.source]  # files of the Hub are elsewhere than their path says
+        return as_place(given).absolute() if is_on_hub(given) else owner(file.path)
+
+    owners = [owner_of(file) for file in corpus.files]
     by_path: dict[Place, list[int]] = {path: [] for path in named}
     for document, file in enumerate(corpus.file_N.tolist()):
         by_path[owners[file]].append(document)
@@ -344,5 +350,5 @@ def _reported(
     """The batches; each is reported when the next is asked for, which is when it is measured."""
     for done, (batch, position) in enumerate(batches, start=1):
         yield batch
-        epoch, begun = position.next
+        epoch, begun, _ = position.next[0]
         report(done, most, f"document {num_documents if epoch else begun:,} of {num_documents:,}")

@@ -4,6 +4,7 @@ The command line (tyro) fills the same dataclasses: defaults < YAML file < comma
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from finetune.data.kinds import NAMES
+from finetune.data.files.kinds import NAMES
 from mtp_model.problems import UserError
 
 TrainMode = Literal["mtp", "all", "lora"]
@@ -24,7 +25,8 @@ ComputeDtype = Literal["auto", "float32", "bfloat16"]
 DataPaths = Annotated[
     tuple[Path, ...],
     tyro.conf.arg(
-        help=f"Files of text or records, or folders of them, local or gs://: {NAMES}. "
+        help="Files of text, records or tokens, or folders of them, local or gs://, or "
+        f"hf://datasets/ORG/NAME: {NAMES}. "
         'A record is {"text"}, or {"messages"} (loss on the assistant\'s turns), '
         '{"prompt", "completion"} or {"instruction", optional "input", "output"} (loss on the '
         'answer only), or {"input_ids", optional "loss_mask" or "labels" with -100 for what is '
@@ -225,6 +227,9 @@ class RunSettings:
     checkpoint: str
     """Checkpoint directory, as `convert-deepseek import` writes it; local or gs://bucket/folder."""
     data: DataPaths = ()
+    data_weights: tuple[float, ...] = ()
+    """Share of the tokens that each path of --data gives, as `3 1`: a number for each path. Without
+    it all documents are read equally often."""
     states: tuple[Path, ...] = ()
     """Instead of --data: folders of hidden states that `capture` or vLLM wrote. No main model is
     loaded then, and the checkpoint may be of --scope mtp; --eval-data names such folders too."""
@@ -313,6 +318,18 @@ def too_small(settings: Any, least: Mapping[str, float]) -> list[str]:
         for name, minimum in least.items()
         if (value := getattr(settings, name)) is not None and not value >= minimum
     ]
+
+
+def weight_faults(weights: tuple[float, ...], paths: tuple[Path, ...]) -> list[str]:
+    """What is wrong with --data-weights beside these paths of --data."""
+    faults = []
+    if weights and len(weights) != len(paths):
+        found = f"--data-weights has {len(weights)} numbers"
+        faults.append(f"{found}, needed one for each of the {len(paths)} paths of --data")
+    wrong = [weight for weight in weights if not 0 < weight < math.inf]
+    if wrong:
+        faults.append(f"--data-weights has {wrong[0]}, needed numbers of more than 0")
+    return faults
 
 
 def blank() -> RunSettings:

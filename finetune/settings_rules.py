@@ -2,7 +2,7 @@
 
 import re
 
-from finetune.settings import LoraSettings, RunSettings, SettingsError, flat, option
+from finetune.settings import LoraSettings, RunSettings, SettingsError, flat, option, weight_faults
 from mtp_model.files.open import is_address, written
 
 MESH = ("mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor")
@@ -57,7 +57,7 @@ def check(settings: RunSettings) -> None:
         (("batch.row_tokens",), lambda value: value >= 2, "2 or more"),
         (("evaluation.holdout_every",), lambda value: value != 1, "0, or 2 and more"),
     )
-    faults = _sources(settings)
+    faults = _sources(settings) + weight_faults(settings.data_weights, settings.data)
     faults += [
         f"{option(name)} is {values[name]}, needed {needed}"
         for names, good, needed in rules

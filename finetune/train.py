@@ -289,6 +289,7 @@ def _batches(job: _Job, at: RunPosition) -> Iterator[Iterator[tuple[Batch, Posit
         rows=batch.rows,
         row_tokens=batch.row_tokens,
         seed=job.settings.seed,
+        sources=job.text.sources,
         position=position,
     )
 

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from finetune.adapters import add_adapters, merged, moved_leaf, raise_unless_there
+from finetune.data.files.kinds import is_on_hub
 from finetune.objective.objectives import are_new
 from finetune.optimizer import Halved, decay_groups, group, join
 from finetune.settings import (
@@ -47,12 +48,16 @@ def resolve(settings: RunSettings) -> RunSettings:
     return dataclasses.replace(
         settings,
         checkpoint=str(as_place(settings.checkpoint).absolute()),
-        data=tuple(map(absolute, settings.data)),
+        data=tuple(map(_absolute, settings.data)),
         states=tuple(map(absolute, settings.states)),
-        eval_data=tuple(map(absolute, settings.eval_data)),
+        eval_data=tuple(map(_absolute, settings.eval_data)),
         out=settings.out.absolute(),
         objective=objective,
     )
+
+
+def _absolute(path: Path) -> Path:
+    return path if is_on_hub(path) else absolute(path)
 
 
 def open_trainable(path: str, captured: bool = False) -> tuple[Checkpoint, ModelConfig]:

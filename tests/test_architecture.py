@@ -36,8 +36,15 @@ ONLY_IN = {
     "tensorstore": ("mtp_model/files/", "mtp_model/load.py"),
     "google": ("mtp_model/files/",),
     "google_crc32c": ("mtp_model/files/",),
-    "huggingface_hub": ("converters/sources/hub", "converters/publishing/"),
-    "httpx2": ("converters/sources/hub", "converters/publishing/", "finetune/generation/server"),
+    # Training data comes from the Hub too; finetune may not use the converters' own reader of it.
+    "huggingface_hub": (
+        *("converters/sources/hub", "converters/publishing/"),
+        "finetune/data/files/hub.py",
+    ),
+    "httpx2": (
+        *("converters/sources/hub", "converters/publishing/"),
+        *("finetune/generation/server", "finetune/data/files/hub.py"),
+    ),
 }
 NOWHERE = {"tests", "tools", "pickle"}
 OPENS_ONLY_IN = "mtp_model/files/"
@@ -312,6 +319,7 @@ BREAKING = {
         ("converters/importing/importer.py", "import tensorstore as ts"),
         ("converters/exporting/files.py", "from google.cloud import storage"),
         ("finetune/train.py", "import huggingface_hub"),
+        ("finetune/data/files/kinds.py", "from huggingface_hub import HfApi"),
         ("finetune/train.py", "import pickle"),
     ],
     stores_out_of_place: [

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from finetune.data.order import DataSource
 from finetune.data.packing import Packer, Position
 from finetune.data.tokens import Tokens
 
@@ -142,6 +143,37 @@ def show_packing(count: int, batches: int) -> None:
             )
 
 
+def show_mixing(count: int, batches: int) -> None:
+    """Share of the tokens that books give of a mixture with chats, to both of which 1 is given."""
+    grain = import_module("grain")
+    texts = [documents("chats", count), documents("books", count // 10)]
+    marked = [
+        [Tokens(np.full(each.ids.size, mark, np.int32), each.loss_mask) for each in of]
+        for mark, of in enumerate(texts, start=1)
+    ]
+    sources = [
+        DataSource(range(count), 1.0),
+        DataSource(range(count, count + len(texts[1])), 1.0),
+    ]
+    packer = Packer(
+        Counted([*marked[0], *marked[1]]),
+        rows=ROWS,
+        row_tokens=ROW_TOKENS,
+        seed=0,
+        sources=sources,
+    )
+    found = np.concatenate([batch.tokens_BT for batch, _ in islice(packer, batches)])
+    print(f"ours: books give {100 * share_of_2(found):.1f} % of the tokens")
+    parts = [grain.MapDataset.source(Counted(each)).shuffle(seed=0).repeat() for each in marked]
+    mixed = grain.MapDataset.mix(parts, weights=[1, 1])
+    read = np.concatenate([mixed[number].ids for number in range(count // 2)])
+    print(f"Grain: books give {100 * share_of_2(read):.1f} % of the tokens")
+
+
+def share_of_2(tokens: np.ndarray) -> float:
+    return float((tokens == 2).sum() / (tokens > 0).sum())
+
+
 class One:
     """Documents of one token each: what is measured is the order alone."""
 
@@ -183,6 +215,7 @@ def main() -> None:
     parser.add_argument("--order-of", type=int, default=10_000_000, help="documents to shuffle")
     arguments = parser.parse_args()
     show_packing(arguments.documents, arguments.batches)
+    show_mixing(arguments.documents // 10, arguments.batches)
     show_order(arguments.order_of, 20_000)
 
 

@@ -83,6 +83,7 @@ CELLS = st.sampled_from(
         pyarrow.nulls(1),
     ]
 )
+TEXT_COLUMN = pyarrow.array(["text"])
 COLUMNS = st.sampled_from(["text", "messages", "input_ids", "prompt", "completion", "other", "\0"])
 
 
@@ -163,9 +164,48 @@ def tables(draw: st.DrawFn) -> DataFile:
 def parquets(draw: st.DrawFn) -> DataFile:
     """Columns of the wrong types, names twice, and files that are none."""
     columns = draw(st.lists(st.tuples(COLUMNS, CELLS), max_size=3))
-    columns.append((draw(COLUMNS), pyarrow.array(["text"])))
+    columns.append((draw(COLUMNS), TEXT_COLUMN))
     content = as_parquet(columns)
     return DataFile("p.parquet", draw(damaged(content, draw(st.sampled_from(["", "bytes"])))), None)
+
+
+@st.composite
+def arrows(draw: st.DrawFn) -> DataFile:
+    """The same columns, as a stream or a file, whose sizes and offsets may be any."""
+    columns = [*draw(st.lists(st.tuples(COLUMNS, CELLS), max_size=3)), ("text", TEXT_COLUMN)]
+    table = pyarrow.Table.from_arrays([each for _, each in columns], [name for name, _ in columns])
+    out, begin = io.BytesIO(), draw(st.sampled_from([pyarrow.ipc.new_stream, pyarrow.ipc.new_file]))
+    with begin(out, table.schema) as writer:
+        writer.write_table(table)
+    fault = draw(st.sampled_from(["", "bytes"]))
+    return DataFile("a.arrow", draw(damaged(out.getvalue(), fault)), None)
+
+
+@st.composite
+def token_files(draw: st.DrawFn) -> DataFile:
+    """Token ids of several kinds, each with a header of its own or none."""
+    ids = np.array(draw(st.lists(st.integers(2, VOCAB - 1), min_size=2, max_size=9)))
+    name, content = draw(
+        st.sampled_from(
+            [
+                ("a.npy", as_npy(ids)),
+                ("a.npy", as_npy(ids.astype(">u2"))),
+                ("a.uint16.bin", ids.astype("<u2").tobytes()),
+                ("a.int32.bin", ids.astype("<i4").tobytes()),
+                ("a.bin", np.array([20240520, 1, ids.size] + [0] * 253, "<i4").tobytes()),
+            ]
+        )
+    )
+    content += ids.astype("<u2").tobytes() if name == "a.bin" else b""
+    fault = draw(st.sampled_from(["", "bytes"]))
+    values = None if fault else [{"input_ids": ids.tolist()}]
+    return DataFile(name, draw(damaged(content, fault)), values)
+
+
+def as_npy(ids: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    np.save(out, ids)
+    return out.getvalue()
 
 
 @st.composite
@@ -241,7 +281,10 @@ def make_encoder() -> TextEncoder:
         return TextEncoder(LocalPlace(Path(temporary, "m")))
 
 
-FILES = {"json": json_files(), "table": tables(), "parquet": parquets(), "prose": proses()}
+FILES = {
+    **{"json": json_files(), "table": tables(), "parquet": parquets(), "prose": proses()},
+    **{"arrow": arrows(), "tokens": token_files()},
+}
 
 
 def run(name: str, examples: int, seed_number: int) -> None:

@@ -13,7 +13,7 @@ from finetune.captured.sample import (
     open_sample,
     samples_below,
 )
-from finetune.data.kinds import FileError
+from finetune.data.files.kinds import FileError
 from finetune.data.packing import PostNorm, PreNorm
 from finetune.data.records import DataError
 from finetune.data.run_text import RunText, held_out_numbers, open_run_text

@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 import xxhash
 
-from finetune.data.kinds import FileError
+from finetune.data.files.kinds import FileError
 from mtp_model.checkpoint.directory import Checkpoint
 from mtp_model.files.open import as_place
 from mtp_model.files.place import digest

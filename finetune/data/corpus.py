@@ -8,21 +8,25 @@ import codecs
 import functools
 from array import array
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 import xxhash
 
 from finetune.data.chat import ChatTemplate
-from finetune.data.kinds import (
+from finetune.data.files.arrays import TokenFile, open_token_file, token_spans
+from finetune.data.files.folders import Listed, listed_files, shown_path
+from finetune.data.files.kinds import (
     ARRAY,
+    LINES,
     NAMES,
     PROSE,
     TABLE,
+    TOKENS,
     Broken,
     FileError,
     FileKind,
@@ -32,6 +36,7 @@ from finetune.data.kinds import (
     read_header,
     spans,
 )
+from finetune.data.files.stored import StoredFile, raise_unless_room
 from finetune.data.records import (
     Chat,
     DataError,
@@ -42,16 +47,12 @@ from finetune.data.records import (
     is_record,
     parse_record,
 )
-from finetune.data.stored import StoredFile, raise_unless_room
 from mtp_model.files.objects import CloudError
-from mtp_model.files.open import as_place
 from mtp_model.files.place import Place
 from mtp_model.progress import Report, progress
 
 REPORTED_EVERY = 256  # records
 LONG_BYTES = 64 * 1024  # prose longer than this is tokenised in stretches
-# Text about data, which lies beside it in many folders. Named on its own it is read.
-ABOUT_DATA = ("readme", "license", "licence", "changelog", "contributing", "notice")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -62,6 +63,8 @@ class DataFile:
     kind: FileKind
     stored: StoredFile
     header: tuple[str, ...] = ()  # of a table
+    token_dtype: np.dtype | None = None  # of a file that holds token ids alone
+    source: int = 0  # which of the paths that were given it is from
 
     @functools.cached_property
     def day(self) -> str:
@@ -90,6 +93,7 @@ class Corpus:
     digest: str  # xxh3-128 of all files' contents, in order
     has_text: bool  # some document needs the tokenizer
     left_out: tuple[Place, ...] = ()  # files of a folder that are no data
+    from_hub: tuple[str, ...] = ()  # data sets, with their commits
 
     def __len__(self) -> int:
         return len(self.file_N)
@@ -109,6 +113,11 @@ class Corpus:
         """How many files there are of each kind."""
         return dict(sorted(Counter(file.kind.name for file in self.files).items()))
 
+    @property
+    def source_of_each(self) -> np.ndarray:
+        """Which of the paths that were given each document is from."""
+        return np.array([file.source for file in self.files], np.int32)[self.file_N]
+
     def raise_if_idle(self) -> None:
         """DataError where no document has anything to learn."""
         if self.num_idle == len(self):
@@ -124,7 +133,19 @@ class Corpus:
         file, content = self.files[self.file_N[document]], self.content(document)
         if file.kind.form == PROSE:
             return Text(text=content.decode("utf-8"))
+        if file.token_dtype is not None:
+            return TokenIds(input_ids=np.frombuffer(content, file.token_dtype).tolist())
         return file.record(parse(file.stored.form, content, file.header))
+
+    def holds_ids(self, document: int) -> bool:
+        """Whether a document is in a file of token ids, which `ids` reads."""
+        return self.files[self.file_N[document]].token_dtype is not None
+
+    def ids(self, document: int, begin: int) -> tuple[np.ndarray, int | None]:
+        """Token ids from a byte on, int32, and the byte where more follow; LONG_BYTES at a time."""
+        dtype, end = self.files[self.file_N[document]].token_dtype, begin + LONG_BYTES
+        ids = np.frombuffer(self.content(document, begin, end), dtype).astype(np.int32)
+        return ids, end if end < self.nbytes_N[document] else None
 
     def is_long(self, document: int) -> bool:
         """Whether a document is prose that should not be read all at once."""
@@ -138,24 +159,29 @@ class Corpus:
         return stored.read(int(self.begin_N[document]) + begin, max(0, int(end) - begin))
 
 
-def scan(paths: Iterable[Path], vocab_size: int, chats: ChatTemplate | None = None) -> Corpus:
+def scan(
+    paths: Iterable[Path],
+    vocab_size: int,
+    chats: ChatTemplate | None = None,
+    eos: tuple[int, ...] = (),
+) -> Corpus:
     """Index every document under `paths`, in a fixed order, and check it.
 
     A file that is named must be of a known kind; in a folder, files that are not are left out, and
     so are hidden ones and those about the data. chats: the checkpoint's chat template, by which
-    conversations are checked. Raises DataError with every malformed record.
+    conversations are checked. eos: tokens that end a document in files of token ids. Raises
+    DataError with every malformed record.
     """
-    places = tuple(map(as_place, paths))
+    paths = tuple(paths)
     with progress("read data", "records") as report:
-        scanner = _Scanner(vocab_size, chats, report)
-        found = [each for place in places for each in _found(place)]
-        wanted = [file for file in found if file.is_named or _is_data(file.path)]
-        raise_unless_room((file.path, file.nbytes) for file in wanted)
-        for file in found:
-            scanner.scan(file.path, file.is_named)
+        scanner = _Scanner(vocab_size, chats, eos, report)
+        found = [(source, listed_files(path)) for source, path in enumerate(paths)]
+        raise_unless_room((each.path, each.nbytes) for _, listed in found for each in listed.files)
+        for scanner.source, listed in found:
+            scanner.scan_all(listed)
     if not scanner.faults and not scanner.nbytes:
         left = f"; left out: {', '.join(map(str, scanner.left_out))}" if scanner.left_out else ""
-        scanner.faults.append(f"no document in {', '.join(map(str, places))}{left}")
+        scanner.faults.append(f"no document in {', '.join(map(shown_path, paths))}{left}")
     if scanner.faults:
         raise DataError(scanner.faults)
     corpus = scanner.corpus()
@@ -166,40 +192,22 @@ def scan(paths: Iterable[Path], vocab_size: int, chats: ChatTemplate | None = No
 def _where(file: DataFile, number: int) -> str:
     if file.kind.form == PROSE:
         return str(file.path)
-    lined = file.kind.form != ARRAY and file.stored.form == file.kind.form
+    lined = file.kind.form in (LINES, TABLE) and file.stored.form == file.kind.form
     return f"{file.path}:{number}" if lined else f"{file.path}, record {number}"
-
-
-class _Found(NamedTuple):
-    path: Place
-    nbytes: int
-    is_named: bool  # by the user, not found in a folder
-
-
-def _found(path: Place) -> list[_Found]:
-    """A file, or those below a folder, sorted by their path in it; hidden ones left out."""
-    if path.is_file() or not path.is_dir():
-        return [_Found(path, path.size() if path.is_far and path.is_file() else 0, True)]
-    files = {tuple(name.split("/")): nbytes for name, nbytes in path.sizes().items()}
-    # Consoles leave an object where somebody made a folder: its name ends with a slash.
-    seen = (p for p in sorted(files) if p[-1] and not any(part.startswith(".") for part in p))
-    return [_Found(path / "/".join(parts), files[parts], False) for parts in seen]
-
-
-def _is_data(path: Place) -> bool:
-    """Whether a file of a folder is read."""
-    kind = kind_of(path.name)
-    return kind is not None and not _is_about_data(path, kind)
 
 
 class _Scanner:
     """Builds a Corpus file by file, collecting faults."""
 
-    def __init__(self, vocab_size: int, chats: ChatTemplate | None, report: Report):
-        self.vocab_size, self.chats, self.report = vocab_size, chats, report
+    def __init__(
+        self, vocab_size: int, chats: ChatTemplate | None, eos: tuple[int, ...], report: Report
+    ):
+        self.vocab_size, self.chats, self.eos, self.report = vocab_size, chats, eos, report
+        self.source = 0
         self.faults: list[str] = []
         self.files: list[DataFile] = []
         self.left_out: list[Place] = []
+        self.from_hub: list[str] = []
         self.file, self.number = array("i"), array("q")
         self.begin, self.nbytes = array("q"), array("q")
         self.digest = xxhash.xxh3_128()
@@ -207,12 +215,18 @@ class _Scanner:
         self.idle = array("b")  # 1 for a document with nothing to learn
         self.with_chats: set[Place] = set()
 
+    def scan_all(self, listed: Listed) -> None:
+        """The files of one of the paths that were given."""
+        self.faults += listed.faults
+        self.left_out += listed.left_out
+        self.from_hub += listed.from_hub
+        for found in listed.files:
+            self.scan(found.path, found.is_named)
+
     def scan(self, path: Place, is_named: bool) -> None:
         kind = kind_of(path.name)
         if kind is None and is_named and path.exists():
             self.faults.append(f"{path} is of no kind that is read: {NAMES}")
-        elif not is_named and not _is_data(path):
-            self.left_out.append(path)
         else:
             self._scan_file(path, kind or FileKind("", PROSE, False), is_named)
 
@@ -227,6 +241,7 @@ class _Scanner:
             digest=self.digest.hexdigest(),
             has_text=self.has_text,
             left_out=tuple(self.left_out),
+            from_hub=tuple(self.from_hub),
         )
 
     def _scan_file(self, path: Place, kind: FileKind, is_named: bool) -> None:
@@ -234,12 +249,20 @@ class _Scanner:
             stored = StoredFile(path.absolute(), kind, self._say)
             with stored.open() as opened:
                 header = read_header(opened) if kind.form == TABLE else ()
-                file = DataFile(path=path.absolute(), kind=kind, stored=stored, header=header)
+                tokens = open_token_file(path, opened) if kind.form == TOKENS else None
+                file = DataFile(
+                    path=path.absolute(),
+                    kind=kind,
+                    stored=stored,
+                    header=header,
+                    token_dtype=tokens.dtype if tokens else None,
+                    source=self.source,
+                )
                 if not is_named and _is_one_other_object(file):
                     self.left_out.append(path)
                     return
                 self.files.append(file)
-                for span in spans(stored.form, opened, self.digest.update):
+                for span in self._spans(file, opened, tokens):
                     self._take(file, span)
         except FileError as error:
             self.faults.append(f"{path} {error}")
@@ -250,10 +273,20 @@ class _Scanner:
         except CloudError as error:
             self.faults.append(str(error))
 
+    def _spans(
+        self, file: DataFile, opened: BinaryIO, tokens: TokenFile | None
+    ) -> Iterator[Span | Broken]:
+        if tokens is None:
+            return spans(file.stored.form, opened, self.digest.update)
+        return token_spans(opened, tokens, self.vocab_size, self.eos, self.digest.update)
+
     def _take(self, file: DataFile, span: Span | Broken) -> None:
         where = _where(file, span.number)
         if isinstance(span, Broken):
             self.faults.append(f"{where} {span.why}")
+            return
+        if file.token_dtype is not None:
+            self._add(span, is_idle=span.nbytes <= file.token_dtype.itemsize)
             return
         if file.kind.form == PROSE:
             self._add(span, is_idle=False)
@@ -302,10 +335,6 @@ NO_TEMPLATE = (
     "the model is served with into the checkpoint directory as chat_template.jinja, "
     'or write the records as {"prompt", "completion"}'
 )
-
-
-def _is_about_data(path: Place, kind: FileKind) -> bool:
-    return kind.form == PROSE and path.name.lower().startswith(ABOUT_DATA)
 
 
 def _is_one_other_object(file: DataFile) -> bool:

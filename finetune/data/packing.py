@@ -4,13 +4,14 @@ B rows, T tokens a row.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 
+from finetune.data.order import DataSource, NextPlace, Order, TokenPlace, poorest
 from finetune.data.records import DataError
 from finetune.data.tokens import Tokens
 
@@ -66,18 +67,6 @@ def _padded_from(row: int, each_BT: np.ndarray) -> np.ndarray:
     return padded_BT
 
 
-class TokenPlace(NamedTuple):
-    """A token: the epoch, the document's number in that epoch's order, the token in it.
-
-    Of a long document, `stretch` is where its stretch begins and `token` counts from there.
-    """
-
-    epoch: int
-    document: int
-    token: int
-    stretch: int = 0
-
-
 class Documents(Protocol):
     """Documents of tokens by number.
 
@@ -95,7 +84,7 @@ class Documents(Protocol):
 class Position:
     """Where packing goes on, in a few numbers."""
 
-    next: tuple[int, int] = (0, 0)  # epoch and document that are begun next
+    next: tuple[NextPlace, ...] = ()  # what is begun next, by source
     reading: tuple[TokenPlace, ...] = ()  # documents that are begun, and their next token
     waiting: tuple[TokenPlace, ...] = ()  # pieces that have no row yet
 
@@ -107,8 +96,11 @@ class Position:
         reading, waiting = (
             tuple(TokenPlace(*place) for place in values[name]) for name in ("reading", "waiting")
         )
-        epoch, document = values["next"]
-        return cls(next=(epoch, document), reading=reading, waiting=waiting)
+        following = values["next"]
+        if following and isinstance(following[0], int):  # of earlier versions: one source
+            following = [following]
+        following = tuple(NextPlace(*place) for place in following)
+        return cls(next=following, reading=reading, waiting=waiting)
 
 
 class RowPart(NamedTuple):
@@ -126,7 +118,9 @@ class Packer:
     A document that fits in a row is never cut. It goes to the first row of the batch with room,
     else waits for a later batch. A longer document is cut into full rows and a rest; each part
     is a segment of its own. Documents are shuffled anew in each epoch.
-    epochs: stop after this many; None goes on for ever.
+    sources: parts of the documents, of which each gives its share of the tokens, at epochs of its
+    own; () is one of all.
+    epochs: stop after this many of every source; None goes on for ever.
     documents_of_rows: for each row of the batch that was given last, the numbers of the documents
     of its segments 1, 2, ...
     """
@@ -139,13 +133,15 @@ class Packer:
         row_tokens: int,
         seed: int,
         epochs: int | None = None,
+        sources: Sequence[DataSource] = (),
         position: Position | None = None,
     ):
         position = position or Position()
-        self.documents, self.seed, self.epochs = documents, seed, epochs
+        self.documents, self.epochs = documents, epochs
         self.rows, self.row_tokens = rows, row_tokens
-        self._order = functools.lru_cache(maxsize=2)(self._shuffled)
-        self.next = position.next
+        self.sources = tuple(sources) or (DataSource(range(len(documents)), 1.0),)
+        self._order = Order(self.sources, seed)
+        self.next = list(position.next) or [NextPlace()] * len(self.sources)
         self.documents_of_rows: list[list[int]] = []
         self.reading = [(place, self._tokens(place)) for place in position.reading]
         self.waiting = [self._cut(place, self._tokens(place))[0] for place in position.waiting]
@@ -166,15 +162,14 @@ class Packer:
         if rows.are_empty():
             raise StopIteration
         self.documents_of_rows = [
-            [int(self._order(place.epoch)[place.document]) for place in places]
-            for places in rows.places
+            [self._order.document(place) for place in places] for places in rows.places
         ]
         return rows.batch(), self.position
 
     @property
     def position(self) -> Position:
         return Position(
-            next=self.next,
+            next=tuple(self.next),
             reading=tuple(place for place, _ in self.reading),
             waiting=tuple(piece.place for piece in self.waiting),
         )
@@ -188,28 +183,40 @@ class Packer:
         part, rest = self._cut(*self.reading.pop(0))
         if rest is not None:
             self.reading.append(rest)
+        source = part.place.source
+        self.next[source] = self.next[source].given(part.tokens.ids.size)
         return part
 
     def _begin(self) -> tuple[TokenPlace, Tokens] | None:
         """The next document, or None after the last epoch. Those without tokens are passed."""
-        # The only one with tokens may come first in an epoch and last in the next.
-        for _ in range(2 * len(self.documents)):
-            epoch, document = self.next
-            if self.epochs is not None and epoch >= self.epochs:
-                return None
-            last = document + 1 == len(self.documents)
-            self.next = (epoch + 1, 0) if last else (epoch, document + 1)
-            place = TokenPlace(epoch, document, 0)
-            tokens = self._tokens(place)
-            if tokens.ids.size:
-                return place, tokens
-        raise DataError(["no document has a token"])
+        while (source := self._source()) is not None:
+            # The only one with tokens may come first in an epoch and last in the next.
+            for _ in range(2 * len(self.sources[source].documents)):
+                if self._is_over(source):
+                    break
+                place, self.next[source] = self._order.take(source, self.next[source])
+                tokens = self._tokens(place)
+                if tokens.ids.size:
+                    return place, tokens
+            else:
+                raise DataError([self.sources[source].without_tokens()])
+        return None
 
-    def _shuffled(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng((self.seed, epoch)).permutation(len(self.documents))
+    def _source(self) -> int | None:
+        """The source that a document is begun of next, or None where all are over."""
+        left = [source for source in range(len(self.sources)) if not self._is_over(source)]
+        if len(left) < 2:
+            return next(iter(left), None)
+        tokens = [place.tokens for place in self.next]
+        for place, begun in self.reading:  # will be given, before what is begun now
+            tokens[place.source] += begun.ids.size - place.token
+        return poorest(left, tokens, self.sources)
+
+    def _is_over(self, source: int) -> bool:
+        return self.epochs is not None and self.next[source].epoch >= self.epochs
 
     def _tokens(self, place: TokenPlace) -> Tokens:
-        document = int(self._order(place.epoch)[place.document])
+        document = self._order.document(place)
         if place.stretch:
             return self.documents.stretch(document, place.stretch)
         return self.documents[document]

@@ -9,6 +9,8 @@ import numpy as np
 import xxhash
 
 from finetune.data.corpus import Corpus, scan
+from finetune.data.files.folders import shown_path
+from finetune.data.order import DataSource
 from finetune.data.packing import Batch, Documents, Packer, PostNorm, PreNorm, first_rows
 from finetune.data.records import DataError
 from finetune.data.tokens import TextEncoder, TokenDocuments
@@ -27,6 +29,7 @@ class RunText:
     held_out: Documents | None
     digest: str  # of the files that are trained on
     description: str  # for the person who started the run
+    sources: tuple[DataSource, ...] = ()  # of --data, where they have weights
     states: PreNorm | PostNorm | None = None  # captured ones, of no token
 
 
@@ -35,6 +38,7 @@ def open_run_text(settings: RunSettings, config: ModelConfig) -> RunText:
     encoder = TextEncoder(as_place(settings.checkpoint))
     train, held_out, said = _split(settings, config.vocab_size, encoder)
     train.raise_if_idle()
+    sources = _sources(train, settings)
     documents = (
         TokenDocuments(each, encoder, config.vocab_size) for each in (train, held_out) if each
     )
@@ -43,15 +47,18 @@ def open_run_text(settings: RunSettings, config: ModelConfig) -> RunText:
     return RunText(
         train=train_documents,
         held_out=held_out_documents,
-        digest=train.digest,
-        description=f"{len(train)} documents to train on, {said}{_files(train)}{_idle(train)}",
+        digest=_digest(train, sources),
+        description=f"{len(train)} documents to train on, {said}{_files(train)}{_mixed(sources)}"
+        f"{_idle(train)}",
+        sources=sources,
     )
 
 
 def open_documents(checkpoint: str, data: tuple[Path, ...], config: ModelConfig) -> TokenDocuments:
     """All documents under `data`, as tokens of the checkpoint's tokenizer."""
     encoder = TextEncoder(as_place(checkpoint))
-    return TokenDocuments(scan(data, config.vocab_size, encoder.chats), encoder, config.vocab_size)
+    corpus = scan(data, config.vocab_size, encoder.chats, encoder.eos)
+    return TokenDocuments(corpus, encoder, config.vocab_size)
 
 
 def held_out_batches(
@@ -90,9 +97,9 @@ def _split(
     settings: RunSettings, vocab_size: int, encoder: TextEncoder
 ) -> tuple[Corpus, Corpus | None, str]:
     """What to train on, what is held out, and a sentence about the latter."""
-    corpus = scan(settings.data, vocab_size, encoder.chats)
+    corpus = scan(settings.data, vocab_size, encoder.chats, encoder.eos)
     if settings.eval_data:
-        held_out = scan(settings.eval_data, vocab_size, encoder.chats)
+        held_out = scan(settings.eval_data, vocab_size, encoder.chats, encoder.eos)
         return corpus, held_out, f"{len(held_out)} held out (--eval-data)"
     chosen_N, said = held_out_numbers(len(corpus), settings.evaluation.holdout_every)
     if not chosen_N.any():
@@ -117,6 +124,48 @@ def held_out_numbers(count: int, holdout_every: int) -> tuple[np.ndarray, str]:
     return chosen_N, said
 
 
+def _sources(train: Corpus, settings: RunSettings) -> tuple[DataSource, ...]:
+    """The paths of --data with their weights, () where they have none."""
+    weights = settings.data_weights
+    if not weights:
+        return ()
+    source_N = train.source_of_each
+    sources = tuple(
+        DataSource(np.flatnonzero(source_N == number), weight, shown_path(path))
+        for number, (path, weight) in enumerate(zip(settings.data, weights, strict=True))
+    )
+    faults = [
+        f"{source.name} has a weight, but no document that is not held out: leave it out, or give "
+        "--eval-data or --evaluation.holdout-every 0"
+        for source in sources
+        if not len(source.documents)
+    ]
+    if faults:
+        raise DataError(faults)
+    return sources
+
+
+def _digest(train: Corpus, sources: tuple[DataSource, ...]) -> str:
+    """Of what is trained on; with weights it counts too which path a document is from."""
+    if not sources:
+        return train.digest
+    counts = [len(source.documents) for source in sources]
+    return xxhash.xxh3_128(f"{train.digest} {counts}".encode()).hexdigest()
+
+
+def _mixed(sources: tuple[DataSource, ...]) -> str:
+    """What share of the tokens each path gives."""
+    if not sources:
+        return ""
+    whole = sum(source.weight for source in sources)
+    shares = ", ".join(
+        f"{100 * source.weight / whole:.3g} % of the tokens from {Path(source.name).name} "
+        f"({len(source.documents):,} documents)"
+        for source in sources
+    )
+    return f"; mixed: {shares}"
+
+
 def _idle(corpus: Corpus) -> str:
     if not corpus.num_idle:
         return ""
@@ -126,7 +175,7 @@ def _idle(corpus: Corpus) -> str:
 def _files(corpus: Corpus) -> str:
     """How many files of which kind are read, and which of a folder are not."""
     kinds = ", ".join(f"{count} {kind}" for kind, count in corpus.kinds.items())
-    said = f"; read: {kinds}"
+    said = f"; read: {kinds}{''.join(f', of {name}' for name in corpus.from_hub)}"
     if corpus.left_out:
         first = ", ".join(path.name for path in corpus.left_out[:SHOWN_FILES])
         more = len(corpus.left_out) - SHOWN_FILES

@@ -138,7 +138,10 @@ class TokenDocuments:
     def stretch(self, document: int, begin: int) -> Tokens:
         """The stretch of a long document that begins where `following` of the one before says."""
         try:
-            if self.corpus.is_long(document):
+            if self.corpus.holds_ids(document):
+                ids, following = self.corpus.ids(document, begin)
+                tokens = Tokens(ids, np.ones(ids.size, np.int32), following)
+            elif self.corpus.is_long(document):
                 tokens = self.encoder.encode_stretch(self.corpus, document, begin)
             else:
                 tokens = self.encoder.encode(self.corpus.read(document))

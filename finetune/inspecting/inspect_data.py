@@ -29,6 +29,7 @@ from finetune.settings import (
     RunSettings,
     SettingsError,
     too_small,
+    weight_faults,
 )
 from finetune.settings_rules import least_row_tokens
 from mtp_model.checkpoint.directory import open_checkpoint
@@ -50,6 +51,8 @@ class InspectDataSettings:
     checkpoint: str
     """Checkpoint directory, as `convert-deepseek import` or training writes it; local or gs://."""
     data: DataPaths
+    data_weights: tuple[float, ...] = ()
+    """Share of the tokens that each path of --data gives, as in training."""
     eval_data: tuple[Path, ...] = ()
     """Held-out text, as in training: with it no document of --data is held out."""
     holdout_every: int = 20
@@ -101,6 +104,7 @@ def check(settings: InspectDataSettings) -> None:
     if settings.holdout_every == 1:
         faults.append("--holdout-every is 1, needed 0, or 2 and more")
     faults += [] if settings.data else ["--data is empty, needed at least one path"]
+    faults += weight_faults(settings.data_weights, settings.data)
     if faults:
         raise SettingsError("settings that cannot be used", faults)
 
@@ -116,7 +120,11 @@ def inspect_data(settings: InspectDataSettings) -> Inspected:
     depths = settings.draft_tokens or config.num_nextn_predict_layers
     text = open_run_text(_as_run(settings), config)
     packer = Packer(
-        text.train, rows=settings.rows, row_tokens=settings.row_tokens, seed=settings.seed
+        text.train,
+        rows=settings.rows,
+        row_tokens=settings.row_tokens,
+        seed=settings.seed,
+        sources=text.sources,
     )
     rows: list[ShownRow] = []
     for number in range(1, settings.batches + 1):
@@ -130,6 +138,7 @@ def _as_run(settings: InspectDataSettings) -> RunSettings:
     return RunSettings(
         checkpoint=settings.checkpoint,
         data=settings.data,
+        data_weights=settings.data_weights,
         out=Path(),  # nothing is written
         eval_data=settings.eval_data,
         seed=settings.seed,

@@ -118,6 +118,7 @@ def test_what_measures_and_saves_may_change(
     [
         ({"seed": 4}, "--seed was 0, is now 4"),
         ({"steps": 5}, "--steps was 7, is now 5"),
+        ({"data_weights": (2.0,)}, "--data-weights was nothing, is now 2.0"),
         ({"compute_dtype": "bfloat16"}, "--compute-dtype was float32, is now bfloat16"),
         ({"eval_data": ("x.txt",)}, "--eval-data was nothing, is now "),
         (

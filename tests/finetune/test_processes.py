@@ -27,9 +27,16 @@ STEPS = 8
 
 @pytest.fixture(scope="module")
 def smooth(settings: RunSettings, tmp_path_factory) -> RunSettings:
-    """A run whose steps are as long as its gradients, which Adam's own are not near 0."""
+    """A run whose steps are as long as its gradients, which Adam's own are not near 0.
+
+    Of a mixture, whose small part begins many epochs.
+    """
+    small = tmp_path_factory.mktemp("small") / "small.jsonl"
+    small.write_text("".join(f'{{"text": "small {number}"}}\n' for number in range(5)))
     return dataclasses.replace(
         settings,
+        data=(*settings.data, small),
+        data_weights=(2.0, 1.0),
         out=tmp_path_factory.mktemp("smooth") / "whole",
         steps=STEPS,
         optimizer=OptimizerSettings(learning_rate=0.3, epsilon=1.0, warmup_fraction=0.3),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from finetune.cli import TrainCommand, parse, run
-from finetune.data import kinds
+from finetune.data.files import kinds
 from finetune.evaluate import EvaluateSettings
 from finetune.run.changes import differences
 from finetune.settings import RunSettings, SettingsError

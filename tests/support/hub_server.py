@@ -252,10 +252,11 @@ class _Hub(_Handler):
             (r"/api/repos/create", self._create),
             (r"/api/validate-yaml", lambda _body: self.send_json({"errors": [], "warnings": []})),
             (r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", self._info),
+            (r"/api/(datasets/[^/]+/[^/]+)(?:/revision/([^/]+))?", self._info),
             (r"/api/models/([^/]+/[^/]+)/preupload/([^/]+)", self._preupload),
             (r"/api/models/([^/]+/[^/]+)/commit/([^/]+)", self._commit),
             (r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", self._lfs_batch),
-            (r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self._resolve),
+            (r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", self._resolve),
             (r"/verify", lambda _body: self.send_json({})),
         ]
         for pattern, route in routes:

@@ -28,7 +28,6 @@ def arguments(settings: RunSettings, out: Path) -> list[str]:
     """The settings as a command line."""
     words = {
         "--checkpoint": settings.checkpoint,
-        "--data": settings.data[0],
         "--out": out,
         "--steps": settings.steps,
         "--objective.ce": settings.objective.ce,
@@ -40,7 +39,9 @@ def arguments(settings: RunSettings, out: Path) -> list[str]:
         "--evaluation.rows": settings.evaluation.rows,
         "--checkpoints.every": settings.checkpoints.every,
     }
-    return ["train", *(str(word) for pair in words.items() for word in pair)]
+    mixed = ["--data-weights", *settings.data_weights] if settings.data_weights else []
+    several = ["--data", *settings.data, *mixed]
+    return ["train", *map(str, (*(word for pair in words.items() for word in pair), *several))]
 
 
 def command(point: str, count: int, signals: str, argv: list[str]) -> list[str]:

@@ -11,7 +11,15 @@ def test_every_input_is_read_consistently_or_refused(name, examples):
 
 
 @pytest.mark.parametrize(
-    ("name", "examples"), [("json", 500), ("table", 200), ("parquet", 200), ("prose", 40)]
+    ("name", "examples"),
+    [
+        ("json", 500),
+        ("table", 200),
+        ("parquet", 150),
+        ("arrow", 100),
+        ("tokens", 150),
+        ("prose", 40),
+    ],
 )
 def test_all_training_data_is_read_consistently_or_refused(name, examples):
     pytest.importorskip("pyarrow")

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import shutil
+import struct
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 from gcs_server import GcsServer, key_of
 
-from finetune.data import stored
 from finetune.data.corpus import scan
+from finetune.data.files import stored
 from finetune.data.records import DataError
 from mtp_model import progress
 from mtp_model.files.object_place import ObjectPlace
@@ -23,12 +24,16 @@ from mtp_model.problems import UserError
 VOCAB = 384
 TEXTS = ["one", 'two, "quoted"\n', "émigré 日本語", "four"]
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
+IDS = struct.pack("<3H", 5, 6, 7)
 FILES = {
     "a.jsonl": LINES,
     "b.json": json.dumps([{"text": text} for text in TEXTS]).encode(),
     "c/d.csv": b'text\none\n"two, ""quoted"""\n',
     "c/e.jsonl.gz": gzip.compress(LINES),
     "f.txt": b"long prose " * 9_000,
+    "g.uint16.bin": IDS,
+    "h/i.bin": IDS,  # with an index of Megatron: two documents
+    "h/i.idx": struct.pack("<9sQBQQ2i2q3q", b"MMIDIDX\0\0", 1, 8, 2, 3, 1, 2, 0, 2, 0, 1, 2),
 }
 NO_DATA = {
     "picture.png": b"",
@@ -138,7 +143,7 @@ def test_a_disk_without_room_is_told_before_anything_is_fetched(
     gcs: GcsServer, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """By the sum of all that is data; and with another TMPDIR it goes on."""
-    put(gcs, url, {"a.jsonl": LINES, "b.jsonl": LINES, "large.bin": bytes(1 << 20)})
+    put(gcs, url, {"a.jsonl": LINES, "b.jsonl": LINES, "large.dat": bytes(1 << 20)})
     free = {"": 2 * len(LINES) - 1}
     real = shutil.disk_usage
 

@@ -1,12 +1,11 @@
 """Data files that can be read anywhere: as they are, or once put into a temporary file.
 
-What is packed (.gz, .parquet) cannot be read from the middle, and what is in a bucket not without a
-request for each document. It is put into a file without a name in the folder for temporary files,
-which is gone when the process is.
+What is packed (.gz) or made of rows (.parquet, .arrow, .array_record) cannot be read from the
+middle, and what is in a bucket not without a request for each document. It is put into a file
+without a name in the folder for temporary files, which is gone when the process is.
 """
 
 import errno
-import json
 import os
 import resource
 import tempfile
@@ -16,21 +15,18 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from gzip import BadGzipFile, GzipFile
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from finetune.data.kinds import LINES, PARQUET, RECORD_BYTES, FileError, FileKind
-from finetune.data.records import FORM_KEYS, KNOWN_KEYS
+from finetune.data.files.kinds import LINES, UNPACKED, FileError, FileKind
+from finetune.data.files.rows import unpack_rows
 from mtp_model.files.local import raise_if_full
 from mtp_model.files.place import Place
-from mtp_model.files.untrusted_json import shown
 from mtp_model.reporting import human_bytes
 
 # Text is packed about 3 to 10 times; what a file of zeros gives is a thousand times.
 _MOST_UNPACKED = 200
 _ALWAYS_UNPACKED_BYTES = 1 << 30
 _BLOCK = 1 << 20
-_ROWS = 64  # of parquet held at a time
-_PANDAS_INDEX = "__index_level_"  # a column that pandas writes unasked
 _OTHER_FOLDER = "set TMPDIR to another folder"
 Say = Callable[[str], None]
 
@@ -43,16 +39,19 @@ class StoredFile:
 
         say: is told what takes long.
         """
-        self.form = LINES if kind.form == PARQUET else kind.form
+        self.form = LINES if kind.form in UNPACKED else kind.form
         self._here = None if path.is_far else Path(str(path))
         self._temporary: BinaryIO | None = None
         if path.is_far:
             with _room(""):
                 self._temporary = _fetched(path, self._new_file(), say)
-        if kind.is_packed or kind.form == PARQUET:
+        if kind.is_packed or kind.form in UNPACKED:
             with self.open() as packed, _room("unpacked "):
                 unpacked = self._new_file()
-                (_unpack_parquet if kind.form == PARQUET else _unpack_gzip)(packed, unpacked)
+                if kind.is_packed:
+                    _unpack_gzip(packed, unpacked)
+                else:
+                    unpack_rows(kind.form, packed, unpacked)
                 unpacked.flush()
             if self._temporary:
                 self._temporary.close()
@@ -139,45 +138,3 @@ def _unpack_gzip(packed: BinaryIO, out: BinaryIO) -> None:
                 out.write(block)
     except (BadGzipFile, EOFError, zlib.error) as error:
         raise FileError(f"is not a whole gzip file: {error}") from error
-
-
-def _unpack_parquet(file: BinaryIO, out: BinaryIO) -> None:
-    """Rows as lines of JSON. Of columns that no record has, only the names are kept."""
-    try:
-        import pyarrow as arrow
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        why = "needs pyarrow, which is not installed: pip install 'deepseek-mtp[data]'"
-        raise FileError(why) from error
-    try:
-        table = parquet.ParquetFile(file, buffer_size=_BLOCK, pre_buffer=False)
-        names = [name for name in table.schema_arrow.names if not name.startswith(_PANDAS_INDEX)]
-        known = [name for name in names if name in KNOWN_KEYS]
-        if not FORM_KEYS & set(known):
-            found = shown(", ".join(names))
-            raise FileError(f"has the columns {found}, needed one of {_shown_forms()}")
-        others = dict.fromkeys(set(names) - set(known), "")
-        for batch in table.iter_batches(_ROWS, columns=known):
-            for row in batch.to_pylist():
-                out.write(_line(row | others))
-    except FileError:
-        raise
-    # Of what Python has no value for: the year 10,000, nanoseconds, a column that is there twice.
-    except (arrow.ArrowException, ArithmeticError, LookupError, ValueError) as error:
-        raise FileError(f"is not a parquet file that can be read: {error}") from error
-
-
-def _line(row: dict[str, Any]) -> bytes:
-    line = json.dumps(row, default=_plain).encode() + b"\n"
-    if len(line) > RECORD_BYTES:
-        raise FileError(f"has a row longer than {RECORD_BYTES >> 20} MiB: cut it up")
-    return line
-
-
-def _plain(value: Any) -> Any:
-    """Dates and the like as something that is no text, so that they are refused where text goes."""
-    return {"type": type(value).__name__}
-
-
-def _shown_forms() -> str:
-    return ", ".join(sorted(FORM_KEYS))

@@ -6,14 +6,19 @@ import gzip
 import io
 import json
 import sys
+import tempfile
 import tracemalloc
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from tf_examples import as_example
 
-from finetune.data import kinds, stored
 from finetune.data.corpus import scan
+from finetune.data.files import kinds, stored
 from finetune.data.packing import Packer, Position
 from finetune.data.records import DataError, Exchange, Text, TokenIds
 from finetune.data.tokens import TextEncoder, TokenDocuments
@@ -21,6 +26,9 @@ from tools.make_tiny_checkpoint import make_tiny_checkpoint
 
 parquet = pytest.importorskip("pyarrow.parquet")
 arrow = pytest.importorskip("pyarrow")
+array_record: Any = None  # without it nothing of its kind is tried
+with suppress(ImportError):
+    array_record = import_module("array_record.python.array_record_module")
 
 VOCAB = 384
 TEXTS = [
@@ -62,6 +70,24 @@ def table_bytes(table, **options) -> bytes:
     return out.getvalue()
 
 
+def as_arrow(records, is_stream=True, rows=4) -> bytes:
+    """In batches of some rows, as `datasets` writes a stream and Feather a file."""
+    table, out = arrow.Table.from_pylist(records), io.BytesIO()
+    begin = arrow.ipc.new_stream if is_stream else arrow.ipc.new_file
+    with begin(out, table.schema) as writer:
+        writer.write_table(table, max_chunksize=rows)
+    return out.getvalue()
+
+
+def as_array_record(records: list[bytes]) -> bytes:
+    with tempfile.NamedTemporaryFile() as file:
+        writer = array_record.ArrayRecordWriter(file.name, "group_size:3")
+        for record in records:
+            writer.write(record)
+        writer.close()
+        return file.read()
+
+
 WRITTEN = {
     "a.jsonl": as_lines(RECORDS),
     "b.ndjson": as_lines(RECORDS, ensure_ascii=False),
@@ -78,7 +104,17 @@ WRITTEN = {
     "m.csv": "\ufeff" + as_csv(RECORDS),
     "n.jsonl.gz": gzip.compress(as_lines(RECORDS[:9]).encode())
     + gzip.compress(as_lines(RECORDS[9:]).encode()),
+    "o.arrow": as_arrow(RECORDS),
+    "p.feather": as_arrow(RECORDS, is_stream=False),
 }
+if array_record:
+    indented = [json.dumps(each, indent=1).encode() for each in RECORDS]
+    examples = [as_example({key: [text] for key, text in each.items()}) for each in RECORDS]
+    WRITTEN |= {
+        "q.array_record": as_array_record([json.dumps(each).encode() for each in RECORDS]),
+        "r.arrayrecord": as_array_record(indented),
+        "s.array_record": as_array_record(examples),
+    }
 
 
 def write(folder: Path, name: str, content: str | bytes) -> Path:
@@ -194,6 +230,9 @@ FAULTS = {
     "columns.parquet": (as_parquet([{"a": 1, "b": 2}]), "has the columns a, b, needed one of"),
     "bytes.parquet": (as_parquet([{"text": b"a"}]), "record 1 text is dict, needed a string"),
     "beside.parquet": (as_parquet([{"input_ids": [1], "lables": [1]}]), "has lables beside"),
+    "plain.arrow": ("abc", "is not an Arrow file that can be read"),
+    "cut.arrow": (as_arrow(RECORDS)[:-400], "is not an Arrow file that can be read"),
+    "columns.arrow": (as_arrow([{"a": 1}]), "has the columns a, needed one of"),
     "latin.csv": ("text\ncaf\xe9\n".encode("latin-1"), "is not UTF-8 text"),
     "latin.json": ('[{"text": "caf\xe9"}]'.encode("latin-1"), "is not UTF-8 text"),
     "code.py": ("print()", "is of no kind that is read: .jsonl, .ndjson"),
@@ -243,14 +282,34 @@ LONG = {
     "a.csv": as_csv([{"text": "a" * 200}]),
     "b.csv": as_csv([{"text": "a\n" * 100}]),
     "a.parquet": as_parquet([{"text": "a" * 200}]),
+    "a.arrow": as_arrow([{"text": "a" * 200}]),
 }
+if array_record:
+    LONG["a.array_record"] = as_array_record([json.dumps({"text": "a" * 200}).encode()])
+    FAULTS |= {
+        "plain.array_record": ("abc", "is not an ArrayRecord file that can be read"),
+        "cut.array_record": (
+            WRITTEN["q.array_record"][:40_000],
+            "is not an ArrayRecord file that can be read",
+        ),
+        "words.array_record": (as_array_record([b'{"text": "a"}', b"b"]), "record 2 is not JSON"),
+        "lines.array_record": (as_array_record([b"{\n]"]), "has a record 1 that is not JSON"),
+        "twice.array_record": (
+            as_array_record([b'{"text": "a",\n"text": "b"}']),
+            "has a record 1 that is not JSON: has the key text twice",
+        ),
+        "features.array_record": (
+            as_array_record([as_example({"inputs": [1, 2]})]),
+            "has the keys inputs, needed",
+        ),
+    }
 
 
 @pytest.mark.parametrize("name", LONG)
 def test_a_record_has_a_largest_size(tmp_path, monkeypatch, name):
     path = write(tmp_path, name, LONG[name])
     assert len(scan([path], VOCAB)) == 1
-    for module in (kinds, stored):
+    for module in (kinds,):
         monkeypatch.setattr(module, "RECORD_BYTES", 100)
     with pytest.raises(DataError, match="longer than"):
         scan([path], VOCAB)
@@ -303,11 +362,42 @@ def test_no_room_to_unpack_is_said(tmp_path, monkeypatch):
         scan([path], VOCAB)
 
 
-def test_without_pyarrow_parquet_says_how_to_get_it(tmp_path, monkeypatch):
-    path = write(tmp_path, "a.parquet", as_parquet([{"text": "a"}]))
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(DataError, match=r"needs pyarrow.*pip install 'deepseek-mtp\[data\]'"):
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [("a.parquet", "pyarrow"), ("a.arrow", "pyarrow"), ("a.array_record", "array-record")],
+)
+def test_what_a_package_is_missing_for_says_how_to_get_it(tmp_path, monkeypatch, name, package):
+    path = write(tmp_path, name, b"anything")
+    for module in ("pyarrow", "array_record", "array_record.python"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(DataError, match=rf"needs {package}.*pip install 'deepseek-mtp\[data\]'"):
         scan([path], VOCAB)
+
+
+@pytest.mark.skipif(not array_record, reason="needs array-record")
+def test_every_feature_of_an_example_is_a_key(tmp_path):
+    """Of those that are none, as images, only the name is looked at."""
+    ids = {"input_ids": [3, 300, 4], "loss_mask": [0, 1, 1]}
+    records = [as_example(ids), as_example({"text": ["a"], "image": [b"\xff"], "score": [0.5]})]
+    corpus = scan([write(tmp_path, "a.array_record", as_array_record(records))], VOCAB)
+    assert read_all(corpus) == [TokenIds(**ids), Text(text="a")]
+
+
+def flipped(content: bytes, place: int) -> bytes:
+    return content[:place] + bytes([content[place] ^ 0x10]) + content[place + 1 :]
+
+
+@pytest.mark.parametrize("name", ["o.arrow", "p.feather", "k.parquet", "q.array_record"])
+def test_damaged_rows_are_an_error_or_text_and_nothing_else(tmp_path, name):
+    """Sizes and offsets that point anywhere; a bit of the text itself may be another."""
+    if name not in WRITTEN:
+        pytest.skip("needs array-record")
+    content = WRITTEN[name]
+    used = len(content.rstrip(b"\0"))
+    for place in np.random.default_rng(0).integers(0, used, 60):
+        path = write(tmp_path, name, flipped(content, int(place)))
+        with suppress(DataError):
+            read_all(scan([path], VOCAB))
 
 
 DAY = arrow.table({"text": arrow.array([2**60], arrow.date64())})

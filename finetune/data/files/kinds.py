@@ -9,7 +9,7 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from mtp_model.files.untrusted_json import JsonError, shown, unique_members
@@ -21,6 +21,9 @@ _JSON_SPACE = " \t\n\r"
 _TURN_CELLS = {"messages", "conversations"}  # of tables: they hold JSON
 _TOKEN_CELLS = {"input_ids", "loss_mask", "labels", "attention_mask"}
 LINES, ARRAY, TABLE, PROSE, PARQUET = ".jsonl", ".json", ".csv", ".txt", ".parquet"
+TOKENS, ARROW, ARRAY_RECORD = ".bin", ".arrow", ".array_record"
+_HUB = ("hf:", "datasets")  # of a Path, which has one slash where two were
+UNPACKED = {PARQUET, ARROW, ARRAY_RECORD}  # row by row into lines of JSON
 _KINDS = {
     ".jsonl": LINES,
     ".ndjson": LINES,
@@ -29,8 +32,17 @@ _KINDS = {
     ".txt": PROSE,
     ".md": PROSE,
     ".parquet": PARQUET,
+    ".arrow": ARROW,
+    ".feather": ARROW,
+    ".array_record": ARRAY_RECORD,
+    ".arrayrecord": ARRAY_RECORD,
+    ".npy": TOKENS,
+    ".bin": TOKENS,
 }
-NAMES = ".jsonl, .ndjson, .json, .csv, .txt, .md, any of these with .gz, .parquet"
+NAMES = (
+    ".jsonl, .ndjson, .json, .csv, .txt, .md, any of these with .gz, .parquet, .arrow, .feather, "
+    ".array_record, .arrayrecord, .npy, .bin"
+)
 
 
 class FileError(UserError):
@@ -64,13 +76,23 @@ class Broken:
     why: str
 
 
+def is_on_hub(path: Path) -> bool:
+    """Whether a path names a data set on the Hub: hf://datasets/ORG/NAME."""
+    return path.parts[:2] == _HUB
+
+
+def hub_name(path: Path) -> str:
+    """A path on the Hub as it was given."""
+    return f"hf://{'/'.join(path.parts[1:])}"
+
+
 def kind_of(name: str) -> FileKind | None:
     """The kind that a file's name says, None for one that is not read."""
     suffixes = [each.lower() for each in PurePosixPath(name).suffixes[-2:]]
     is_packed = suffixes[-1:] == [".gz"]
     [suffix] = (suffixes[:-1] if is_packed else suffixes)[-1:] or [""]
     form = _KINDS.get(suffix)
-    if form is None or (is_packed and form == PARQUET):
+    if form is None or (is_packed and form in UNPACKED | {TOKENS}):
         return None
     return FileKind(suffix + ".gz" * is_packed, form, is_packed)
 
@@ -90,10 +112,10 @@ def parse(form: str, content: bytes, header: tuple[str, ...]) -> Any:
     if form == TABLE:
         [cells] = csv.reader((line.decode() for line in io.BytesIO(content)), strict=True)
         return _row(header, cells)
-    return _loads(content)
+    return loads(content)
 
 
-def _loads(text: str | bytes) -> Any:
+def loads(text: str | bytes) -> Any:
     """A value of JSON in which no key is given twice: of two values one would be lost."""
     return json.loads(text, object_pairs_hook=unique_members)
 
@@ -123,7 +145,7 @@ def _line_spans(file: BinaryIO, begin: int, see: Callable[[bytes], None]) -> Ite
 
 def _parsed(number: int, begin: int, line: bytes) -> Span | Broken:
     try:
-        return Span(number, begin, len(line), _loads(line))
+        return Span(number, begin, len(line), loads(line))
     except JsonError as error:
         return Broken(number, str(error))
     except json.JSONDecodeError as error:
@@ -143,6 +165,12 @@ def _lines(file: BinaryIO) -> Iterator[bytes]:
         if len(line) > RECORD_BYTES:
             raise FileError(f"line {number} is {_too_long()}")
         yield line
+
+
+def raise_if_too_long(what: str, nbytes: int) -> None:
+    """FileError for a row or record of more bytes than one may have."""
+    if nbytes > RECORD_BYTES:
+        raise FileError(f"has a {what} {_too_long()}")
 
 
 def _too_long() -> str:
@@ -289,7 +317,7 @@ def _row(header: tuple[str, ...], cells: list[str]) -> dict[str, Any]:
     """A row as a record; columns of turns and of tokens hold JSON."""
     holds_json = _TURN_CELLS | (_TOKEN_CELLS if "input_ids" in header else set())
     return {
-        name: (_loads(cell) if cell else None) if name in holds_json else cell
+        name: (loads(cell) if cell else None) if name in holds_json else cell
         for name, cell in zip(header, cells, strict=True)
     }
 
