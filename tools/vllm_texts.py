@@ -31,9 +31,10 @@ class Job:
 
 def main() -> None:
     # Read by vLLM as it is imported. One process, so that the patch below is where the model is;
-    # no core of its own, since others may compute here.
+    # no core of its own and one thread, since others may compute here and the model is small.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -51,7 +52,6 @@ def write(job: Job) -> dict[str, Any]:
     if job.keep_first_embedding:
         keep_first_embedding()
     attend_any_size()
-    mended = bool(job.temperature) and mend_temperatures()
     speculative: dict[str, Any] | None = None
     if job.drafts:
         speculative = {"method": "mtp", "num_speculative_tokens": job.drafts}
@@ -69,6 +69,7 @@ def write(job: Job) -> dict[str, Any]:
         skip_tokenizer_init=True,
         seed=job.seed,
     )
+    mended = bool(job.temperature) and mend_temperatures()  # of kernels that loading chose
     kind = importlib.import_module("vllm.sampling_params").RequestOutputKind.DELTA
     for number, (prompt, most) in enumerate(zip(job.prompts, job.most, strict=True)):
         asked = {"temperature": job.temperature, "max_tokens": most, "seed": job.seed + number}
