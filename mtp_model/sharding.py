@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from mtp_model.config import ModelConfig
+
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")  # the batch is spread over all of these
 
@@ -56,6 +58,11 @@ def make_mesh(
     return jax.make_mesh(shape, MESH_AXES, (AxisType.Auto,) * len(shape), devices=devices)
 
 
+def memory_of(device: Any) -> int | None:
+    """Bytes that a device has for arrays, where it says so."""
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
 def require_axes(mesh: Mesh) -> None:
     """Raise ValueError for a mesh that the model cannot be placed on."""
     automatic = all(kind == AxisType.Auto for kind in mesh.axis_types)
@@ -70,6 +77,20 @@ def abstract_mesh(data: int = 1, fsdp: int = 1, expert: int = 1, tensor: int = 1
     """A mesh that says what each device would hold, without any devices."""
     shape = (data, fsdp, expert, tensor)
     return AbstractMesh(shape, MESH_AXES, (AxisType.Auto,) * len(shape))
+
+
+def unsplittable(shape: Mapping[str, int], config: ModelConfig) -> list[str]:
+    """What of a model a mesh of this shape cannot split evenly, by the option of the axis."""
+    rules = [
+        ("expert", config.n_routed_experts, "routed experts"),
+        ("tensor", config.num_attention_heads, "attention heads"),
+        ("tensor", config.moe_intermediate_size, "columns of an expert (moe_intermediate_size)"),
+    ]
+    return [
+        f"--mesh.{axis} is {shape[axis]}, needed a divisor of the {number} {what}"
+        for axis, number, what in rules
+        if number % shape[axis]
+    ]
 
 
 def placement(
@@ -140,11 +161,11 @@ def _constrained(weight: jax.Array, axes: Axes, rules: Rules) -> jax.Array:
     return jax.lax.with_sharding_constraint(weight, placement(axes, weight.shape, mesh, rules))
 
 
-def spread_batch(x: jax.Array) -> jax.Array:
-    """Spread the leading (batch) dimension of activations over the mesh."""
+def spread_batch(x: jax.Array, dim: int = 0) -> jax.Array:
+    """Spread the batch dimension of activations over the mesh, the leading one unless said."""
     if active_mesh() is None:
         return x
-    spec = PartitionSpec(BATCH_AXES, *(None,) * (x.ndim - 1))
+    spec = PartitionSpec(*(BATCH_AXES if n == dim else None for n in range(x.ndim)))
     return jax.lax.with_sharding_constraint(x, spec)
 
 

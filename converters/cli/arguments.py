@@ -3,7 +3,7 @@
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Literal
 
 import tyro
@@ -119,6 +119,20 @@ class Export:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Axes:
+    """For --logits: devices that hold the whole checkpoint, as in finetune-deepseek; all 1: one."""
+
+    data: int = 1
+    """parts of the batch"""
+    fsdp: int = 1
+    """parts of the batch, and of stored weights"""
+    expert: int = 1
+    """parts of the batch, and of the routed experts"""
+    tensor: int = 1
+    """parts of heads, feed-forward width and vocabulary"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Verify:
     """Prove that exporting CKPT gives SRC's tensors byte for byte; CKPT alone: its digests.
 
@@ -141,6 +155,7 @@ class Verify:
     """compare float32 logits with a torch reference on SRC, a layer in memory; needs torch"""
     text: Annotated[str | None, arg(metavar="TEXT")] = None
     """for --logits: compare on this text by SRC's tokenizer, instead of built-in tokens"""
+    mesh: Axes = field(default_factory=Axes)
     report: Annotated[str | None, arg(metavar="DIR")] = None
     """write report.json, .md and .html there; --logits goes on where it was stopped"""
     workers: _Workers = 3
@@ -221,6 +236,17 @@ def _usage_fault(command: Command) -> str | None:
         return "--logits, --scope and --mtp-from compare with a source: verify SRC CKPT"
     if isinstance(command, Verify) and command.text is not None and not command.logits:
         return "--text is what --logits compares on: needed both, or neither"
+    if isinstance(command, Verify) and (fault := _mesh_fault(command)):
+        return fault
+    return None
+
+
+def _mesh_fault(command: Verify) -> str | None:
+    axes = asdict(command.mesh)
+    if wrong := next((name for name, size in axes.items() if size < 1), None):
+        return f"--mesh.{wrong} is {axes[wrong]}, needed 1 or more"
+    if command.mesh != Axes() and not command.logits:
+        return "--mesh is what --logits runs on: needed both, or neither"
     return None
 
 

@@ -1,9 +1,10 @@
 """`convert-deepseek verify`: whether an export would give a source's bytes and its logits; and what
 differs between any two checkpoints."""
 
+from dataclasses import asdict
 from pathlib import Path
 
-from converters.cli.arguments import Verify
+from converters.cli.arguments import Axes, Verify
 from converters.cli.common import any_source, checkpoint_of, is_directory, print_result
 from converters.format.listing import SourceCheckpoint
 from converters.verifying.compare import compare, open_side
@@ -73,8 +74,10 @@ def _compare(command: Verify, a: str, b: str) -> int:
 def _logits(source: SourceCheckpoint, checkpoint: Checkpoint, command: Verify) -> LogitsCheck:
     """The comparison of logits; with a report's folder, one that was stopped there goes on."""
     saved = Path(command.report) / UNFINISHED if command.report else None
+    mesh = None if command.mesh == Axes() else asdict(command.mesh)
+    how = {"text": command.text, "saved": saved, "mesh": mesh}
     with progress("logits", unit="layers") as report:
-        return check_logits(source, checkpoint, text=command.text, saved=saved, progress=report)
+        return check_logits(source, checkpoint, **how, progress=report)
 
 
 def _raise_if_of_two(source: SourceCheckpoint) -> None:

@@ -6,21 +6,24 @@ choose them. S tokens (B and T flattened), M rows of some experts, G experts, D 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from converters.exporting.encode import Encoder
+from mtp_model.block import take_layer
 from mtp_model.checkpoint.directory import Checkpoint
 from mtp_model.context import make_context
 from mtp_model.grouped import expert_ffn
-from mtp_model.load import PartName, load_experts, load_layer, load_part
+from mtp_model.load import PartName, load, load_experts, load_layer, load_part
 from mtp_model.model import StackName
 from mtp_model.moe import Routing
 from mtp_model.mtp import shift_within_segments
+from mtp_model.sharding import BATCH_AXES
 
 EXPERTS_BYTES = (
     256 << 20
@@ -57,7 +60,8 @@ class ExportedLeaves:
                 continue  # a routed expert's, of a layer without them
             parts = [self._values(self._names[leaf, index]) for index in indices]
             variable = getattr(owner, name)
-            variable.set_value(jnp.asarray(np.stack(parts)).reshape(variable.shape))
+            values = np.stack(parts).reshape(variable.shape)
+            variable.set_value(jax.device_put(values, variable.get_value().sharding))
 
     def _values(self, name: str) -> np.ndarray:
         values = np.empty(self._encoder.slots[name].shape, np.float32)
@@ -83,7 +87,7 @@ class JaxParts:
         self._tokens, self._segments = tokens, segments
 
     def embed(self) -> np.ndarray:
-        return np.asarray(self._part("embed_tokens").lookup(jnp.asarray(self._tokens), _FLOAT32))
+        return self._computed(_looked_up, self._part("embed_tokens"), self._tokens)
 
     def layer(self, index: int, x: np.ndarray) -> np.ndarray:
         dense = self._checkpoint.config.num_dense_layers
@@ -93,19 +97,23 @@ class JaxParts:
         return self._run("moe_layers", index - dense, x, context)
 
     def norm(self, x: np.ndarray) -> np.ndarray:
-        return np.asarray(_normed(self._part("norm"), jnp.asarray(x)))
+        return self._computed(_normed, self._part("norm"), x)
 
     def module(self, index: int, h: np.ndarray) -> np.ndarray:
         tokens, segments = (self._repeated(ids, h) for ids in (self._tokens, self._segments))
         ahead = shift_within_segments(jnp.asarray(tokens), jnp.asarray(segments), index + 1)
-        e = self._part("embed_tokens").lookup(ahead.tokens_BT, _FLOAT32)
+        e = self._computed(_looked_up, self._part("embed_tokens"), np.asarray(ahead.tokens_BT))
         counted = ahead.inside_BT.astype(jnp.int32)
         context = make_context(segments)._replace(counted_BT=counted)
         return self._run("mtp", index, h, e, context)
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
+        return self._computed(_head_logits, self._part("lm_head"), hidden)
+
+    def _computed(self, run: Callable[..., jax.Array], module: Any, *of_rows: Any) -> np.ndarray:
+        """What a function gives of a module and of arrays whose leading dimension is the batch."""
         with jax.default_matmul_precision("highest"):
-            return np.asarray(_head_logits(self._part("lm_head"), jnp.asarray(hidden)))
+            return np.asarray(run(module, *jax.tree.map(jnp.asarray, of_rows)))
 
     def _repeated(self, ids: np.ndarray, x: np.ndarray) -> np.ndarray:
         return np.tile(ids, (len(x) // len(ids), 1))
@@ -128,6 +136,46 @@ class JaxParts:
                 experts = RoutedExperts(self._checkpoint, stack, index, self._exported)
                 out, _ = _run_around(layer, experts(*needed), jnp.asarray(x), *others)
         return np.asarray(out)
+
+
+class MeshParts(JaxParts):
+    """The same of the whole model as `load` puts it on a mesh, with its experts where they are."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        exported: ExportedLeaves,
+        tokens: np.ndarray,
+        segments: np.ndarray,
+        mesh: Mesh,
+    ):
+        super().__init__(checkpoint, exported, tokens, segments)
+        self._mesh, scope = mesh, checkpoint.provenance["scope"]
+        self._model = load(checkpoint.path, mesh, scope=scope, compute_dtype=_FLOAT32)
+        for name in ("embed_tokens", "norm", "lm_head"):
+            exported.put_into(getattr(self._model, name), name, [()])
+
+    def _part(self, name: PartName) -> Any:
+        return getattr(self._model, name)
+
+    def _run(self, stack: StackName, index: int, x: np.ndarray, *others: Any) -> np.ndarray:
+        layer: Any = _taken(getattr(self._model, stack), index)
+        self._exported.put_into(layer, stack, [(index,)])
+        if stack != "dense_layers":
+            experts = _block(layer).mlp.experts
+            indices = [(index, expert) for expert in range(experts.num_experts)]
+            self._exported.put_into(experts, _place_of_experts(stack), indices)
+        return self._computed(_first_output, layer, x, *others)
+
+    def _computed(self, run: Callable[..., jax.Array], module: Any, *of_rows: Any) -> np.ndarray:
+        """Rows are repeated until there are as many as the mesh spreads evenly."""
+        rows = len(jax.tree.leaves(of_rows)[0])
+        devices = math.prod(self._mesh.shape[axis] for axis in BATCH_AXES)
+        repeated = np.arange(-(-rows // devices) * devices) % rows
+        where = NamedSharding(self._mesh, PartitionSpec(BATCH_AXES))
+        spread = jax.tree.map(lambda x: jax.device_put(np.asarray(x)[repeated], where), of_rows)
+        with jax.set_mesh(self._mesh), jax.default_matmul_precision("highest"):
+            return np.asarray(run(module, *spread))[:rows]
 
 
 class _Given:
@@ -155,6 +203,19 @@ def _run_around(layer: Any, routed_BTD: jax.Array, *args: Any) -> tuple[jax.Arra
     return layer(*args)[0], given.asked
 
 
+_taken = jax.jit(take_layer, static_argnums=1)
+
+
+@jax.jit
+def _first_output(layer: Any, *args: Any) -> jax.Array:
+    return layer(*args)[0]
+
+
+@jax.jit
+def _looked_up(embedding: Any, tokens_BT: jax.Array) -> jax.Array:
+    return embedding.lookup(tokens_BT, _FLOAT32)
+
+
 @jax.jit
 def _normed(norm: Any, x_BTD: jax.Array) -> jax.Array:
     return norm(x_BTD)
@@ -168,6 +229,10 @@ def _head_logits(head: Any, h_BTD: jax.Array) -> jax.Array:
 def _block(layer: Any) -> Any:
     """The decoder layer of a layer or of an MTP module."""
     return getattr(layer, "block", layer)
+
+
+def _place_of_experts(stack: StackName) -> str:
+    return f"{'mtp.block' if stack == 'mtp' else stack}.mlp.experts"
 
 
 class RoutedExperts:
@@ -198,9 +263,8 @@ class RoutedExperts:
 
     def _weights(self, experts: range) -> Iterator[jax.Array]:
         loaded = load_experts(self._checkpoint, self._stack, self._index, experts)
-        place = "mtp.block" if self._stack == "mtp" else self._stack
         indices = [(self._index, expert) for expert in experts]
-        self._exported.put_into(loaded, f"{place}.mlp.experts", indices)
+        self._exported.put_into(loaded, _place_of_experts(self._stack), indices)
         return (_dense(part) for part in (loaded.gate_proj, loaded.up_proj, loaded.down_proj))
 
 

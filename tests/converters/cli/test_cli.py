@@ -393,6 +393,8 @@ def test_other_errors_are_json_too(tmp_path: Path, capsys: pytest.CaptureFixture
         (["verify", "ckpt", "--logits"], "verify SRC CKPT"),
         (["verify", "ckpt", "--scope", "main"], "verify SRC CKPT"),
         (["verify", "src", "ckpt", "--text", "words"], "needed both, or neither"),
+        (["verify", "src", "ckpt", "--mesh.expert", "2"], "--mesh is what --logits runs on"),
+        (["verify", "a", "b", "--logits", "--mesh.data", "0"], "--mesh.data is 0, needed 1 or"),
     ],
 )
 def test_wrong_usage_is_status_2(args: list[str], told: str, capsys: pytest.CaptureFixture[str]):

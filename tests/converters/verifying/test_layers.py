@@ -17,7 +17,7 @@ import torch
 
 from converters.cli.main import main
 from converters.exporting.encode import Encoder, held_slots
-from converters.verifying.logits import jax_parts
+from converters.verifying.logits import check, jax_parts
 from converters.verifying.logits.check import LogitsCheck, check_logits, seeded_batch
 from converters.verifying.logits.jax_parts import ExportedLeaves, JaxParts
 from converters.verifying.logits.layers import UNFINISHED, walk
@@ -130,6 +130,37 @@ def test_no_layer_of_an_import_is_wrong(pair: Pair):
     assert found.first_wrong is None
     assert [layer.name for layer in found.layers] == PARTS
     assert [layer.depth for layer in found.layers] == [0] * 6 + [1, 2, 0]
+
+
+MESH = {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}
+
+
+def test_a_model_on_a_mesh_has_the_figures_of_one_device(pair: Pair, tmp_path: Path):
+    """With experts, heads and stored weights split. The control: one expert's scale is damaged."""
+    one, found = compared(*pair), compared(*pair, mesh=MESH)
+    assert found.holds
+    assert [layer.name for layer in found.layers] == PARTS
+    for got, want in zip(found.depths, one.depths, strict=True):
+        assert (got.rows, got.argmax_agreement) == (want.rows, want.argmax_agreement)
+        assert abs(got.relative_difference - want.relative_difference) <= TOLERANCE
+        assert got.kl_largest <= TOLERANCE
+    leaf = "moe_layers.mlp.experts.up_proj.weight_scale_inv"
+    found = compared(pair[0], damaged(pair[1], tmp_path, leaf, (1, 7)), mesh=MESH)
+    assert not found.holds
+    assert found.first_wrong == "model.layers.3"
+
+
+def test_meshes_that_cannot_hold_the_model_are_refused(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    command = ["verify", *map(str, pair), "--logits"]
+    assert main([*command, "--mesh.expert", "8"]) == 1
+    assert "--mesh.expert is 8, needed a divisor of the 12 routed" in capsys.readouterr().err
+    assert main([*command, "--mesh.data", "16"]) == 1
+    assert "16 devices are asked for, 8 are here" in capsys.readouterr().err
+    monkeypatch.setattr(check, "memory_of", lambda _: 1000)
+    assert main([*command, "--mesh.fsdp", "2"]) == 1
+    assert "of it and has 1.00 kB; needed more, or none" in capsys.readouterr().err
 
 
 def test_metrics_of_logits_are_what_torch_says(pair: Pair, tmp_path: Path):
