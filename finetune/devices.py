@@ -4,18 +4,20 @@ import contextlib
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from finetune.adapters import add_adapters
 from finetune.data.packing import Batch, PostNorm, PreNorm
-from finetune.settings import MeshSettings, SettingsError, TrainMode, option
+from finetune.settings import LoraSettings, MeshSettings, SettingsError, TrainMode, option
 from finetune.state import TRAINABLE
 from mtp_model import ModelConfig, cluster, make_mesh
 from mtp_model.checkpoint.directory import Checkpoint
+from mtp_model.lora import without_memory
 from mtp_model.model import Scope, abstract_model
 from mtp_model.sharding import (
     BATCH_AXES,
@@ -25,8 +27,13 @@ from mtp_model.sharding import (
     AnyMesh,
     Axes,
     abstract_mesh,
+    everywhere,
+    memory_of,
     placement,
+    unsplittable,
 )
+
+T = TypeVar("T")
 
 # Of a device's memory, what weights, gradients and moments may take where a mesh is chosen; the
 # rest is for activations, and for weights while they are used.
@@ -44,13 +51,19 @@ class Workload(NamedTuple):
     trained: TrainMode | None  # None: nothing is
     rows: int  # in a batch
     scope: Scope = "all"  # the part of the model that is loaded
+    lora: LoraSettings | None = None  # the adapters, where these are trained
 
     @classmethod
     def of(
-        cls, checkpoint: Checkpoint, trained: TrainMode | None, rows: int, scope: Scope = "all"
+        cls,
+        checkpoint: Checkpoint,
+        trained: TrainMode | None,
+        rows: int,
+        scope: Scope = "all",
+        lora: LoraSettings | None = None,
     ) -> "Workload":
         """What a checkpoint is to be used for."""
-        return cls(checkpoint.config, checkpoint.dtypes, trained, rows, scope)
+        return cls(checkpoint.config, checkpoint.dtypes, trained, rows, scope, lora)
 
 
 def devices_for(settings: MeshSettings, workload: Workload) -> Mesh | None:
@@ -148,7 +161,11 @@ class _Leaf(NamedTuple):
 
 
 def _leaves(workload: Workload) -> list[_Leaf]:
-    state = nnx.state(abstract_model(workload.config, workload.scope, workload.dtypes))
+    model = abstract_model(workload.config, workload.scope, workload.dtypes)
+    if workload.trained == "lora":
+        assert workload.lora is not None
+        add_adapters(model, workload.lora, without_memory(None))
+    state = nnx.state(model)
     moved = nnx.filter_state(state, TRAINABLE[workload.trained] if workload.trained else ())
     trained = {path for path, _ in nnx.to_flat_state(moved)}
     return [
@@ -178,7 +195,7 @@ def abstract_batch(
     rows: int, row_tokens: int, mesh: Mesh | None, states: PreNorm | PostNorm | None = None
 ) -> Batch:
     """The shape of a batch, and where its rows are. states: of no token, where batches have any."""
-    where = _rows_of(mesh) if mesh is not None else None
+    where = over_rows(mesh) if mesh is not None else None
 
     def of(*size: int, dtype: Any = np.int32) -> Any:
         return jax.ShapeDtypeStruct((rows, row_tokens, *size), dtype, sharding=where)
@@ -187,18 +204,34 @@ def abstract_batch(
     return Batch(of(), of(), of(), of(), found)
 
 
-def spread(batch: Batch, mesh: Mesh | None) -> Batch:
-    """A batch with its rows on the devices that compute them."""
+def spread(batch: T, mesh: Mesh | None) -> T:
+    """A batch, arrays of the host, with its rows on the devices that compute them."""
     if mesh is None:
         return batch
-    where = _rows_of(mesh)
+    where = over_rows(mesh)
     return jax.tree.map(
         lambda x: jax.make_array_from_callback(x.shape, where, x.__getitem__), batch
     )
 
 
-def _rows_of(mesh: Mesh) -> NamedSharding:
+def over_rows(mesh: Mesh) -> NamedSharding:
+    """Each row of a batch on the devices that compute it."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def whole(arrays: T, mesh: Mesh | None) -> T:
+    """Arrays that are spread over a mesh, on each of its devices."""
+    return arrays if mesh is None else jax.device_put(arrays, everywhere(mesh))
+
+
+def rows_here(x: jax.Array) -> dict[int, np.ndarray]:
+    """Rows of an array that is spread over them, by number: each is in one process's only."""
+    found = {}
+    for shard in x.addressable_shards:
+        if shard.replica_id == 0:
+            first = shard.index[0].start or 0
+            found |= dict(enumerate(np.asarray(shard.data), start=first))
+    return found
 
 
 def _asked(settings: MeshSettings) -> MeshShape:
@@ -221,18 +254,8 @@ def _shapes(asked: MeshShape, num_devices: int) -> Iterator[MeshShape]:
 
 def _faults(shape: MeshShape, workload: Workload) -> list[str]:
     """Why a model or a batch cannot be split so."""
-    c = workload.config
+    faults = unsplittable(shape, workload.config)
     rows = math.prod(shape[name] for name in BATCH_AXES)
-    rules = [
-        ("expert", c.n_routed_experts, "routed experts"),
-        ("tensor", c.num_attention_heads, "attention heads"),
-        ("tensor", c.moe_intermediate_size, "columns of an expert (moe_intermediate_size)"),
-    ]
-    faults = [
-        f"{option('mesh.' + axis)} is {shape[axis]}, needed a divisor of the {number} {what}"
-        for axis, number, what in rules
-        if number % shape[axis]
-    ]
     if workload.rows % rows:
         product = " times ".join(f"{axis} {shape[axis]}" for axis in BATCH_AXES if shape[axis] > 1)
         faults.append(
@@ -255,5 +278,5 @@ def _why_none(asked: MeshShape, workload: Workload, num_devices: int) -> list[st
 
 def _least_memory() -> int | None:
     """Bytes of a device's memory, where it says so; of several hosts the least."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return min(cluster.all_say(stats.get("bytes_limit")), key=lambda limit: limit or 0)
+    here = memory_of(jax.local_devices()[0])
+    return min(cluster.all_say(here), key=lambda limit: limit or 0)

@@ -133,7 +133,8 @@ def train(
     computed_in = begun_in or compute_dtype(settings.compute_dtype)
     base, config = open_trainable(settings.checkpoint, captured=bool(settings.states))
     raise_unless_fitting(settings, config)
-    work = Workload.of(base, settings.train, settings.batch.rows_at_once, settings.scope)
+    of_what = settings.train, settings.batch.rows_at_once, settings.scope, settings.lora
+    work = Workload.of(base, *of_what)
     mesh = devices_for(settings.mesh, work)
     text = open_text(settings, base, computed_in, console.print)
     console.print(text.description)

@@ -51,7 +51,7 @@ from mtp_model.checkpoint.directory import open_checkpoint
 from mtp_model.files.untrusted_json import parse
 from mtp_model.layers import FP8
 from mtp_model.lora import without_memory
-from mtp_model.model import abstract_model, leaf_name
+from mtp_model.model import Scope, abstract_model, leaf_name
 from mtp_model.problems import UserError
 from mtp_model.progress import progress
 
@@ -246,7 +246,8 @@ def _workload(
     settings: PlanSettings, config: ModelConfig, dtypes: Mapping[str, Any], place: Slice
 ) -> Workload:
     rows = settings.rows or len(place.devices)
-    return Workload(config, dtypes, settings.train, rows, "mtp" if settings.captured else "all")
+    scope: Scope = "mtp" if settings.captured else "all"
+    return Workload(config, dtypes, settings.train, rows, scope, settings.lora)
 
 
 def _compiled(settings: PlanSettings, work: Workload, place: Slice, shape: MeshShape) -> Plan:

@@ -18,18 +18,19 @@ from jax.sharding import Mesh
 from safetensors import deserialize
 from safetensors.numpy import load_file
 from test_train import leaf_bytes
-from trained import QUIET, assert_same_result, unfinished_copy
+from trained import QUIET, assert_same_result, read_rows, unfinished_copy
 
 from converters.exporting.exporter import export_checkpoint
 from finetune import cli
 from finetune.adapters import add_adapters
-from finetune.devices import on_mesh
+from finetune.devices import Workload, choose_shape, on_mesh, stored_bytes
 from finetune.planning.flops import adapted_flops, model_flops
 from finetune.settings import (
     BatchSettings,
     CheckpointSettings,
     EvaluationSettings,
     LoraSettings,
+    MeshSettings,
     RunSettings,
     SettingsError,
 )
@@ -40,7 +41,7 @@ from mtp_model import DeepSeekV3, load, make_context, make_mesh
 from mtp_model.checkpoint.directory import CheckpointError, open_checkpoint
 from mtp_model.lora import Make, projections
 from mtp_model.model import Scope, leaf_name
-from mtp_model.sharding import placement
+from mtp_model.sharding import MESH_AXES, placement
 
 EVERYWHERE = LoraSettings(part="all", rank=3, alpha=6.0)
 SCALE = 2.0
@@ -166,6 +167,20 @@ def test_on_a_mesh_the_gradients_are_the_same(checkpoint, found):
         assert np.abs(got[path] - want).max() <= 5 * TOLERANCE * np.abs(want).max(), path
 
 
+def test_the_mesh_is_chosen_for_the_adapters_too(checkpoint):
+    """Their parameters and moments: where only the frozen model fits on each device, not `data`."""
+    lora = LoraSettings(part="all", rank=64)
+    work = Workload.of(open_checkpoint(checkpoint), "lora", 2, lora=lora)
+    frozen, one = work._replace(trained=None), dict.fromkeys(MESH_AXES, 1)
+    split = load_for_training(str(checkpoint), "lora", "float32", lora=lora)
+    size = sum(leaf.size for leaf in jax.tree.leaves(split.trainable))
+    (alone,), (both,) = (stored_bytes(each, [one]) for each in (frozen, work))
+    assert both - alone == 12 * size
+    memory = int(alone / 0.5)
+    shapes = [choose_shape(MeshSettings(), each, 2, memory) for each in (frozen, work)]
+    assert [shape["data"] for shape in shapes] == [2, 1]
+
+
 @pytest.fixture(scope="module")
 def run(settings: RunSettings) -> RunSettings:
     return dataclasses.replace(
@@ -195,10 +210,17 @@ def stored(folder: Path) -> dict[str, bytes]:
     return {name: bytes(tensor["data"]) for file in files for name, tensor in deserialize(file)}
 
 
-def test_a_run_moves_what_was_asked_and_goes_on_with_the_same_bits(run, checkpoint, tmp_path):
+@pytest.fixture(scope="module")
+def finished(run) -> Result:
+    return train(run, QUIET)
+
+
+def test_a_run_moves_what_was_asked_and_goes_on_with_the_same_bits(
+    run, finished, checkpoint, tmp_path
+):
     """Frozen weights and router biases keep their bytes, exported too; a checkpoint holds adapters
     alone."""
-    result = train(run, QUIET)
+    result = finished
     before, after = leaf_bytes(checkpoint), leaf_bytes(result.run.final)
     assert {name for name in before if before[name] != after[name]} == MOVED
     assert {after[name][0] for name in MOVED} == {"float32"}
@@ -224,6 +246,24 @@ def test_a_run_moves_what_was_asked_and_goes_on_with_the_same_bits(run, checkpoi
     assert len(weights) == 2 + len(experts)
     assert experts
     assert all(".layers.2." in name and "shared" not in name for name in weights)
+
+
+def test_a_run_on_a_mesh_is_that_of_one_device(run, finished, tmp_path):
+    """Losses, and what is left of the adapters, merged into the weights beside them."""
+    mesh = MeshSettings(data=1, fsdp=1, expert=2, tensor=2)
+    again = train(dataclasses.replace(run, out=tmp_path / "mesh", mesh=mesh), QUIET).run
+    rows = [read_rows(each.metrics) for each in (again, finished.run)]
+    for name in ("loss", "grad_norm"):
+        got, want = ([row[name] for row in each] for each in rows)
+        np.testing.assert_allclose(got, want, rtol=1e-5, err_msg=name)
+        assert np.abs(np.diff(want)).min() > 1e-3 * max(want)  # another step would be noticed
+    one, got, want = map(open_checkpoint, (run.checkpoint, again.final, finished.run.final))
+    for name in MOVED:
+        leaf = want.leaves[name]
+        for index in np.ndindex(*leaf.shape[: leaf.num_stack_dims]):
+            a, b = (c.read_rows(name, index, 0, leaf.tensor_shape[0]) for c in (got, want))
+            assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max(), (name, index)
+    assert one.digest != want.digest
 
 
 @follows("name another, or --overwrite it")
