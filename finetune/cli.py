@@ -87,8 +87,7 @@ def run(argv: Sequence[str]) -> int:
 def _run(argv: Sequence[str], errors: Console) -> int:
     try:
         command = parse(argv)
-        if isinstance(command, TrainCommand | EvaluateSettings):
-            where = command.cluster
+        if where := _cluster_of(command):
             cluster.join(where.coordinator, where.processes, where.process)
         if isinstance(command, TrainCommand):
             return _train(command, argv, errors)
@@ -107,11 +106,20 @@ def _run(argv: Sequence[str], errors: Console) -> int:
     except SettingsError as error:
         errors.print(f"error: {error}", markup=False)
         return WRONG_USAGE
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, ValueError) as error:  # the latter where it is dispatched
         if lost := cluster.lost(error):
             raise lost from error
         raise
     return 0
+
+
+def _cluster_of(command: "Command") -> ClusterSettings | None:
+    """Where a command may run in several processes: how they find each other."""
+    if isinstance(command, TrainCommand | EvaluateSettings | CaptureSettings):
+        return command.cluster
+    if isinstance(command, GenerateSettings) and command.server is None:
+        return command.cluster
+    return None
 
 
 Command = (
@@ -222,6 +230,8 @@ def _evaluation_sections(found: Evaluation, title: str) -> Iterator[Section]:
 
 def _generate(settings: GenerateSettings) -> None:
     counts = generate(settings)
+    if not cluster.is_first():
+        return
     if settings.json:
         print(json.dumps(as_json(settings, counts)))
     else:
@@ -230,6 +240,8 @@ def _generate(settings: GenerateSettings) -> None:
 
 def _capture(settings: CaptureSettings) -> None:
     done = capture(settings)
+    if not cluster.is_first():
+        return
     if settings.json:
         print(json.dumps(dataclasses.asdict(done)))
     else:

@@ -6,22 +6,33 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
 import xxhash
+from jax.sharding import Mesh
 
 from finetune.data.run_text import open_documents
 from finetune.data.tokens import TokenDocuments
+from finetune.devices import Workload, devices_for
 from finetune.generation.answers import Answers, Counts, in_batches
 from finetune.generation.decoder import Decoding, Prompts, decode, room_for
 from finetune.generation.server import Server, Wanted, Written, written_in_order
-from finetune.settings import ComputeDtype, SettingsError, too_small
+from finetune.run.changes import given_to_all
+from finetune.settings import (
+    ClusterSettings,
+    ComputeDtype,
+    MeshSettings,
+    SettingsError,
+    flat,
+    option,
+    too_small,
+)
 from finetune.weights import compute_dtype
-from mtp_model import DeepSeekV3
+from mtp_model import DeepSeekV3, cluster
 from mtp_model.checkpoint.directory import (
     Checkpoint,
     CheckpointError,
@@ -70,6 +81,8 @@ class GenerateSettings:
     """Answers that a server is asked for at a time."""
     compute_dtype: ComputeDtype = "auto"
     """Precision of activations; auto is float32 on CPU and bfloat16 elsewhere."""
+    mesh: MeshSettings = field(default_factory=MeshSettings)
+    cluster: ClusterSettings = field(default_factory=ClusterSettings)
     json: bool = False
     """Print one JSON object instead of a table."""
     overwrite: bool = False
@@ -116,6 +129,13 @@ def _faults_of_server(settings: GenerateSettings, server: str) -> list[str]:
         faults.append("--server needed http://HOST:PORT or https://..., without name, key or query")
     if settings.speculate:
         faults.append("--speculate is for answers without --server: a server drafts as it was told")
+    devices = {"mesh": (settings.mesh, 0), "cluster": (settings.cluster, None)}
+    faults += [
+        f"{option(f'{group}.{name}')} is {value}, needed none with --server: no weights are here"
+        for group, (given, usual) in devices.items()
+        for name, value in flat(given).items()
+        if value != usual
+    ]
     return faults
 
 
@@ -133,10 +153,13 @@ def generate(settings: GenerateSettings) -> Counts:
             server = Server(settings.server, settings.server_model, settings.requests)
         with server:
             return _ask(server, settings, checkpoint, documents)
+    mesh = devices_for(settings.mesh, Workload.of(checkpoint, None, settings.rows))
     made_by = _made_by(settings, checkpoint, documents)
     made_by |= {"computed_in": compute_dtype(settings.compute_dtype)}
+    digests = {name: made_by[name] for name in ("checkpoint", "data")}
+    cluster.raise_unless_alike(given_to_all(settings) | digests)
     answers = Answers(settings.out, made_by, settings.overwrite)
-    model = load(settings.checkpoint, compute_dtype=compute_dtype(settings.compute_dtype))
+    model = load(settings.checkpoint, mesh, compute_dtype=compute_dtype(settings.compute_dtype))
     how = Decoding(
         num_drafts=settings.speculate,
         temperature=settings.temperature,
@@ -145,7 +168,7 @@ def generate(settings: GenerateSettings) -> Counts:
     left, total = _left(settings, documents, answers)
     with progress("generate", "answers", answers.counts.documents, total) as report:
         for batch in in_batches(left, settings.rows):
-            _write(model, batch, how, settings, answers, report, total)
+            _write(model, mesh, batch, how, settings, answers, report, total)
     answers.finish()
     return answers.counts
 
@@ -251,6 +274,7 @@ def _made_by(
 
 def _write(
     model: DeepSeekV3,
+    mesh: Mesh | None,
     batch: list[Prompt],
     how: Decoding,
     settings: GenerateSettings,
@@ -266,7 +290,7 @@ def _write(
         report(before.documents, total, f"{before.tokens + tokens:,} tokens, {rate:,.0f} tokens/s")
 
     prompts = _padded(batch, settings)
-    texts = decode(model, prompts, how, written)
+    texts = decode(model, prompts, how, written, mesh)
     ids = [texts.tokens_BS[row, : texts.length_B[row]] for row in range(len(batch))]
     lengths = prompts.length_B[: len(batch)]
     tokens = sum(map(len, ids)) - int(lengths.sum())

@@ -4,18 +4,23 @@ Every function that is not named as one process's own must be called by all of t
 order: each waits for the others. Of a process that runs alone, each is done at once.
 """
 
+import contextlib
 import json
 import os
+import socket
 import sys
+import threading
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed  # as Orbax does: the address is public nowhere
 from jax.experimental import multihost_utils
 
 from mtp_model import progress
-from mtp_model.commands import INTERRUPTED
+from mtp_model.commands import FAILED, INTERRUPTED
 from mtp_model.problems import UserError
 
 # A process that has not been heard of for so long is gone, and ends the others.
@@ -23,6 +28,13 @@ SILENT_S = 30
 _SHUTDOWN_S = 30
 # What JAX says where another process is gone, before it ends this one by itself.
 _LOST = ("gloo", "unavailable", "deadline_exceeded", "barrier", "coordination service")
+_AGAIN = "Run the same command on every host: it goes on from where it was last saved"
+# How HTTP/2 begins, which the first process speaks: it keeps a connection that says no more.
+_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+_ANSWER_S = 5
+_TRIES = 10
+
+_leaving = threading.Event()
 
 
 class LostError(UserError):
@@ -61,6 +73,7 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
         raise UserError(f"the cluster could not be joined: {error}") from error
     if not is_first():
         progress.hush()
+        threading.Thread(target=_watch_the_first, name="cluster", daemon=True).start()
 
 
 def leave(status: int) -> None:
@@ -71,6 +84,7 @@ def leave(status: int) -> None:
     """
     if not jax.distributed.is_initialized():
         return
+    _leaving.set()
     if status in (0, INTERRUPTED):
         jax.distributed.shutdown()
     else:
@@ -80,6 +94,38 @@ def leave(status: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def _watch_the_first() -> None:
+    """End this process with a message when the first one has ended.
+
+    JAX ends it too, by an abort that nothing in Python can catch, after it has looked up the names
+    of its stack: a thread that waits for the closed connection comes before that.
+    """
+    host, _, port = str(distributed.global_state.coordinator_address).rpartition(":")
+    last_words = (
+        f"error: process {number()} of {count()} lost process 0 at {host}:{port}, which keeps them "
+        f"together: it ended, and its own log says why. {_AGAIN}\n"
+    ).encode()
+    for _ in range(_TRIES):  # a connection may break though the process is there
+        try:
+            connection = socket.create_connection((host.strip("[]"), int(port)), _ANSWER_S)
+        except ConnectionRefusedError:
+            break
+        except OSError:
+            return  # a host that does not answer: JAX notices that
+        with connection, contextlib.suppress(OSError):
+            connection.settimeout(None)
+            connection.sendall(_HELLO)
+            while connection.recv(1024):
+                pass
+        if _leaving.is_set():
+            return
+    else:
+        return
+    if not _leaving.is_set():
+        os.write(2, last_words)
+        os._exit(FAILED)
 
 
 def count() -> int:
@@ -122,6 +168,22 @@ def all_say(value: Any) -> list[Any]:
     return [json.loads(text[:size].tobytes()) for text, size in zip(texts, sizes, strict=True)]
 
 
+def by_first(act: Callable[[], Any]) -> Any:
+    """What `act` gives, done by the first process alone, as JSON; all raise where it cannot."""
+    if count() == 1:
+        return act()
+    found, failed = None, None
+    if is_first():
+        try:
+            found = act()
+        except (UserError, OSError) as error:
+            failed = error
+    found, why = all_say((found, failed and str(failed)))[0]
+    if why is not None:
+        raise failed or UserError(f"process 0: {why}")
+    return found
+
+
 def raise_unless_alike(what: dict[str, str]) -> None:
     """UserError where processes do not work on the same: names what differs, and where."""
     said = all_say(what)
@@ -142,10 +204,10 @@ def raise_unless_alike(what: dict[str, str]) -> None:
 def lost(error: Exception) -> LostError | None:
     """What an error of JAX means where it tells of another process that is gone."""
     said = str(error)
-    if count() == 1 or not any(word in said.lower() for word in _LOST):
+    ours = isinstance(error, UserError)
+    if ours or count() == 1 or not any(word in said.lower() for word in _LOST):
         return None
     return LostError(
         f"process {number()} of {count()} lost the others ({' '.join(said.split())[:200]}). One of "
-        "them ended: its own log says why. Run the same command on every host: it goes on from the "
-        "last checkpoint"
+        f"them ended: its own log says why. {_AGAIN}"
     )

@@ -5,6 +5,7 @@ later overwrites what was drafted and refused, so a slot beyond a row's position
 B batch, T tokens fed at a time, S slots, D hidden, C kv-lora, R rotary size, L layers, M modules.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from mtp_model.context import Context, LatentCache
 from mtp_model.model import DeepSeekV3
 from mtp_model.mtp import MultiTokenPredictor
 from mtp_model.narrow import scan_parts
+from mtp_model.sharding import spread_batch
 
 
 class Caches(NamedTuple):
@@ -24,6 +26,11 @@ class Caches(NamedTuple):
     dense_layers: LatentCache | None  # [L, B, S, ...]
     moe_layers: LatentCache | None
     mtp: LatentCache | None  # [M, B, S, ...]
+
+
+def spread_caches(caches: Caches) -> Caches:
+    """The caches with the texts of each device of a mesh on that device."""
+    return jax.tree.map(partial(spread_batch, dim=1), caches)
 
 
 class Fed(NamedTuple):
@@ -49,9 +56,8 @@ def empty_caches(model: DeepSeekV3, rows: int, slots: int) -> Caches:
         if not count:
             return None
         sizes = (config.kv_lora_rank, config.qk_rope_head_dim)
-        return LatentCache(
-            *(jnp.zeros((count, rows, slots, size), model.compute_dtype) for size in sizes)
-        )
+        shapes = ((count, rows, slots, size) for size in sizes)
+        return LatentCache(*(jnp.zeros(shape, model.compute_dtype) for shape in shapes))
 
     modules = 0 if model.scope == "main" else config.num_nextn_predict_layers
     return Caches(of(config.num_dense_layers), of(config.num_moe_layers), of(modules))

@@ -2,10 +2,13 @@
 
 Text is packed into rows as training packs it; each document of a row becomes a sample file. What is
 held is one batch. A capture that was interrupted goes on after the last batch that was written.
+Of a cluster each process writes the samples of its devices' rows, the first one how far all are.
 """
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,17 +29,27 @@ from finetune.captured.sample import (
 )
 from finetune.data.packing import Batch, Packer, Position
 from finetune.data.run_text import open_documents
-from finetune.devices import Workload, devices_for, on_mesh, spread
+from finetune.devices import Workload, devices_for, on_mesh, over_rows, rows_here, spread
 from finetune.objective.losses import context_of
-from finetune.settings import ComputeDtype, DataPaths, MeshSettings, SettingsError, too_small
+from finetune.run.changes import given_to_all
+from finetune.settings import (
+    ClusterSettings,
+    ComputeDtype,
+    DataPaths,
+    MeshSettings,
+    SettingsError,
+    too_small,
+)
 from finetune.weights import compute_dtype
-from mtp_model import DeepSeekV3
+from mtp_model import DeepSeekV3, cluster
 from mtp_model.checkpoint.directory import Checkpoint, CheckpointError, open_checkpoint
 from mtp_model.files.open import as_place
 from mtp_model.files.untrusted_json import parse
 from mtp_model.load import load
 from mtp_model.problems import UserError
 from mtp_model.progress import progress
+
+LOCK = "lock"
 
 
 class CaptureError(UserError):
@@ -67,6 +80,7 @@ class CaptureSettings:
     compute_dtype: ComputeDtype = "auto"
     """Precision of activations; auto is float32 on CPU and bfloat16 elsewhere."""
     mesh: MeshSettings = field(default_factory=MeshSettings)
+    cluster: ClusterSettings = field(default_factory=ClusterSettings)
     json: bool = False
     """Print one JSON object instead of a sentence."""
 
@@ -101,11 +115,12 @@ def capture(settings: CaptureSettings) -> Captured:
         "computed_in": computed_in,
         **{name: getattr(settings, name) for name in ("state", "stored", "rows", "row_tokens")},
     }
-    settings.out.mkdir(parents=True, exist_ok=True)
-    with as_place(settings.out / "lock").locked() as got:
-        if not got:
-            raise CaptureError(f"another process captures to {settings.out}; wait or end it")
-        at = _begun(settings.out, inputs)
+    digests = {name: inputs[name] for name in ("checkpoint", "data")}
+    cluster.raise_unless_alike(given_to_all(settings) | digests)
+    with contextlib.ExitStack() as held:
+        at = Captured(**cluster.by_first(lambda: _claimed(settings.out, inputs, held)))
+        if cluster.is_anywhere(not (settings.out / LOCK).exists()):
+            raise CaptureError(f"--out is {settings.out}, needed a folder that all hosts share")
         if at.finished:
             return at
         model = load(settings.checkpoint, mesh, scope="main", compute_dtype=computed_in)
@@ -130,11 +145,19 @@ def _check(settings: CaptureSettings) -> None:
         raise SettingsError("settings that cannot be used", faults)
 
 
+def _claimed(out: Path, inputs: dict[str, Any], held: contextlib.ExitStack) -> dict[str, Any]:
+    """How far a capture to this folder is, which is held against others until the stack ends."""
+    out.mkdir(parents=True, exist_ok=True)
+    if not held.enter_context(as_place(out / LOCK).locked()):
+        raise CaptureError(f"another process captures to {out}; wait or end it")
+    return dataclasses.asdict(_begun(out, inputs))
+
+
 def _begun(out: Path, inputs: dict[str, Any]) -> Captured:
     """How far a capture to this folder is; CaptureError where it is another's."""
     file = out / PROGRESS_FILE
     if not file.is_file():
-        if any(path.name != "lock" for path in out.iterdir()):
+        if any(path.name != LOCK for path in out.iterdir()):
             raise CaptureError(f"{out} is not empty and no capture; give --out another place")
         return Captured(inputs=inputs)
     try:
@@ -170,20 +193,25 @@ def _capture(
         x_BTD, _ = model.residual(batch.tokens_BT, context_of(batch))
         return model.norm(x_BTD) if post_norm else x_BTD
 
-    step, of_model = jax.jit(states), main_model_digest(checkpoint)
+    step = jax.jit(states, out_shardings=over_rows(mesh) if mesh is not None else None)
+    of_model = main_model_digest(checkpoint)
     with progress("capture", "batches") as report, on_mesh(mesh):
         for done, (batch, position) in enumerate(packer, start=1):
-            states_BTD = np.asarray(jax.device_get(step(weights, spread(batch, mesh))))
-            for content in _contents(batch, states_BTD):
-                if not np.isfinite(content.states_TD.astype(np.float32)).all():
-                    raise CaptureError(
-                        "NaN or infinity in the main model's states; verify the checkpoint, or try "
-                        "--compute-dtype float32"
-                    )
-                path = settings.out / f"sample-{at.samples:08}{SUFFIX}"
-                write_sample(path, content, settings.state, of_model, settings.stored)
-                tokens = at.tokens + len(content.token_ids)
-                at = dataclasses.replace(at, samples=at.samples + 1, tokens=tokens)
+            rows = rows_here(step(weights, spread(batch, mesh)))
+            if cluster.is_anywhere(not all(_is_finite(batch, *each) for each in rows.items())):
+                raise CaptureError(
+                    "NaN or infinity in the main model's states; verify the checkpoint, or try "
+                    "--compute-dtype float32"
+                )
+            for row, part_T in _documents(batch):
+                tokens, mask = batch.tokens_BT[row, part_T], batch.loss_mask_BT[row, part_T]
+                if row in rows:
+                    content = Content(tokens, mask, rows[row][part_T])
+                    path = settings.out / f"sample-{at.samples:08}{SUFFIX}"
+                    write_sample(path, content, settings.state, of_model, settings.stored)
+                total = at.tokens + len(tokens)
+                at = dataclasses.replace(at, samples=at.samples + 1, tokens=total)
+            cluster.wait("the batch is written")
             at = dataclasses.replace(at, position=position.to_json())
             _save(settings.out, at)
             report(done, None, f"{at.samples:,} samples, {at.tokens:,} tokens")
@@ -192,17 +220,21 @@ def _capture(
     return at
 
 
-def _contents(batch: Batch, states_BTD: np.ndarray) -> list[Content]:
-    """The documents of a batch's rows."""
-    found = []
-    for row, segments_T in enumerate(batch.segment_ids_BT):
+def _documents(batch: Batch) -> Iterator[tuple[int, np.ndarray]]:
+    """Of each document of a batch: its row, and which tokens of that it is, bool [T]."""
+    for row, segments_T in enumerate(np.asarray(batch.segment_ids_BT)):
         for segment in range(1, int(segments_T.max()) + 1):
-            part = (row, segments_T == segment)
-            tokens, mask = batch.tokens_BT[part], batch.loss_mask_BT[part]
-            found.append(Content(tokens, mask, states_BTD[part]))
-    return found
+            yield row, segments_T == segment
+
+
+def _is_finite(batch: Batch, row: int, states_TD: np.ndarray) -> bool:
+    documents_T = np.asarray(batch.segment_ids_BT)[row] != 0
+    return bool(np.isfinite(states_TD[documents_T].astype(np.float32)).all())
 
 
 def _save(out: Path, at: Captured) -> None:
+    """Say how far all are; the first process of a cluster does."""
+    if not cluster.is_first():
+        return
     text = json.dumps(dataclasses.asdict(at)) + "\n"
     as_place(out / PROGRESS_FILE).write_pieces([text.encode()])

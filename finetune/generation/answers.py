@@ -8,11 +8,13 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mtp_model import cluster
 from mtp_model.files.untrusted_json import JsonError, faults, parse
 from mtp_model.problems import UserError
 
@@ -55,10 +57,16 @@ class Answers:
         """Begin the file, or go on with one that was made the same way.
 
         Raises AnswersError for one that is there, finished or made otherwise, unless overwrite.
+        Of a cluster the first process writes, and the others know of its counts.
         """
         self.path, self.made_by, self.counts = path, made_by, Counts()
         self._partial = path.with_name(path.name + ".partial")
         self._about = path.with_name(path.name + ".about")
+        self.counts = Counts(**cluster.by_first(partial(self._begin, overwrite)))
+
+    def _begin(self, overwrite: bool) -> dict[str, Any]:
+        """Begin or go on; what is in the file."""
+        path = self.path
         if overwrite:
             for each in (self.path, self._partial, self._about):
                 each.unlink(missing_ok=True)
@@ -70,21 +78,25 @@ class Answers:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._say()
             self._partial.touch()
+        return asdict(self.counts)
 
     def add(self, answers: Sequence[tuple[np.ndarray, int]], counts: Counts) -> None:
         """Write texts, each with the length of its prompt; counts: with these."""
+        self.counts = counts
+        if not cluster.is_first():
+            return
         with self._partial.open("a", encoding="utf-8") as file:
             for ids, prompt in answers:
                 mask = [0] * prompt + [1] * (len(ids) - prompt)
                 file.write(json.dumps({"input_ids": ids.tolist(), "loss_mask": mask}) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self.counts = counts
         self._say()
 
     def finish(self) -> None:
         """Give the file its name."""
-        self._partial.replace(self.path)
+        if cluster.is_first():
+            self._partial.replace(self.path)
 
     def _go_on(self) -> None:
         made_by, self.counts = self._read_about()

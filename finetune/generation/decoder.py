@@ -20,10 +20,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from finetune.devices import on_mesh, spread, whole
 from mtp_model import DeepSeekV3
-from mtp_model.decode import Caches, draft, empty_caches, feed
+from mtp_model.decode import Caches, draft, empty_caches, feed, spread_caches
+from mtp_model.sharding import spread_batch
 
 PREFILL = 64  # tokens of each prompt that are fed at a time
 ROUNDS = 16  # between two looks of the host
@@ -64,6 +67,13 @@ class _State(NamedTuple):
     caches: Caches
     state_BWD: Float[Array, "B W D"]  # of the main model, in the rows up to row i
 
+    def spread(self) -> "_State":
+        """On a mesh each text is on the devices that compute it, from one round to the next."""
+        texts, ended_B, state_BWD = jax.tree.map(
+            spread_batch, (self.texts, self.ended_B, self.state_BWD)
+        )
+        return _State(texts, ended_B, spread_caches(self.caches), state_BWD)
+
 
 def room_for(length: int, num_drafts: int) -> int:
     """Slots that texts of up to `length` tokens need, S.
@@ -79,18 +89,20 @@ def decode(
     prompts: Prompts,
     how: Decoding,
     report: Callable[[int], None] | None = None,
+    mesh: Mesh | None = None,
 ) -> Texts:
-    """Continue all prompts to their ends; the result is on the host.
+    """Continue all prompts to their ends; the result is on the host, of a cluster on each.
 
-    report: hears how many tokens were written so far.
+    report: hears how many tokens were written so far. mesh: that the model is on.
     """
-    tokens_BS, length_B, end_B, seed_B = map(jnp.asarray, prompts)
-    state = _start(model, tokens_BS, length_B, end_B, seed_B, how)
-    while not bool(state.ended_B.all()):
-        state = _rounds(model, state, end_B, seed_B, how)
-        if report is not None:
-            report(int(jnp.sum(state.texts.length_B - length_B)))
-    return jax.device_get(state.texts)
+    with on_mesh(mesh):
+        tokens_BS, length_B, end_B, seed_B = jax.tree.map(jnp.asarray, spread(prompts, mesh))
+        state = _start(model, tokens_BS, length_B, end_B, seed_B, how)
+        while not bool(state.ended_B.all()):
+            state = _rounds(model, state, end_B, seed_B, how)
+            if report is not None:
+                report(int(jnp.sum(state.texts.length_B - length_B)))
+        return jax.device_get(whole(state.texts, mesh))
 
 
 def _first_uses(model: DeepSeekV3, num_drafts: int) -> int:
@@ -135,7 +147,7 @@ def _start(model: DeepSeekV3, tokens_BS, length_B, end_B, seed_B, how: Decoding)
             found.append(jnp.where(here_BW[..., None], taken_BWD, old_BWD))
         return caches, *found
 
-    caches = empty_caches(model, rows, slots)
+    caches = spread_caches(empty_caches(model, rows, slots))
     pieces = (jnp.max(last_B) + PREFILL) // PREFILL
     begun = (caches, nothing(1), nothing(window_BW.shape[1]))
     caches, hidden_B1D, state_BWD = jax.lax.fori_loop(0, pieces, piece, begun)
@@ -153,7 +165,7 @@ def _start(model: DeepSeekV3, tokens_BS, length_B, end_B, seed_B, how: Decoding)
         rounds_B=jnp.zeros_like(length_B),
         accepted_BK=jnp.zeros((rows, how.num_drafts), jnp.int32),
     )
-    return _State(texts, is_end_B | (length_B >= end_B), caches, state_BWD)
+    return _State(texts, is_end_B | (length_B >= end_B), caches, state_BWD).spread()
 
 
 @partial(jax.jit, static_argnames="how", donate_argnums=1)
@@ -203,7 +215,7 @@ def _round(model: DeepSeekV3, state: _State, end_B, seed_B, how: Decoding) -> _S
     # The rows up to the new row i, of those that were there and those that came.
     both = jnp.concatenate([state.state_BWD, fed.state_BTD], axis=1)
     moved_BW = count_B[:, None] + jnp.arange(state.state_BWD.shape[1])[None]
-    return _State(texts, ended_B, fed.caches, _rows(both, moved_BW))
+    return _State(texts, ended_B, fed.caches, _rows(both, moved_BW)).spread()
 
 
 class _Chance(NamedTuple):

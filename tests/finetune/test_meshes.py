@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import json
 import math
 import shutil
@@ -19,6 +20,8 @@ from rich.console import Console
 from stepping import KINDS, SMOOTH, TOLERANCE, make_batches, store, three_steps, worst
 from trained import read_rows, unfinished_copy
 
+from finetune import cli
+from finetune.captured.sample import open_sample
 from finetune.data.packing import Batch
 from finetune.devices import Workload, choose_shape
 from finetune.evaluate import EvaluateSettings, evaluate
@@ -79,18 +82,61 @@ def test_three_steps_on_a_mesh_equal_three_on_one_device(
     assert worst(three_steps(run, checkpoint, batches, mesh_of(axes)), want) <= TOLERANCE
 
 
-def test_three_steps_of_two_processes_equal_three_on_one_device(on_one_device, stored, tmp_path):
-    """With 4 devices each: 8 in all, over axes that cross from one process to the other."""
-    script, out = Path(clustered_steps.__file__), tmp_path / "found.npz"
+@pytest.fixture(scope="module")
+def of_two_processes(stored, tmp_path_factory) -> Path:
+    """A folder of what two processes with 4 devices each came to: 8 in all, over axes that cross
+    from one process to the other. In the end the first one was killed."""
+    folder = tmp_path_factory.mktemp("clustered")
+    rng = np.random.default_rng(0)
+    rows = [{"input_ids": rng.integers(3, 300, n).tolist()} for n in (9, 3, 30, 12, 5, 7, 2, 11, 6)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    script, out = Path(clustered_steps.__file__), folder / "found.npz"
     paths = json.dumps({dtype: str(path) for dtype, path in stored.items()})
     processes = clusters.start(
-        2, 4, lambda where, n: [str(script), where, "2", str(n), str(out), paths], tmp_path
+        2, 4, lambda where, n: [str(script), where, "2", str(n), str(out), paths], folder
     )
-    assert clusters.end(processes, 300) == [0, 0], (tmp_path / "0.log").read_text()
-    found = np.load(out)
+    assert clusters.end(processes, 400) == [-9, 1], (folder / "0.log").read_text()
+    return folder
+
+
+def test_three_steps_of_two_processes_equal_three_on_one_device(on_one_device, of_two_processes):
+    found = np.load(of_two_processes / "found.npz")
     for kind, (_, _, want) in on_one_device.items():
         leaves = {name: found[f"{kind}/{name}"] for name in want[1]}
         assert worst((found[f"{kind}/losses"], leaves), want) <= TOLERANCE, kind
+
+
+def test_two_processes_write_the_answers_and_states_of_one(stored, of_two_processes, tmp_path):
+    """Answers byte for byte; of samples the tokens, and states up to rounding. The first process
+    says what was done."""
+    there = of_two_processes
+    shutil.copyfile(there / "data.jsonl", tmp_path / "data.jsonl")
+    for argv in clustered_steps.commands(stored["fp8"], tmp_path):
+        assert cli.run(argv) == 0
+    answers = (there / "answers.jsonl").read_bytes()
+    assert answers == (tmp_path / "answers.jsonl").read_bytes()
+    assert len({*answers.splitlines()}) == 9
+    one, other = (sorted((folder / "states").glob("*.safetensors")) for folder in (tmp_path, there))
+    assert [path.name for path in one] == [path.name for path in other]
+    assert len(one) > 9  # one of the documents is longer than a row
+    held = [[open_sample(path) for path in paths] for paths in (one, other)]
+    for ours, theirs in zip(*held, strict=True):
+        assert (ours.token_ids() == theirs.token_ids()).all()
+        got, want = (sample.states(0, sample.num_tokens) for sample in (theirs, ours))
+        np.testing.assert_allclose(got, want, atol=2e-5, rtol=1e-5)
+    far = [np.abs(x.states(0, 1) - y.states(0, 1)).max() for x, y in itertools.pairwise(held[0])]
+    assert min(far) > 1e-3  # states of other samples would be noticed
+    assert "samples of" in (there / "0.log").read_text()
+    assert "samples of" not in (there / "1.log").read_text()
+
+
+def test_where_the_first_process_dies_the_others_say_so(of_two_processes):
+    """As their last line, and with the status of a command that failed."""
+    said = (of_two_processes / "1.log").read_text().splitlines()[-1]
+    assert said.startswith("error: process 1 of 2 lost process 0 at 127.0.0.1:")
+    assert said.endswith(
+        "Run the same command on every host: it goes on from where it was last saved"
+    )
 
 
 def test_what_would_be_noticed(on_one_device, batches, monkeypatch):

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from trained import QUIET, read_rows
 
 from finetune import cli
-from finetune.captured.capture import CaptureError, CaptureSettings, capture
+from finetune.captured.capture import Captured, CaptureError, CaptureSettings, capture
 from finetune.captured.documents import PROGRESS_FILE, open_states
 from finetune.captured.sample import Content, open_sample, write_sample
 from finetune.data.packing import Packer, PostNorm, PreNorm
@@ -26,10 +26,16 @@ from finetune.data.records import DataError
 from finetune.objective.losses import Asked, main_states, measure
 from finetune.objective.objectives import objective
 from finetune.run.directory import RunError
-from finetune.settings import BatchSettings, EvaluationSettings, ObjectiveSettings, RunSettings
+from finetune.settings import (
+    BatchSettings,
+    EvaluationSettings,
+    MeshSettings,
+    ObjectiveSettings,
+    RunSettings,
+)
 from finetune.train import train
 from finetune.weights import load_for_training, open_trainable
-from mtp_model import make_context, progress
+from mtp_model import cluster, make_context, progress
 from mtp_model.checkpoint.directory import open_checkpoint
 from mtp_model.files.open import as_place
 from mtp_model.load import load
@@ -163,10 +169,33 @@ def test_states_after_the_norm_are_the_same(
     assert difference(learnt(mtp_only, batches, "mtp"), beside_the_main_model[1]) < TOLERANCE
 
 
-def test_a_run_from_states_goes_on(mtp_only, states, tmp_path):
-    """Only MTP leaves move, and other samples are another run."""
-    run = run_settings(mtp_only, states, tmp_path / "run", steps=2)
+@pytest.fixture(scope="module")
+def begun(mtp_only, states, tmp_path_factory) -> tuple[RunSettings, Path]:
+    """Two steps, and a copy of them."""
+    folder = tmp_path_factory.mktemp("begun")
+    batch = BatchSettings(rows=4, row_tokens=32)
+    run = run_settings(mtp_only, states, folder / "run", steps=2, batch=batch)
     train(run, QUIET)
+    shutil.copytree(run.out, folder / "copy")
+    return run, folder / "copy"
+
+
+def test_a_run_from_states_on_a_mesh_and_in_parts(begun, tmp_path):
+    """Rows and their states over two devices, heads over two, two parts one after the other."""
+    run, copy = begun
+    mesh = MeshSettings(data=1, fsdp=1, expert=2, tensor=2)
+    batch = dataclasses.replace(run.batch, accumulation=2)
+    train(dataclasses.replace(run, out=tmp_path / "mesh", mesh=mesh, batch=batch), QUIET)
+    rows = [read_rows(out / "metrics.jsonl") for out in (tmp_path / "mesh", copy)]
+    for name in ("loss", "grad_norm"):
+        got, want = ([row[name] for row in each] for each in rows)
+        np.testing.assert_allclose(got, want, rtol=1e-5, err_msg=name)
+        assert abs(want[1] / want[0] - 1) > 1e-3  # another batch would be noticed
+
+
+def test_a_run_from_states_goes_on(begun, mtp_only, states, tmp_path):
+    """Only MTP leaves move, and other samples are another run."""
+    run = begun[0]
     result = train(dataclasses.replace(run, steps=3), QUIET)
     assert result.after
     assert result.after.overlap[0]
@@ -217,6 +246,14 @@ def test_fp8_keeps_a_scale_for_each_token(tmp_path):
     largest = np.abs(values[1:]).max(axis=1, keepdims=True)
     assert (np.abs(got - values[1:]) <= largest / 16).all()
     assert (got[1] == 0).all()
+
+
+def test_a_folder_that_hosts_do_not_share_is_refused(checkpoint, records, tmp_path, monkeypatch):
+    """As a process finds it that does not see what the first one made."""
+    none = dataclasses.asdict(Captured(inputs={}))
+    monkeypatch.setattr(cluster, "by_first", lambda _: none)
+    with pytest.raises(CaptureError, match="needed a folder that all hosts share"):
+        capture_of(checkpoint, records, tmp_path / "elsewhere")
 
 
 @follows("is not finished: run the same `capture` again to go on")

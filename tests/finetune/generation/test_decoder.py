@@ -18,7 +18,7 @@ from drafting import BruteForce, greedy_texts, make_drafting_checkpoint
 from converters.verifying.logits.torch_reference import open_reference
 from finetune.generation import decoder
 from finetune.generation.decoder import Decoding, Prompts, Texts, decode, room_for
-from mtp_model import DeepSeekV3, make_context
+from mtp_model import DeepSeekV3, make_context, make_mesh
 from mtp_model.load import load
 
 LENGTH = 40
@@ -31,7 +31,8 @@ class Case:
     def __init__(self, folder, num_mtp: int = 1):
         make_drafting_checkpoint(folder / "source", num_mtp)
         import_folder(folder / "source", folder / "checkpoint")
-        self.model = load(folder / "checkpoint")
+        self.path = folder / "checkpoint"
+        self.model = load(self.path)
         self.reference = open_reference(folder / "source")
         self.reference.get = functools.cache(self.reference.get)
         generator = torch.Generator().manual_seed(2)
@@ -130,6 +131,9 @@ def test_sampled_text_does_not_depend_on_its_batch(case: Case):
     whole = written(decode(case.model, prompts, how))
     half = decode(case.model, Prompts(*(each[2:4] for each in prompts)), how)
     assert written(half) == whole[2:4]
+    mesh = make_mesh(expert=2, tensor=2, devices=jax.devices()[:4])
+    some = Prompts(*(each[2:4] for each in prompts))
+    assert written(decode(load(case.path, mesh), some, how, mesh=mesh)) == whole[2:4]
     other = prompts._replace(seed_B=prompts.seed_B + 1)
     assert written(decode(case.model, other, how)) != whole
 

@@ -15,6 +15,8 @@ from finetune.data.tokens import Tokens
 from finetune.evaluate import EvaluateSettings, evaluate
 from finetune.generate import GenerateSettings, _before_last_answer, prompts_of
 from finetune.generation.answers import AnswersError
+from finetune.settings import MeshSettings
+from mtp_model import moe
 from mtp_model.checkpoint.directory import CheckpointError
 
 NEW = 12
@@ -83,7 +85,8 @@ def test_a_greedy_answer_is_the_main_models_own(settings, checkpoint):
         assert low <= measured.greedy_share <= high
 
 
-def test_speculation_writes_the_same_greedy_text(settings):
+def test_speculation_writes_the_same_greedy_text(settings, monkeypatch):
+    """On a mesh too, with as many drafts accepted."""
     plain = dataclasses.replace(settings, temperature=0)
     generate.generate(plain)
     drafted = dataclasses.replace(plain, out=plain.out.with_name("b.jsonl"), speculate=3)
@@ -93,6 +96,16 @@ def test_speculation_writes_the_same_greedy_text(settings):
     # each round gives one token more than it accepts, but where the text's end is in between
     most = counts.documents + counts.num_drafts + sum(counts.num_accepted_tokens_per_pos)
     assert most - counts.documents <= counts.tokens <= most
+    mesh = MeshSettings(data=1, fsdp=1, expert=2, tensor=2)
+    spread = dataclasses.replace(drafted, out=plain.out.with_name("c.jsonl"), mesh=mesh)
+    assert generate.generate(spread) == counts
+    assert spread.out.read_bytes() == drafted.out.read_bytes()
+
+    # negative control: experts whose parts by tensor are not added up
+    monkeypatch.setattr(moe.jax.lax, "psum", lambda x, _: x)
+    wrong = dataclasses.replace(spread, out=plain.out.with_name("d.jsonl"), max_new_tokens=3)
+    generate.generate(dataclasses.replace(wrong, speculate=0))
+    assert records(wrong.out)[0]["input_ids"] != records(plain.out)[0]["input_ids"][:7]
 
 
 def assert_damage_is_said(settings: GenerateSettings, partial: Path) -> None:

@@ -18,7 +18,7 @@ from finetune.generate import GenerateSettings, as_json, generate
 from finetune.generation import server as client
 from finetune.generation.answers import AnswersError
 from finetune.generation.server import ServerError
-from finetune.settings import SettingsError
+from finetune.settings import MeshSettings, SettingsError
 from mtp_model import progress
 from mtp_model.checkpoint.directory import open_checkpoint
 
@@ -213,12 +213,14 @@ def test_a_server_that_cannot_be_used_is_said(settings, prompts, monkeypatch, ca
     "address", ["host:8000", "ftp://host", "http://me:secret@host", "http://host?key=secret"]
 )
 def test_an_address_is_plain(address, settings):
+    wrong = dataclasses.replace(settings, speculate=1, mesh=MeshSettings(expert=2))
     with pytest.raises(SettingsError) as error:
-        generate(dataclasses.replace(settings, server=address, speculate=1))
-    first, second = error.value.faults
+        generate(dataclasses.replace(wrong, server=address))
+    first, second, third = error.value.faults
     assert first.startswith("--server needed http://HOST:PORT")
     assert "secret" not in str(error.value)
     assert second.startswith("--speculate is for answers without --server")
+    assert third == "--mesh.expert is 2, needed none with --server: no weights are here"
 
 
 def test_the_command_line_takes_a_server(settings, prompts, capsys):
