@@ -41,6 +41,8 @@ from finetune.settings_file import read_yaml
 from finetune.train import Result, train
 from mtp_model import cluster
 from mtp_model.commands import FAILED, exit_status
+from mtp_model.files.open import absolute
+from mtp_model.files.place import Place
 from mtp_model.reporting import Section, show, stdout
 
 WRONG_USAGE = 2
@@ -154,7 +156,7 @@ def parse(argv: Sequence[str]) -> Command:
 
 def _settings_in(file: Path) -> RunSettings:
     """The settings of a YAML file. In a run, which may have been moved, `out` is that run."""
-    settings, run = read_yaml(file), RunDirectory(path=file.absolute().parent)
+    settings, run = read_yaml(file), RunDirectory(path=absolute(file).parent)
     return dataclasses.replace(settings, out=run.path) if run.is_of(file) else settings
 
 
@@ -188,10 +190,10 @@ def _train(command: TrainCommand, argv: Sequence[str], errors: Console) -> int:
 def _result_sections(result: Result) -> Iterator[Section]:
     if result.before and result.after:
         yield from comparison_sections(result.before, result.after)
-    final = _shown(result.run.final)
+    run, final = result.run, _shown(result.run.final)
     yield (
-        f"report: {_shown(result.run.page)}\n"
-        f"curves: {_shown(result.run.curves)}\n"
+        f"report: {_shown(run.place / run.page.name)}\n"
+        f"curves: {_shown(run.place / run.curves.name)}\n"
         f"checkpoint: {final}\n"
         f"next: convert-deepseek export {shlex.quote(str(final))} DST"
     )
@@ -280,7 +282,7 @@ def _plan(settings: PlanSettings) -> int:
     return int(plans[-1].fits is False)
 
 
-def _shown(path: Path) -> Path:
+def _shown(place: Path | Place) -> str:
     """A path as a person would type it from here."""
-    here = Path.cwd()
-    return path.relative_to(here) if path.is_relative_to(here) else path
+    path, here = Path(str(place)), Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else place)

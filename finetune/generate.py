@@ -38,6 +38,7 @@ from mtp_model.checkpoint.directory import (
     CheckpointError,
     open_checkpoint,
 )
+from mtp_model.files.open import is_address, written
 from mtp_model.load import load
 from mtp_model.progress import progress
 
@@ -112,6 +113,8 @@ def check(settings: GenerateSettings) -> None:
     faults += [] if settings.data else ["--data is empty, needed at least one path"]
     if settings.out.suffix != ".jsonl":
         faults.append(f"--out is {settings.out}, needed a name that ends with .jsonl")
+    if is_address(settings.out):
+        faults.append(f"--out is {written(settings.out)}, needed a path on this machine")
     if faults:
         raise SettingsError("settings that cannot be used", faults)
 

@@ -236,7 +236,7 @@ class RunSettings:
     skip_unusable: bool = False
     """Leave out, and name, captured samples that are damaged, cut short or of another model."""
     out: Path
-    """Run directory; an unfinished run in it is continued."""
+    """Run directory, local or gs://; an unfinished run in it is continued."""
     train: TrainMode = "mtp"
     """What is trained: the MTP modules with the main model frozen, everything, or adapters of
     frozen weights (lora)."""

@@ -11,13 +11,13 @@ from typing import Any, Literal
 import yaml
 
 from finetune.settings import RunSettings, SettingsError, blank, flat
-from mtp_model.files.open import written
+from mtp_model.files.open import as_place, written
 
 
 def read_yaml(path: Path) -> RunSettings:
     """Defaults with the file's values over them. Raises SettingsError naming all its faults."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(as_place(path).read_bytes().decode("utf-8"))
     except OSError as error:
         raise SettingsError(str(path), [f"cannot be read: {error.strerror}"]) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

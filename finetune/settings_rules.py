@@ -75,8 +75,6 @@ def check(settings: RunSettings) -> None:
             for name, value in asked.items()
             if value != usual[name]
         ]
-    if is_address(settings.out):
-        faults.append(f"--out is {written(settings.out)}, needed a path on this machine")
     if faults:
         raise SettingsError("settings that cannot be used", faults)
 

@@ -23,7 +23,6 @@ from finetune.data.run_text import RunText, digest_of, held_out_batches
 from finetune.devices import (
     Workload,
     abstract_batch,
-    describe_mesh,
     devices_for,
     on_mesh,
     spread,
@@ -38,11 +37,11 @@ from finetune.run.checkpoints import (
     room_for,
     saved_steps,
 )
-from finetune.run.directory import RunDirectory
+from finetune.run.directory import RunDirectory, opened
 from finetune.run.metrics import RunLog, Summary, first_and_last, measure_text, summarise
 from finetune.run.not_finite import cause, raise_unless_finite
 from finetune.run.plots import draw_curves, write_run_report
-from finetune.run.report import evaluation_sentence
+from finetune.run.report import evaluation_sentence, work_sentence
 from finetune.run.resuming import given, inputs_of, resume, say_what_is_done_again
 from finetune.run.stopping import NOT_STOPPING, Stopping
 from finetune.settings import ComputeDtype, RunSettings
@@ -55,7 +54,6 @@ from finetune.state import (
     asked_by,
     make_measure_step,
     make_train_step,
-    num_parameters,
     start,
 )
 from finetune.weights import (
@@ -125,7 +123,18 @@ def train(
     Raises SettingsError, RunError, DataError or CheckpointError before anything is written,
     StoppedError when the loss is not finite, and Stopped when a signal asked for it.
     """
-    run = RunDirectory(path=settings.out.absolute())
+    with opened(settings.out) as run:
+        return _train(run, settings, console, overwrite, stopping, profiled)
+
+
+def _train(
+    run: RunDirectory,
+    settings: RunSettings,
+    console: Console,
+    overwrite: bool,
+    stopping: Stopping,
+    profiled: int,
+) -> Result:
     asked = run.as_it_began(settings)
     settings = resolve(asked)
     run.raise_unless_usable(settings, overwrite)
@@ -143,7 +152,7 @@ def train(
         with on_mesh(mesh):
             job = _prepare(settings, computed_in, mesh, run, base, text, console, stopping)
             _raise_unless_room(job)
-            console.print(_plan(job))
+            console.print(work_sentence(settings, computed_in, job.split, mesh))
             if settings.objective.lk and not asked.objective.weights():
                 console.print("the MTP modules are new: they learn by lk (--objective.lk 1)")
             if warning := forgets(settings.objective, base.provenance):
@@ -156,6 +165,7 @@ def train(
         record |= {"held_out": {"before": measured[0], "after": measured[1]}} if measured else {}
         if cluster.is_first():
             write_run_report(run, settings, before, after)
+        run.send()
         if settings.train == "lora" and settings.lora.keep:
             keep_adapters(base, run.adapters, state, record, settings.lora)
         write_final(base, run.final, state, record, settings.lora)
@@ -206,6 +216,7 @@ def _loop(job: _Job, profiled: int) -> TrainState:
         checkpoints = Checkpoints(run.checkpoints, settings.checkpoints)
         stack.callback(checkpoints.close)
         state, at = resume(run, checkpoints, job.first_state, inputs, settings, job.console)
+        stack.callback(run.send)  # after the logs are closed
         writes = cluster.is_first()
         log = RunLog(run.metrics, run.evaluations, run.tensorboard, at.step, writes)
         stack.callback(log.close)
@@ -216,6 +227,7 @@ def _loop(job: _Job, profiled: int) -> TrainState:
 
         def stop_if_asked() -> None:
             if stopping.is_asked():
+                run.send()
                 checkpoints.save(state, at)
                 checkpoints.wait()
                 stopping.stop()
@@ -243,6 +255,7 @@ def _loop(job: _Job, profiled: int) -> TrainState:
             report(step, settings.steps, measured)
 
             if step == settings.steps or step % settings.checkpoints.every == 0:
+                run.send()  # the logs are never behind a checkpoint
                 checkpoints.save(state, at)
             checkpoints.raise_if_failed()
             stop_if_asked()
@@ -341,8 +354,9 @@ def _evaluate(
             job.console.print(evaluation_sentence(step, summary))
     steps, evaluations = log.step_rows.rows(), log.evaluation_rows.rows()
     if (steps or evaluations) and cluster.is_first():
-        title = f"{run.path.name}: --train {job.settings.train} from {job.base.path.name}"
+        title = f"{run.place.name}: --train {job.settings.train} from {job.base.path.name}"
         draw_curves(run.curves, steps, evaluations, title)
+    run.send(seldom=True)
 
 
 def _row(
@@ -381,18 +395,4 @@ def _raise_unless_finite(
     raise StoppedError(
         f"step {step}: loss {float(result.loss)}, gradient norm {float(result.grad_norm)}; {left} "
         f"is kept in {job.run.checkpoints}. {cause(job.split, state, batch, result, step)}"
-    )
-
-
-def _plan(job: _Job) -> str:
-    """What will be done, in numbers."""
-    settings = job.settings
-    trainable, frozen = map(num_parameters, (job.split.trainable, job.split.frozen))
-    what = {"mtp": "the MTP modules, main model frozen", "all": "main model and MTP modules"}
-    what["lora"] = f"adapters of rank {settings.lora.rank} of {what[settings.part]}"
-    row_tokens = settings.batch.rows * settings.batch.row_tokens
-    return (
-        f"training {what[settings.train]}: {trainable:,} parameters of {trainable + frozen:,}; "
-        f"{settings.steps} steps of up to {row_tokens:,} tokens, computed in {job.computed_in} on "
-        f"{describe_mesh(job.mesh)}"
     )

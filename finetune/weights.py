@@ -30,6 +30,7 @@ from mtp_model.attention import keeps_scores
 from mtp_model.checkpoint.derived import ChangedLeaf, write_beside, write_derived
 from mtp_model.checkpoint.directory import Checkpoint, CheckpointError, open_checkpoint
 from mtp_model.files.open import absolute, as_place
+from mtp_model.files.place import Place
 from mtp_model.load import cast_weights, load
 from mtp_model.lora import fresh
 from mtp_model.model import Scope, abstract_model, leaf_name, leaves_by_name
@@ -51,7 +52,7 @@ def resolve(settings: RunSettings) -> RunSettings:
         data=tuple(map(_absolute, settings.data)),
         states=tuple(map(absolute, settings.states)),
         eval_data=tuple(map(_absolute, settings.eval_data)),
-        out=settings.out.absolute(),
+        out=absolute(settings.out),
         objective=objective,
     )
 
@@ -185,7 +186,7 @@ def final_bytes(base: Checkpoint, state: TrainState) -> int:
 
 def keep_adapters(
     base: Checkpoint,
-    folder: Path,
+    folder: Path | Place,
     state: TrainState,
     record: Mapping[str, Any],
     lora: LoraSettings,
@@ -200,7 +201,7 @@ def keep_adapters(
 
 def write_final(
     base: Checkpoint,
-    final: Path,
+    final: Path | Place,
     state: TrainState,
     record: Mapping[str, Any],
     lora: LoraSettings,

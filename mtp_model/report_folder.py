@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from mtp_model.files.open import as_place
+from mtp_model.files.place import Place
 from mtp_model.reporting import Picture, Section, html, markdown, to_json
 
 REPORT_JSON, REPORT_MD, REPORT_HTML = "report.json", "report.md", "report.html"
@@ -47,7 +49,9 @@ def write_report(folder: str | Path, findings: Findings) -> None:
     (folder / REPORT_HTML).write_text(findings.page(when), encoding="utf-8")
 
 
-def clear_report(folder: str | Path) -> None:
+def clear_report(folder: str | Path | Place) -> None:
     """Remove an earlier report: while a new one is on its way, nothing there looks finished."""
     for name in (REPORT_JSON, REPORT_MD, REPORT_HTML):
-        (Path(folder) / name).unlink(missing_ok=True)
+        file = as_place(folder) / name
+        if file.is_file():
+            file.unlink()

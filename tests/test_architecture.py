@@ -34,6 +34,7 @@ ONLY_IN = {
     "transformers": ("converters/verifying/logits/torch_",),
     "safetensors": ("converters/verifying/logits/torch_",),
     "tensorstore": ("mtp_model/files/", "mtp_model/load.py"),
+    "fsspec": ("mtp_model/files/",),
     "google": ("mtp_model/files/",),
     "google_crc32c": ("mtp_model/files/",),
     # Training data comes from the Hub too; finetune may not use the converters' own reader of it.
@@ -72,6 +73,7 @@ SMALL = {
     "converters/sources/open.py": "what the protocol's users open must not import each source",
     "converters/verifying/files.py": "reads no tensor, the rest of verify reads all",
     "finetune/planning/report.py": "plans know of no tables",
+    "finetune/run/mirror.py": "copies of files, whatever they are for",
     "finetune/objective/acceptance.py": "a definition, apart from the losses",
     "converters/verifying/logits/torch_weights.py": "the reference gets weights from who has them",
     "finetune/data/draft_vocab.py": "counts and writes, and measures nothing",

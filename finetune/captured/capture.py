@@ -43,7 +43,7 @@ from finetune.settings import (
 from finetune.weights import compute_dtype
 from mtp_model import DeepSeekV3, cluster
 from mtp_model.checkpoint.directory import Checkpoint, CheckpointError, open_checkpoint
-from mtp_model.files.open import as_place
+from mtp_model.files.open import as_place, is_address, written
 from mtp_model.files.untrusted_json import parse
 from mtp_model.load import load
 from mtp_model.problems import UserError
@@ -139,8 +139,8 @@ def _check(settings: CaptureSettings) -> None:
     least = {"rows": 1, "row_tokens": 2}
     faults = too_small(settings, least)
     faults += [] if settings.data else ["--data is empty, needed at least one path"]
-    if settings.out.parts[:1] == ("gs:",):
-        faults.append(f"--out is {settings.out}, needed a path on this machine")
+    if is_address(settings.out):
+        faults.append(f"--out is {written(settings.out)}, needed a path on this machine")
     if faults:
         raise SettingsError("settings that cannot be used", faults)
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from finetune.settings import RunSettings, flat, option
 from finetune.settings_rules import MESH
+from mtp_model.files.open import written
 
 MAY_CHANGE = (
     "checkpoint",
@@ -59,4 +60,6 @@ def given_to_all(settings: Any) -> dict[str, str]:
 
 
 def _shown(value: Any) -> str:
-    return " ".join(map(str, value)) or "nothing" if isinstance(value, tuple) else str(value)
+    return (
+        " ".join(map(written, value)) or "nothing" if isinstance(value, tuple) else written(value)
+    )

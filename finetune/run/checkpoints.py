@@ -8,7 +8,6 @@ Sums are made where the leaves are, each device adding what it holds: no mesh ch
 import contextlib
 import json
 import logging
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,8 +23,12 @@ import orbax.checkpoint as ocp
 from finetune.settings import CheckpointSettings
 from mtp_model import cluster
 from mtp_model.checkpoint.directory import digest_of_json
+from mtp_model.files.file_system import path_for_orbax
 from mtp_model.files.local import raise_if_full
 from mtp_model.files.memory import available_bytes
+from mtp_model.files.objects import CloudError
+from mtp_model.files.open import as_place
+from mtp_model.files.place import Place
 from mtp_model.problems import UserError
 from mtp_model.sharding import active_mesh, everywhere
 
@@ -35,7 +38,9 @@ _RECORD = "progress/metadata"  # where Orbax puts what it saves as JSON under `p
 _UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of what a killed process was writing
 _DELETED = ".deleted"  # what is about to be deleted has no number any more
 _FULL = ("No space left", "Disk quota exceeded")
+_MARK = "commit_success.txt"  # which Orbax writes last, where names do not change at one moment
 _NOT_DAMAGE = ("Permission denied", "PERMISSION_DENIED", "ut of memory")
+_NOT_DAMAGE += ("UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED")
 
 
 class DamagedError(UserError):
@@ -53,18 +58,23 @@ class RunPosition:
 
 
 def raise_unless_room(
-    folder: Path, state: Any, *, checkpoints: int = 1, bytes_more: int = 0
+    folder: Place, state: Any, *, checkpoints: int = 1, bytes_more: int = 0
 ) -> None:
     """UserError unless the disk has room for so many checkpoints, and for `bytes_more`."""
     nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     needed = checkpoints * (nbytes + nbytes // 16 + _METADATA_BYTES) + bytes_more
-    raise_if_full({folder: needed}, "move the run to another disk")
+    raise_if_full(folder.room_for(needed), "move the run to another disk")
 
 
-def saved_steps(folder: Path) -> list[int]:
+def saved_steps(folder: Path | Place) -> list[int]:
     """Steps of the checkpoints that are in a folder, which need not be there yet."""
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return sorted(int(name) for name in names if name.isdecimal())
+    found = (entry for entry in as_place(folder).entries() if entry.name.isdecimal())
+    return sorted(int(entry.name) for entry in found if _is_whole(entry))
+
+
+def _is_whole(checkpoint: Place) -> bool:
+    """Whether all of it was written: a folder has its number then, in a bucket there is a mark."""
+    return not checkpoint.is_far or (checkpoint / _MARK).is_file()
 
 
 def room_for(saved: Sequence[int], settings: CheckpointSettings, steps: int) -> int:
@@ -92,8 +102,8 @@ class Checkpoints:
     makes the copy; each host's process writes what its devices hold.
     """
 
-    def __init__(self, folder: Path, settings: CheckpointSettings):
-        self._folder, self._settings = folder.absolute(), settings
+    def __init__(self, folder: Path | Place, settings: CheckpointSettings):
+        self._folder, self._settings = as_place(folder).absolute(), settings
         # Orbax logs, with tracebacks and more than once, what it also raises.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
@@ -101,7 +111,7 @@ class Checkpoints:
         self._saving: Future[None] | None = None
         self._newest = -1
         if cluster.is_first():
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self._folder.make_folder()
             self._delete_leftovers()
         cluster.wait("checkpoints can be read")
 
@@ -154,11 +164,12 @@ class Checkpoints:
         _, sums = self._record(step)
         if sums is not None and sums.keys() != wanted.keys():
             odd = ", ".join(sorted(sums.keys() ^ wanted.keys())[:3])
-            raise UserError(f"{self._folder / str(step)} holds the state of another model: {odd}")
+            raise UserError(f"{self._at(step)} holds the state of another model: {odd}")
         for leaf in jax.tree.leaves(like):
             leaf.delete()
         args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
-        found = _or_damaged(lambda: self._orbax.restore(self._folder / str(step), args=args))
+        where = path_for_orbax(self._at(step))
+        found = _or_damaged(lambda: self._orbax.restore(where, args=args))
         leaves = found["state"]
         found = _sums(leaves)
         for name, saved in (sums or {}).items():
@@ -168,11 +179,13 @@ class Checkpoints:
             jax.tree.structure(like), [leaves[name] for name in _by_name(like)]
         )
 
-    def set_aside(self, step: int) -> Path:
+    def set_aside(self, step: int) -> Place:
         """Take a damaged checkpoint's number away; returns where it is now."""
         aside = self._folder / f"{step}.damaged"
-        shutil.rmtree(aside, ignore_errors=True)
-        return (self._folder / str(step)).rename(aside)
+        if aside.exists():
+            aside.delete_tree(ignore_errors=True)
+        self._at(step).move_to(aside)
+        return aside
 
     def close(self) -> None:
         """Wait for the last save and end the thread that makes them."""
@@ -192,7 +205,8 @@ class Checkpoints:
             progress=ocp.args.JsonSave({**record, "digest": digest_of_json(record)}),
         )
         with self._room_for(record["step"]):
-            self._orbax.save(self._folder / str(record["step"]), args=args, force=True)
+            where = path_for_orbax(self._at(record["step"]))
+            self._orbax.save(where, args=args, force=True)
 
     def _finish(self, step: int) -> None:
         with self._room_for(step):
@@ -202,7 +216,10 @@ class Checkpoints:
         for old in saved_steps(self._folder)[: -self._settings.keep]:
             if _is_for_good(old, self._settings):
                 continue
-            (self._folder / str(old)).rename(self._folder / f"{old}{_DELETED}")
+            if self._folder.is_far:
+                (self._at(old) / _MARK).unlink()
+            else:
+                self._at(old).move_to(self._folder / f"{old}{_DELETED}")
         self._delete_leftovers()
 
     @contextlib.contextmanager
@@ -210,6 +227,11 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # tensorstore has a ValueError for a full disk
+            if self._folder.is_far and isinstance(error, ValueError | OSError):
+                raise UserError(
+                    f"{self._at(step)} could not be written ({error}); the checkpoints before it "
+                    "are whole; run the same command again"
+                ) from error
             if not any(words in str(error) for words in _FULL):
                 raise
             if cluster.is_first():
@@ -221,9 +243,9 @@ class Checkpoints:
 
     def _record(self, step: int) -> tuple[RunPosition, dict[str, str] | None]:
         """Position and sums by leaf; None for those that an earlier version did not write."""
-        file = self._folder / str(step) / _RECORD
+        file = self._at(step) / _RECORD
         try:
-            record = json.loads(file.read_text(encoding="utf-8"))
+            record = json.loads(file.read_bytes())
             sums, digest = record.pop("state", None), record.pop("digest", None)
             position = RunPosition(**record)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
@@ -236,11 +258,15 @@ class Checkpoints:
             raise DamagedError(f"{_RECORD} is not what was saved")
         return position, sums
 
+    def _at(self, step: int) -> Place:
+        return self._folder / str(step)
+
     def _delete_leftovers(self) -> None:
         """Delete what a killed process was writing or deleting."""
-        for path in self._folder.iterdir():
-            if _UNFINISHED in path.name or path.name.endswith(_DELETED):
-                shutil.rmtree(path, ignore_errors=True)
+        for path in self._folder.entries():
+            half = path.name.isdecimal() and not _is_whole(path)
+            if half or _UNFINISHED in path.name or path.name.endswith(_DELETED):
+                path.delete_tree(ignore_errors=True)
 
 
 def _or_damaged(restore: Callable[[], T]) -> T:
@@ -250,7 +276,7 @@ def _or_damaged(restore: Callable[[], T]) -> T:
         sys.unraisablehook = _LATE_READS
     try:
         return restore()
-    except (PermissionError, MemoryError):
+    except (PermissionError, MemoryError, CloudError):
         raise
     except Exception as error:
         if any(words in str(error) for words in _NOT_DAMAGE):

@@ -2,21 +2,26 @@
 
 import contextlib
 import dataclasses
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 import yaml
 
 from finetune.run.changes import forbidden_changes
+from finetune.run.mirror import Mirror
 from finetune.settings import ComputeDtype, RunSettings, SettingsError
 from finetune.settings_file import read_yaml, write_yaml
 from mtp_model import cluster
 from mtp_model.checkpoint.directory import COMPLETE
-from mtp_model.files.open import as_place
+from mtp_model.files.open import absolute, as_place
+from mtp_model.files.place import Place
 from mtp_model.problems import UserError
 from mtp_model.report_folder import REPORT_HTML, clear_report
+
+_LOCK = "lock"
+_SELDOM_S = 30.0
 
 
 class RunError(UserError):
@@ -25,9 +30,18 @@ class RunError(UserError):
 
 @dataclass(frozen=True, kw_only=True)
 class RunDirectory:
-    """RUN and what is in it."""
+    """RUN and what is in it.
+
+    Where it is kept in a bucket, `path` has copies of its small files, as long as it is `opened`.
+    """
 
     path: Path
+    mirror: Mirror | None = None
+
+    @property
+    def place(self) -> Place:
+        """Where the run is kept: a folder, or in a bucket."""
+        return self.mirror.there if self.mirror else as_place(self.path)
 
     @property
     def config(self) -> Path:
@@ -64,21 +78,21 @@ class RunDirectory:
         return self.path / "profile"
 
     @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+    def checkpoints(self) -> Place:
+        return self.place / "checkpoints"
 
     @property
-    def final(self) -> Path:
-        return self.path / "final"
+    def final(self) -> Place:
+        return self.place / "final"
 
     @property
-    def adapters(self) -> Path:
+    def adapters(self) -> Place:
         """With --lora.keep: adapters that are merged in `final`, by themselves."""
-        return self.path / "adapters"
+        return self.place / "adapters"
 
     @property
-    def lock(self) -> Path:
-        return self.path / "lock"
+    def lock(self) -> Place:
+        return self.place / _LOCK
 
     @property
     def finished(self) -> bool:
@@ -86,7 +100,23 @@ class RunDirectory:
 
     def is_of(self, config: Path) -> bool:
         """Whether a YAML file is the one that the run in this directory saved."""
-        return config.absolute() == self.config and self.lock.is_file()
+        same = as_place(absolute(config)) == self.place / self.config.name
+        begun = (self.place / name for name in (_LOCK, self.resolved.name))
+        return same and any(file.is_file() for file in begun)
+
+    def fetch(self) -> None:
+        """Copies of what a bucket has of the run, to be read and appended to."""
+        if self.mirror:
+            files = (self.resolved, self.metrics, self.evaluations, self.config)
+            self.mirror.fetch(*(file.name for file in files))
+
+    def send(self, *, seldom: bool = False) -> None:
+        """Bring what was written here to the bucket, where one keeps the run.
+
+        seldom: not where it was done in the last half minute.
+        """
+        if self.mirror and cluster.is_first():
+            self.mirror.send(_SELDOM_S if seldom else 0.0)
 
     def saved_settings(self) -> RunSettings | None:
         """Settings of the run that is here, None where there is none."""
@@ -106,9 +136,9 @@ class RunDirectory:
         """RunError unless a run with these settings may start or go on here. Touches nothing."""
         saved = self.saved_settings()
         if saved is None:
-            if self.path.exists() and not (self.path.is_dir() and self._is_empty()):
+            if self.place.exists() and not (self.place.is_dir() and self._is_empty()):
                 raise RunError(
-                    f"{self.path} is not empty and no run; nothing in it was touched; "
+                    f"{self.place} is not empty and no run; nothing in it was touched; "
                     "give --out another place"
                 )
             return
@@ -121,10 +151,10 @@ class RunDirectory:
         if changed:
             advice = "give the same settings to continue it, another --out, or --overwrite"
             lines = "\n  ".join(changed)
-            raise RunError(f"{self.path} is a run with other settings; {advice}:\n  {lines}")
+            raise RunError(f"{self.place} is a run with other settings; {advice}:\n  {lines}")
         if self.finished and settings.steps == saved.steps:
             raise RunError(
-                f"{self.path} is a finished run (its result is {self.final}); give --out another "
+                f"{self.place} is a finished run (its result is {self.final}); give --out another "
                 f"place, more --steps than {saved.steps} to go on, or --overwrite to train anew"
             )
 
@@ -154,21 +184,27 @@ class RunDirectory:
         cluster.wait("all have read what is here")
         if not cluster.is_first():
             cluster.wait("run is claimed")
+            self.fetch()
             yield
             return
-        self.path.mkdir(parents=True, exist_ok=True)
-        with as_place(self.lock).locked() as got:
+        self.place.make_folder()
+        with self.lock.locked() as got:
             if not got:
-                raise RunError(f"another process is training in {self.path}; wait for it or end it")
+                holder = self.lock.holder()
+                who = f" ({holder})" if holder else ""
+                where = f"{self.place}{who}"
+                raise RunError(f"another process is training in {where}; wait for it or end it")
+            self.fetch()  # another process may have gone on with it just before
             if overwrite:
                 self._delete()
             if not self.config.is_file():
                 self.resolved.write_text(f"compute_dtype: {computed_in}\n", encoding="utf-8")
+                self.send()
                 self._save(settings)
             cluster.wait("run is claimed")
             yield
 
-    def go_on_with(self, settings: RunSettings) -> Path | None:
+    def go_on_with(self, settings: RunSettings) -> Place | None:
         """Save settings that have changed; returns where a lengthened run's result is now.
 
         It keeps that name: it is a checkpoint directory like any other.
@@ -178,9 +214,9 @@ class RunDirectory:
             return None
         aside = None
         if self.finished:
-            aside = self.final.with_name(f"final-of-{saved.steps}-steps")
-            self.final.rename(aside)
-        clear_report(self.path)
+            aside = self.place / f"final-of-{saved.steps}-steps"
+            self.final.move_to(aside)
+        clear_report(self.place)
         self._save(settings)
         return aside
 
@@ -188,20 +224,35 @@ class RunDirectory:
         partial = self.config.with_suffix(".partial")
         write_yaml(settings, partial)
         partial.replace(self.config)
+        self.send()
 
     def _is_empty(self) -> bool:
-        ours = (self.lock, self.resolved, self.config.with_suffix(".partial"))
-        return all(entry in ours for entry in self.path.iterdir())
+        ours = (_LOCK, self.resolved.name, self.config.with_suffix(".partial").name)
+        return all(entry.name in ours for entry in self.place.entries())
 
     def _delete(self) -> None:
         """Delete what a run writes, and nothing else that may be there; config.yaml last."""
-        results = self.path.glob("final-of-*-steps")
-        folders = (self.final, self.adapters, self.checkpoints, self.tensorboard, self.profile)
-        for folder in (*folders, *results):
-            shutil.rmtree(folder, ignore_errors=True)
+        names = {entry.name for entry in self.place.entries()}
+        folders = {f.name for f in (self.final, self.adapters, self.checkpoints)}
+        folders |= {f.name for f in (self.tensorboard, self.profile)}
+        folders |= {name for name in names if fnmatch(name, "final-of-*-steps")}
+        for name in folders & names:
+            (self.place / name).delete_tree(ignore_errors=True)
         for file in (self.metrics, self.evaluations, self.curves, self.resolved, self.config):
-            file.unlink(missing_ok=True)
-        clear_report(self.path)
+            for copy in (as_place(file), self.place / file.name):
+                if copy.is_file():
+                    copy.unlink()
+        clear_report(self.place)
+
+
+@contextlib.contextmanager
+def opened(out: Path) -> Iterator[RunDirectory]:
+    """The run at a path or an address, with what is there of it; there need not be one."""
+    place = as_place(absolute(out))
+    with place.on_this_machine() as here:
+        run = RunDirectory(path=here, mirror=Mirror(here, place) if place.is_far else None)
+        run.fetch()
+        yield run
 
 
 def _by_text(settings: RunSettings) -> RunSettings:

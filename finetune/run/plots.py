@@ -56,13 +56,13 @@ def write_run_report(
     sections += comparison_sections(before, after) if before and after else []
     steps, evaluations = (_thinned(file) for file in (run.metrics, run.evaluations))
     plain = {
-        "run": str(run.path),
+        "run": str(run.place),
         "settings": as_plain(settings),
         "before": before and before.to_json(),
         "after": after and after.to_json(),
     }
     report = Findings(
-        title=f"Run {run.path.name}",
+        title=f"Run {run.place.name}",
         plain=plain,
         sections=sections,
         pictures=_pictures(steps, evaluations) if steps or evaluations else (),

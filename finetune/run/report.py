@@ -2,13 +2,33 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
+from jax.sharding import Mesh
+
+from finetune.devices import describe_mesh
 from finetune.generation.answers import Counts
 from finetune.objective.intervals import Interval
 from finetune.run.metrics import SourceAcceptance, Summary
+from finetune.settings import ComputeDtype, RunSettings
+from finetune.state import Split, num_parameters
 from mtp_model.reporting import Grid, Section
 
 GREEDY_TEXT = 0.99  # with this share of greedy tokens a text is the main model's own
 FOREIGN_NATS = 0.1  # a text's log-loss over the entropy, from which on it is somebody else's
+
+
+def work_sentence(
+    settings: RunSettings, computed_in: ComputeDtype, split: Split, mesh: Mesh | None
+) -> str:
+    """What a run will do, in numbers."""
+    trainable, frozen = map(num_parameters, (split.trainable, split.frozen))
+    what = {"mtp": "the MTP modules, main model frozen", "all": "main model and MTP modules"}
+    what["lora"] = f"adapters of rank {settings.lora.rank} of {what[settings.part]}"
+    row_tokens = settings.batch.rows * settings.batch.row_tokens
+    return (
+        f"training {what[settings.train]}: {trainable:,} parameters of {trainable + frozen:,}; "
+        f"{settings.steps} steps of up to {row_tokens:,} tokens, computed in {computed_in} on "
+        f"{describe_mesh(mesh)}"
+    )
 
 
 def evaluation_sections(summary: Summary, title: str) -> list[Section]:

@@ -17,6 +17,7 @@ from finetune.settings import RunSettings
 from finetune.state import TrainState
 from mtp_model import cluster
 from mtp_model.checkpoint.directory import Checkpoint
+from mtp_model.files.objects import CloudError
 
 
 def inputs_of(text: RunText, base: Checkpoint) -> dict[str, str]:
@@ -62,7 +63,7 @@ def resume(
             return state, at
     if damaged:
         raise RunError(
-            f"no checkpoint of {run.path} is whole; the same command begins anew at step 1, if no "
+            f"no checkpoint of {run.place} is whole; the same command begins anew at step 1, if no "
             "copy of a checkpoint is put there first:\n  " + "\n  ".join(damaged)
         )
     _go_on_with(run, settings, 0, console)
@@ -71,7 +72,7 @@ def resume(
 
 def _to_begin_again(checkpoints: Checkpoints, step: int, damage: DamagedError) -> RunError:
     """What one process says of a damaged checkpoint: others may have read their part of it."""
-    with contextlib.suppress(FileNotFoundError):  # another process was faster
+    with contextlib.suppress(FileNotFoundError, CloudError):  # another process was faster
         checkpoints.set_aside(step)
     return RunError(
         f"the checkpoint of step {step} is damaged ({damage}); it was set aside: run the same "
@@ -86,7 +87,7 @@ def _raise_if_changed(run: RunDirectory, at: RunPosition, inputs: dict[str, str]
     changed = [name for name in inputs if not before[name].startswith(inputs[name])]
     if changed:
         raise RunError(
-            f"{run.path} cannot be continued: {' and '.join(changed)} changed since it began; "
+            f"{run.place} cannot be continued: {' and '.join(changed)} changed since it began; "
             "restore what it was, or start anew with --overwrite"
         )
 

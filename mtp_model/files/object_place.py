@@ -133,7 +133,7 @@ class ObjectPlace(StoredObject):
 
     @contextlib.contextmanager
     def on_this_machine(self) -> Iterator[Path]:
-        with TemporaryDirectory(prefix="convert-deepseek-") as folder:
+        with TemporaryDirectory(prefix="deepseek-mtp-") as folder:
             yield Path(folder)
 
     def kvstore(self) -> dict[str, Any]:

@@ -30,9 +30,9 @@ def absolute(path: Path) -> Path:
     return path if is_address(path) else path.absolute()
 
 
-def written(path: Path) -> str:
+def written(path: object) -> str:
     """A path as the user writes it; of an address pathlib keeps one slash."""
-    return str(as_place(path)) if is_address(path) else str(path)
+    return str(as_place(str(path))) if is_address(path) else str(path)
 
 
 def object_place(address: str) -> ObjectPlace:

@@ -59,16 +59,23 @@ def test_yaml_alone_is_enough(tmp_path):
     assert command.settings.optimizer.epsilon == 1e-6
 
 
-def test_what_a_run_writes_is_on_this_machine(tmp_path):
+def test_all_but_captured_states_may_be_in_a_bucket(tmp_path):
     command = [*NEEDED[:2], "gs://b/ckpt", "--data", "gs://b/text", "--out", "gs://b/run"]
     from_words = parse(command)
     assert isinstance(from_words, TrainCommand)
     file = yaml_file(tmp_path, "checkpoint: gs://b/ckpt\ndata: gs://b/text\nout: gs://b/run\n")
     for settings in (from_words.settings, read_yaml(Path(file))):
         assert settings.checkpoint == "gs://b/ckpt"
+        check(settings)
+        write_yaml(settings, tmp_path / "again.yaml")
+        assert "out: gs://b/run\n" in (tmp_path / "again.yaml").read_text()
+        assert read_yaml(tmp_path / "again.yaml") == settings
+        moved = dataclasses.replace(settings, out=Path("gs://b/moved"))
+        assert differences(settings, moved) == {"out": "--out was gs://b/run, is now gs://b/moved"}
+        states = dataclasses.replace(settings, data=(), states=(Path("gs://b/states"),))
         with pytest.raises(SettingsError) as caught:
-            check(settings)
-        assert caught.value.faults == ["--out is gs://b/run, needed a path on this machine"]
+            check(states)
+        assert caught.value.faults == ["gs://b/states is given with --states: needed a path here"]
 
 
 def test_resolved_settings_come_back(tmp_path):

@@ -50,9 +50,12 @@ def command(point: str, count: int, signals: str, argv: list[str]) -> list[str]:
     return [sys.executable, str(script), point, str(count), signals, *argv]
 
 
-def environment(argv: list[str]) -> dict[str, str]:
-    """For processes that train one run after the other, and compile once, if they have to."""
-    compiled = Path(argv[argv.index("--out") + 1]).with_name("compiled")
+def environment(argv: list[str], beside: Path | None = None) -> dict[str, str]:
+    """For processes that train one run after the other, and compile once, if they have to.
+
+    beside: where that is kept, for a run that is in no folder.
+    """
+    compiled = (beside or Path(argv[argv.index("--out") + 1])).with_name("compiled")
     if not compiled.exists():  # a folder of their own: one that is killed leaves half a file
         shutil.copytree(jax.config.jax_compilation_cache_dir, compiled)
     return os.environ | {
@@ -63,12 +66,12 @@ def environment(argv: list[str]) -> dict[str, str]:
 
 
 def run_until(
-    point: str, count: int, signals: str, argv: list[str]
+    point: str, count: int, signals: str, argv: list[str], beside: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Train in a process of its own that is ended at a point (see killed_training.py)."""
     return subprocess.run(
         command(point, count, signals, argv),
-        env=environment(argv),
+        env=environment(argv, beside),
         capture_output=True,
         text=True,
         check=False,

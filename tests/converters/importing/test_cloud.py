@@ -4,6 +4,8 @@ import json
 import os
 import platform
 import re
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ from finetune.cli import run as finetune
 from mtp_model.checkpoint.claim import claim
 from mtp_model.checkpoint.derived import write_derived
 from mtp_model.checkpoint.directory import COMPLETE, UNFINISHED, CheckpointError, open_checkpoint
+from mtp_model.files import lock as lock_module
 from mtp_model.files.object_place import ObjectPlace
 from mtp_model.files.objects import CloudError
 from mtp_model.files.open import as_place
@@ -239,7 +242,7 @@ def test_a_lock_whose_answer_was_lost_is_ours(gcs: GcsServer, url: str):
 
 @pytest.mark.parametrize("change", [{"host": "elsewhere"}, {"namespace": "a container"}])
 def test_of_a_process_elsewhere_a_person_decides(gcs: GcsServer, url: str, change: dict):
-    lock = put_lock(gcs, url, pid=DEAD, **change)
+    lock = put_lock(gcs, url, pid=DEAD, renewed_s=None, **change)  # an earlier version's
     with pytest.raises(CheckpointError, match="another process") as told, claim(as_place(url)):
         pass
     assert f"pid {DEAD} on {change.get('host', platform.node())} since" in str(told.value)
@@ -247,6 +250,56 @@ def test_of_a_process_elsewhere_a_person_decides(gcs: GcsServer, url: str, chang
     gcs.delete(lock)
     with claim(as_place(url)):
         pass
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_lock_of_elsewhere_is_taken_over_once_nobody_writes_it(
+    gcs: GcsServer, url: str, monkeypatch: pytest.MonkeyPatch, shared: bool
+):
+    monkeypatch.setattr(lock_module, "_SILENT_S", 0.5)
+    monkeypatch.setattr(lock_module, "_POLL_S", 0.05)
+    lock = put_lock(gcs, url, host="elsewhere")
+    record, ended = gcs.content(lock), threading.Event()
+
+    def renew() -> None:
+        while not ended.wait(0.05):
+            gcs.put(lock, record)
+
+    thread = threading.Thread(target=renew)
+    thread.start()
+    with pytest.raises(CheckpointError, match="on elsewhere since"), claim(as_place(url)):
+        pass
+    ended.set()
+    thread.join()
+    with claim(as_place(url), shared=shared):
+        pass
+
+
+def test_a_lock_is_written_anew_while_it_is_held(
+    gcs: GcsServer, url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Who finds the own one deleted or taken over ends, whatever it is doing."""
+    monkeypatch.setattr(lock_module, "_RENEWED_S", 0.05)
+    ended = threading.Event()
+    monkeypatch.setattr(lock_module.os, "_exit", lambda status: status == 1 and ended.set())
+    lock = ObjectPlace(BUCKET, f"{key(url)}/lock")
+    with lock.locked() as got:
+        assert got
+        seen, deadline = lock.generation(), time.monotonic() + 20
+        while lock.generation() == seen:
+            assert time.monotonic() < deadline
+        gcs.lost.add(lock.key)  # an answer that does not arrive changes nothing
+        while lock.key in gcs.lost:
+            assert time.monotonic() < deadline
+        with lock.locked() as second:
+            assert not second
+    assert not lock.exists()
+    assert not ended.is_set()
+    with lock.locked():
+        gcs.put(lock.key, json.dumps({"token": "another"}).encode())
+        assert ended.wait(20)
+    assert lock.exists(), "it is another's"
+    assert f"{lock} was deleted or taken over" in capsys.readouterr().err
 
 
 def test_what_is_not_ours_is_not_touched(gcs: GcsServer, url: str, src: Path):

@@ -179,6 +179,10 @@ def test_wrong_usage_is_said(settings, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "--rows is 0, needed 1 or more" in said
     assert "a.txt, needed a name that ends with .jsonl" in said
+    assert cli.run(["generate", *arguments, "--out", "gs://b/a.jsonl"]) == 2
+    assert "--out is gs://b/a.jsonl, needed a path on this machine" in capsys.readouterr().err
+    assert cli.run(["capture", *arguments, "--out", "gs://b/states"]) == 2
+    assert "--out is gs://b/states, needed a path on this machine" in capsys.readouterr().err
 
 
 def told(settings: GenerateSettings) -> str:
