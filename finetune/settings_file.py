@@ -19,13 +19,13 @@ def read_yaml(path: Path) -> RunSettings:
     try:
         values = yaml.safe_load(as_place(path).read_bytes().decode("utf-8"))
     except OSError as error:
-        raise SettingsError(str(path), [f"cannot be read: {error.strerror}"]) from error
+        raise SettingsError(written(path), [f"cannot be read: {error.strerror}"]) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(str(path), [f"is not YAML: {error}"]) from error
+        raise SettingsError(written(path), [f"is not YAML: {error}"]) from error
     faults: list[str] = []
     settings = _filled(blank(), {} if values is None else values, "", faults)
     if faults:
-        raise SettingsError(str(path), faults)
+        raise SettingsError(written(path), faults)
     return settings
 
 

@@ -250,6 +250,8 @@ class Checkpoints:
             position = RunPosition(**record)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             raise DamagedError(f"{_RECORD} is missing") from None
+        except CloudError:
+            raise
         except (ValueError, TypeError, AttributeError, RecursionError):
             raise DamagedError(f"{_RECORD} is not what was saved") from None
         earlier = sums is None and digest is None

@@ -104,6 +104,12 @@ class RunDirectory:
         begun = (self.place / name for name in (_LOCK, self.resolved.name))
         return same and any(file.is_file() for file in begun)
 
+    @property
+    def began_s(self) -> float:
+        """When the run that is here began, in seconds since 1970."""
+        first = self.place / self.resolved.name
+        return (first if first.is_file() else self.place / self.config.name).written_s()
+
     def fetch(self) -> None:
         """Copies of what a bucket has of the run, to be read and appended to."""
         if self.mirror:
@@ -170,7 +176,8 @@ class RunDirectory:
         if found not in ("float32", "bfloat16"):
             what = "does not say what --compute-dtype auto stood for when the run began"
             advice = "write `compute_dtype: float32` or `compute_dtype: bfloat16` into it"
-            raise SettingsError(str(self.resolved), [f"{what}; {advice}"])
+            where = self.place / self.resolved.name
+            raise SettingsError(str(where), [f"{what}; {advice}"])
         return found
 
     @contextlib.contextmanager

@@ -18,6 +18,11 @@ from finetune.state import TrainState
 from mtp_model import cluster
 from mtp_model.checkpoint.directory import Checkpoint
 from mtp_model.files.objects import CloudError
+from mtp_model.files.open import as_place
+from mtp_model.files.place import Place
+
+_LOOKED_AT = 1000  # files of the data, each of which may be a request
+_NAMED = 5
 
 
 def inputs_of(text: RunText, base: Checkpoint) -> dict[str, str]:
@@ -47,7 +52,7 @@ def resume(
     for step in checkpoints.steps():
         try:
             at = checkpoints.position(step)
-            _raise_if_changed(run, at, inputs)
+            _raise_if_changed(run, at, inputs, settings)
             state = checkpoints.restore(step, first_state)
         except DamagedError as damage:
             if cluster.count() > 1:
@@ -80,16 +85,34 @@ def _to_begin_again(checkpoints: Checkpoints, step: int, damage: DamagedError) -
     )
 
 
-def _raise_if_changed(run: RunDirectory, at: RunPosition, inputs: dict[str, str]) -> None:
+def _raise_if_changed(
+    run: RunDirectory, at: RunPosition, inputs: dict[str, str], settings: RunSettings
+) -> None:
     """RunError when data or weights are not those that a checkpoint was trained with."""
     before = at.inputs or {}
     # Earlier versions had the digest of the held-out text behind that of the data.
     changed = [name for name in inputs if not before[name].startswith(inputs[name])]
     if changed:
+        newer = _written_since(run, settings) if "data" in changed else ""
         raise RunError(
             f"{run.place} cannot be continued: {' and '.join(changed)} changed since it began; "
-            "restore what it was, or start anew with --overwrite"
+            f"restore what it was, or start anew with --overwrite{newer}"
         )
+
+
+def _written_since(run: RunDirectory, settings: RunSettings) -> str:
+    """Which files of the data were written after the run began: what people look for first."""
+    files = [file for path in (*settings.data, *settings.states) for file in _files(as_place(path))]
+    began_s = run.began_s
+    newer = [str(file) for file in files[:_LOOKED_AT] if file.written_s() > began_s]
+    if not newer:
+        return ""
+    more = f" and {len(newer) - _NAMED} more" if len(newer) > _NAMED else ""
+    return f"; written since then: {', '.join(newer[:_NAMED])}{more}"
+
+
+def _files(place: Place) -> list[Place]:
+    return [place] if place.is_file() else [place / name for name in sorted(place.sizes())]
 
 
 def _go_on_with(run: RunDirectory, settings: RunSettings, done: int, console: Console) -> None:

@@ -86,7 +86,7 @@ def test_data_that_changed_before_a_run_continued(src, data, tmp_path, capsys, w
     data.write_text(before + json.dumps({"text": "one more"}) + "\n")
     message = train(capsys, ckpt, data, "--checkpoints.every", "1")
     assert message
-    assert "restore what it was, or start anew with --overwrite" in message
+    assert f"or start anew with --overwrite; written since then: {data}" in message
     options = ["--checkpoints.every", "1"]
     if way == "restore":
         data.write_text(before)

@@ -20,7 +20,7 @@ from finetune import cli
 from finetune.run.checkpoints import Checkpoints, DamagedError, RunPosition, saved_steps
 from finetune.run.directory import RunError, opened
 from finetune.run.mirror import Mirror
-from finetune.settings import CheckpointSettings, RunSettings
+from finetune.settings import CheckpointSettings, RunSettings, SettingsError
 from finetune.settings_file import read_yaml, write_yaml
 from finetune.train import Result
 from mtp_model.files.object_place import ObjectPlace
@@ -210,6 +210,9 @@ def test_overwrite_deletes_only_what_a_run_wrote(
 ):
     write_yaml(dataclasses.replace(settings, seed=9), tmp_path / "config.yaml")
     gcs.put(f"{key_of(url)}/config.yaml", (tmp_path / "config.yaml").read_bytes())
+    with opened(Path(url)) as run, pytest.raises(SettingsError, match=f"{url}/resolved.yaml"):
+        run.raise_unless_usable(settings, overwrite=False)
+    gcs.put(f"{key_of(url)}/resolved.yaml", b"compute_dtype: float32\n")
     written = ("metrics.jsonl", "report.html", "checkpoints/3/a", "final/b", "final-of-4-steps/c")
     for name in (*written, "notes.txt", "final-words/d"):
         gcs.put(f"{key_of(url)}/{name}", b"")
