@@ -20,6 +20,7 @@ from finetune import cli
 from finetune.run.checkpoints import Checkpoints, DamagedError, RunPosition, saved_steps
 from finetune.run.directory import RunError, opened
 from finetune.run.mirror import Mirror
+from finetune.run.resuming import _raise_if_changed
 from finetune.settings import CheckpointSettings, RunSettings, SettingsError
 from finetune.settings_file import read_yaml, write_yaml
 from finetune.train import Result
@@ -125,6 +126,26 @@ def test_the_newest_are_kept_and_give_back_what_was_saved(
     for step in (2, 3):
         assert checkpoints.position(step).step == step
         assert as_bytes(checkpoints.restore(step, state(0))) == as_bytes(state(step))
+
+
+def test_checkpoints_are_copied_either_way(gcs: GcsServer, url: str, tmp_path: Path):
+    here = Checkpoints(tmp_path / "here", KEPT)
+    save(here, 1)
+    here.close()
+    for name, content in tree_bytes(tmp_path / "here").items():
+        gcs.put(f"{key_of(url)}/{name}", content)
+    there = Checkpoints(as_place(url), KEPT)
+    assert list(there.steps()) == [1]
+    assert as_bytes(there.restore(1, state(0))) == as_bytes(state(1))
+    save(there, 2)
+    there.close()
+    for name, content in gcs.contents(key_of(url)).items():
+        (tmp_path / "back" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "back" / name).write_bytes(content)
+    back = Checkpoints(tmp_path / "back", KEPT)
+    assert list(back.steps()) == [2, 1]
+    assert as_bytes(back.restore(2, state(0))) == as_bytes(state(2))
+    back.close()
 
 
 def test_what_a_kill_leaves_of_a_checkpoint_is_none(
@@ -241,6 +262,19 @@ def test_a_longer_run_keeps_its_result_by_another_name(
         *("config.yaml", "resolved.yaml", "final-of-7-steps/COMPLETE", "final-of-7-steps/a"),
     }
     assert b"steps: 9\n" in found["config.yaml"]
+
+
+def test_objects_that_were_written_since_are_named(gcs: GcsServer, url: str, settings: RunSettings):
+    gcs.put(f"{key_of(url)}/text/before.jsonl", b"")
+    far = dataclasses.replace(settings, data=(Path(f"{url}/text"),))
+    with opened(Path(f"{url}/run")) as run, run.claim(far, "float32", overwrite=False):
+        at = RunPosition(step=1, inputs={"data": "old"})
+        for name in ("b", "a"):
+            gcs.put(f"{key_of(url)}/text/{name}.jsonl", b"")
+        newer = f"with --overwrite; written since then: {url}/text/a.jsonl, {url}/text/b.jsonl$"
+        with pytest.raises(RunError, match=newer):
+            _raise_if_changed(run, at, {"data": "new"}, far)
+        _raise_if_changed(run, at, {"data": "old"}, far)
 
 
 def test_what_has_changed_is_sent_whole(gcs: GcsServer, url: str, tmp_path: Path):
