@@ -39,9 +39,9 @@ class Served(NamedTuple):
     """
 
     run: Callable[[jax.Array, jax.Array, Any], jax.Array]  # rows, expert, weights -> [M, D]
-    # d_out, rows, expert, weights -> what `run` gives, and gradients of rows and of weights (None
-    # for those that have none)
-    gradient: Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array, Any]]
+    # d_out, rows, scale [M], expert, weights -> of scale times what `run` gives, gradients of rows,
+    # of scale and of weights (None for those that have none)
+    gradient: Callable[..., tuple[jax.Array, jax.Array, Any]]
 
 
 class _Shape(NamedTuple):
@@ -168,12 +168,12 @@ def _round_gradient(shape: _Shape, served: Served, seats: _Seats, inputs, own, d
     x_TD, weights_TK = inputs
     d_rows_MD = gather_or_zero(d_out_TD, seats.token_of_slot_M)
     weight_M1 = gather_or_zero(weights_TK.reshape(-1, 1), seats.row_of_slot_M)
-    d_sent_MD = _exchange(shape, d_rows_MD * weight_M1.astype(d_rows_MD.dtype))
-    out_MD, d_received_MD, d_own = served.gradient(d_sent_MD, *_send(shape, seats, x_TD), own)
-    d_weight_M = jnp.einsum(
-        "md,md->m", _exchange(shape, out_MD), d_rows_MD, preferred_element_type=jnp.float32
+    rows_MD, expert_M = _send(shape, seats, x_TD)
+    d_received_MD, d_weight_M, d_own = served.gradient(
+        _exchange(shape, d_rows_MD), rows_MD, _exchange(shape, weight_M1[:, 0]), expert_M, own
     )
-    d_weights_TK = gather_or_zero(d_weight_M[:, None], seats.slot_of_row_TK)[..., 0]
+    d_weight_M1 = _exchange(shape, d_weight_M)[:, None]
+    d_weights_TK = gather_or_zero(d_weight_M1, seats.slot_of_row_TK)[..., 0]
     ones = jnp.ones_like(weights_TK)
     d_x_TD = _sum_choices(_exchange(shape, d_received_MD), seats.slot_of_row_TK, ones)
     return (d_x_TD, d_weights_TK), d_own

@@ -1,8 +1,8 @@
 """Products of rows with the matrix of the expert each row belongs to.
 
-M rows, I in, O out, L local experts, R rank of adapters. Two ways with one result: `lax.ragged_dot`
-where XLA has a grouped kernel (TPU), blocks of rows padded to one expert each elsewhere (there
-`ragged_dot` costs L times the FLOPs).
+M rows, S rows sorted by expert, I in, O out, L local experts, R rank of adapters. Two ways with one
+result: `lax.ragged_dot` where XLA has a grouped kernel (TPU), one expert after the other elsewhere
+(there `ragged_dot` costs L times the FLOPs), some of its rows at a time.
 """
 
 from typing import NamedTuple
@@ -48,14 +48,14 @@ _ragged_product.defvjp(_ragged_forward, _ragged_backward)
 
 
 class Adapted(NamedTuple):
-    """Frozen matrices of experts, and what is added to their products: B (A x)."""
+    """Frozen matrices of experts, or of one, and what is added to their products: B (A x)."""
 
-    weight_LOI: Float[Array, "L O I"]
-    a_LRI: Float[Array, "L R I"]
-    b_LOR: Float[Array, "L O R"]
+    weight_LOI: Float[Array, "*L O I"]
+    a_LRI: Float[Array, "*L R I"]
+    b_LOR: Float[Array, "*L O R"]
 
 
-Projection = Float[Array, "L _ _"] | Adapted  # [L, O, I]
+Projection = Float[Array, "*L _ _"] | Adapted  # [L, O, I], or [O, I] of one expert
 
 
 def _through(product, rows, projection: Projection):
@@ -67,14 +67,20 @@ def _through(product, rows, projection: Projection):
     return product(rows, frozen) + product(narrow, projection.b_LOR)
 
 
-def _swiglu(by_expert, rows, gate, up, down):
+def _swiglu(by_expert, rows, gate, up, down, scale_M=None):
+    """scale: what each row of the result is multiplied by. It is before the last product, so that
+    its gradient needs no result of that."""
+
     def product(rows, projection):
         return _through(by_expert, rows, projection)
 
-    return product(jax.nn.silu(product(rows, gate)) * product(rows, up), down)
+    inner = jax.nn.silu(product(rows, gate)) * product(rows, up)
+    if scale_M is not None:
+        inner = (inner.astype(jnp.float32) * scale_M[:, None]).astype(inner.dtype)
+    return product(inner, down)
 
 
-def _ragged_ffn(rows_MD, expert_M, gate, up, down):
+def _ragged_ffn(rows_MD, expert_M, gate, up, down, scale_M=None):
     num_local, num_rows = jax.tree.leaves(gate)[0].shape[0], rows_MD.shape[0]
     order = jnp.argsort(expert_M)
     position = inverse_permutation(order)
@@ -83,11 +89,21 @@ def _ragged_ffn(rows_MD, expert_M, gate, up, down):
     def product(rows, weight):
         return _ragged_product(rows, weight, sizes_L)
 
-    out = _swiglu(product, move_rows(rows_MD, order, position[:, None]), gate, up, down)
+    if scale_M is not None:
+        scale_M = move_rows(scale_M[:, None], order, position[:, None])[:, 0]
+    rows_MD = move_rows(rows_MD, order, position[:, None])
+    out = _swiglu(product, rows_MD, gate, up, down, scale_M)
     # Rows past the last group are undefined in a ragged product.
-    grouped = jnp.arange(num_rows) < jnp.sum(sizes_L)
-    out = jnp.where(grouped[:, None], out, jnp.zeros((), out.dtype))
-    return move_rows(out, position, order[:, None])
+    grouped = jnp.broadcast_to(jnp.arange(num_rows) < jnp.sum(sizes_L), out.shape[::-1]).T
+    return move_rows(lax.select(grouped, out, jnp.zeros_like(out)), position, order[:, None])
+
+
+def _ragged_gradient(d_out_MD, rows_MD, scale_M, expert_M, *weights):
+    def scaled(rows_MD, scale_M, *weights):
+        return _ragged_ffn(rows_MD, expert_M, *weights, scale_M)
+
+    d_rows_MD, d_scale_M, *d_weights = jax.vjp(scaled, rows_MD, scale_M, *weights)[1](d_out_MD)
+    return d_rows_MD, d_scale_M, tuple(d_weights)
 
 
 def block_rows(num_rows: int, num_experts: int) -> int:
@@ -96,38 +112,97 @@ def block_rows(num_rows: int, num_experts: int) -> int:
     return min(max(1 << (share.bit_length() - 1), SMALLEST_BLOCK), LARGEST_BLOCK)
 
 
-def _block_layout(expert_M, num_local: int, block: int, num_blocks: int):
-    """Where each row goes when every expert's rows are padded to whole blocks.
+class _Sorted(NamedTuple):
+    """Rows sorted by expert, and between which of them each expert's are."""
 
-    Returns slot_M (num_blocks * block for rows of no local expert), row_of_slot, expert_of_block.
-    """
-    num_rows = expert_M.shape[0]
-    local = expert_M < num_local
-    own_ML = expert_M[:, None] == jnp.arange(num_local)[None]
-    rank_ML = jnp.cumsum(own_ML, axis=0) - 1
-    blocks_L = -(-jnp.sum(own_ML, axis=0) // block)
-    first_slot_L = (jnp.cumsum(blocks_L) - blocks_L) * block
-    expert = jnp.minimum(expert_M, num_local - 1)
-    rank_M = jnp.take_along_axis(rank_ML, expert[:, None], axis=1)[:, 0]
-    slot_M = jnp.where(local, first_slot_L[expert] + rank_M, num_blocks * block)
-    empty = jnp.full((num_blocks * block,), num_rows)
-    row_of_slot = empty.at[slot_M].set(jnp.arange(num_rows), mode="drop", unique_indices=True)
-    expert_of_block = jnp.repeat(jnp.arange(num_local), blocks_L, total_repeat_length=num_blocks)
-    return slot_M, row_of_slot, expert_of_block
+    order_M: Int[Array, "M"]
+    start_L: Int[Array, "L"]
+    end_L: Int[Array, "L"]
+    block: int  # rows that are computed at a time
+
+    @classmethod
+    def of(cls, expert_M, num_local: int) -> "_Sorted":
+        end_L = jnp.cumsum(jnp.bincount(expert_M, length=num_local + 1)[:num_local])
+        start_L = jnp.pad(end_L[:-1], (1, 0))
+        return cls(jnp.argsort(expert_M), start_L, end_L, block_rows(len(expert_M), num_local))
+
+    def there(self, x_M):
+        """Sorted, with room behind them for a block that begins at the last row."""
+        return jnp.pad(x_M[self.order_M], [(0, self.block)] + [(0, 0)] * (x_M.ndim - 1))
+
+    def back(self, x_S):
+        """What was computed of sorted rows, 0 of rows of no expert."""
+        num_rows = len(self.order_M)
+        served = jnp.arange(num_rows) < self.end_L[-1]
+        x_M = jnp.where(jnp.expand_dims(served, range(1, x_S.ndim)), x_S[:num_rows], 0)
+        return x_M[inverse_permutation(self.order_M)]
+
+    def slice(self, x_S, first):
+        return lax.dynamic_slice_in_dim(x_S, first, self.block)
+
+    def over_blocks(self, start, end, step, total):
+        """step(first row, total) for each block of an expert. What it writes of the rows behind
+        the last one is written over by the experts after it."""
+
+        def body(state):
+            first, total = state
+            return first + self.block, step(first, total)
+
+        return lax.while_loop(lambda state: state[0] < end, body, (start, total))[1]
 
 
-def _blocked_ffn(rows_MD, expert_M, gate, up, down):
-    num_rows, num_local = rows_MD.shape[0], jax.tree.leaves(gate)[0].shape[0]
-    block = block_rows(num_rows, num_local)
-    num_blocks = -(-num_rows // block) + num_local
-    slot_M, row_of_slot, expert_of_block = _block_layout(expert_M, num_local, block, num_blocks)
-    blocks = move_rows(rows_MD, row_of_slot, slot_M[:, None]).reshape(num_blocks, block, -1)
+def _by_matrix(rows, weight):
+    return jnp.einsum("mi,oi->mo", rows, weight)
 
-    def product(rows, weight):
-        return jnp.einsum("bmi,boi->bmo", rows, weight[expert_of_block])
 
-    out = _swiglu(product, blocks, gate, up, down).reshape(num_blocks * block, -1)
-    return move_rows(out, slot_M, row_of_slot[:, None])
+def _looped_ffn(rows_MD, expert_M, *weights):
+    where = _Sorted.of(expert_M, jax.tree.leaves(weights)[0].shape[0])
+    rows_SD = where.there(rows_MD)
+
+    def of_expert(out_SD, args):
+        start, end, own = args
+
+        def of_block(first, out_SD):
+            part = _swiglu(_by_matrix, where.slice(rows_SD, first), *own)
+            return lax.dynamic_update_slice_in_dim(out_SD, part, first, 0)
+
+        return where.over_blocks(start, end, of_block, out_SD), None
+
+    each = (where.start_L, where.end_L, weights)
+    return where.back(lax.scan(of_expert, jnp.zeros_like(rows_SD), each)[0])
+
+
+def _looped_gradient(d_out_MD, rows_MD, scale_M, expert_M, *weights):
+    where = _Sorted.of(expert_M, jax.tree.leaves(weights)[0].shape[0])
+    given = tuple(map(where.there, (rows_MD, scale_M, d_out_MD)))
+
+    def of_expert(total, args):
+        start, end, own = args
+
+        def of_block(first, state):
+            (d_rows_SD, d_scale_S), d_own = state
+            rows, scale, d_out = (where.slice(x, first) for x in given)
+            inside = first + jnp.arange(where.block) < end
+            d_out = jnp.where(inside[:, None], d_out, jnp.zeros((), d_out.dtype))
+
+            def scaled(rows, scale, own):
+                return _swiglu(_by_matrix, rows, *own, scale)
+
+            d_rows, d_scale, d_more = jax.vjp(scaled, rows, scale, own)[1](d_out)
+            written = (
+                lax.dynamic_update_slice_in_dim(d_rows_SD, d_rows, first, 0),
+                lax.dynamic_update_slice_in_dim(d_scale_S, d_scale, first, 0),
+            )
+            return written, jax.tree.map(lambda x, y: x + y.astype(x.dtype), d_own, d_more)
+
+        none = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), own)
+        total, d_own = where.over_blocks(start, end, of_block, (total, none))
+        return total, jax.tree.map(lambda x, y: x.astype(y.dtype), d_own, own)
+
+    each = (where.start_L, where.end_L, weights)
+    nothing = jax.tree.map(jnp.zeros_like, given[:2])
+    (d_rows_SD, d_scale_S), d_weights = lax.scan(of_expert, nothing, each)
+    return where.back(d_rows_SD), where.back(d_scale_S), d_weights
 
 
 def expert_ffn(
@@ -146,28 +221,22 @@ def expert_ffn(
 
     To be differentiated by `expert_ffn_gradient`: JAX would take the choice by platform as a
     `cond`, which keeps the residuals of every branch, those of the branches that did not run as
-    zeros: on TPU the weights of every block of rows, three times 9.2 GiB for a layer of V3.
+    zeros, and no loop of a number of rounds that depends on the load.
     """
     args = (rows_MD, expert_M, gate, up, down)
-    return lax.platform_dependent(*args, tpu=_ragged_ffn, default=_blocked_ffn)
+    return lax.platform_dependent(*args, tpu=_ragged_ffn, default=_looped_ffn)
 
 
 def expert_ffn_gradient(
     d_out_MD: Float[Array, "M D"],
     rows_MD: Float[Array, "M D"],
+    scale_M: Float[Array, "M"],
     expert_M: Int[Array, "M"],
     *weights: Projection,
-) -> tuple[Float[Array, "M D"], Float[Array, "M D"], tuple[Projection, ...]]:
-    """What `expert_ffn` gives, and the gradients of rows and weights; 0 of those with adapters."""
+) -> tuple[Float[Array, "M D"], Float[Array, "M"], tuple[Projection, ...]]:
+    """Gradients of rows, scale and weights, of `scale` times what `expert_ffn` gives.
 
-    def by(ffn):
-        def gradient(d_out_MD, rows_MD, expert_M, *weights):
-            out, pull_back = jax.vjp(lambda rows, *w: ffn(rows, expert_M, *w), rows_MD, *weights)
-            return out, *pull_back(d_out_MD)
-
-        return gradient
-
-    out, d_rows, *d_weights = lax.platform_dependent(
-        d_out_MD, rows_MD, expert_M, *weights, tpu=by(_ragged_ffn), default=by(_blocked_ffn)
-    )
-    return out, d_rows, tuple(d_weights)
+    Those of weights that have adapters are 0.
+    """
+    args = (d_out_MD, rows_MD, scale_M, expert_M, *weights)
+    return lax.platform_dependent(*args, tpu=_ragged_gradient, default=_looped_gradient)

@@ -161,11 +161,11 @@ def _served(block: tuple[int, int] | None, dtype: jnp.dtype) -> Served:
     def run(rows_MD, expert_M, stored):
         return expert_ffn(rows_MD, expert_M, *ready(stored))
 
-    def gradient(d_out_MD, rows_MD, expert_M, stored):
-        out_MD, d_rows_MD, d_weights = expert_ffn_gradient(
-            d_out_MD, rows_MD, expert_M, *ready(stored)
+    def gradient(d_out_MD, rows_MD, scale_M, expert_M, stored):
+        d_rows_MD, d_scale_M, d_weights = expert_ffn_gradient(
+            d_out_MD, rows_MD, scale_M, expert_M, *ready(stored)
         )
-        return out_MD, d_rows_MD, tuple(map(_of_trained, stored, d_weights))
+        return d_rows_MD, d_scale_M, tuple(map(_of_trained, stored, d_weights))
 
     return Served(run, gradient)
 

@@ -93,24 +93,38 @@ def _experts(c: ModelConfig) -> float:
     return c.hidden_size * (3 * c.moe_intermediate_size * used + c.n_routed_experts)
 
 
-def program_flops(jaxpr: Any, *, ragged: bool) -> float:
+def program_flops(jaxpr: Any) -> float:
     """Of all devices together, recomputation too; loops as often as they run.
 
-    The rounds in which tokens are brought to experts count once, as under a balanced load.
-    ragged: whether the platform takes the grouped product (TPU) where there is a choice.
+    The rounds in which tokens are brought to experts count once, as under a balanced load. Where a
+    platform has a choice the grouped product counts (TPU's); the loop over experts of the others
+    computes as much, and some rows of padding. What nobody reads is not computed.
     """
-    return sum(_of_equation(equation, ragged) for equation in jaxpr.eqns)
+    return sum(map(_of_equation, _read(jaxpr)))
 
 
-def _of_equation(equation: Any, ragged: bool) -> float:
+def _read(jaxpr: Any) -> Iterator[Any]:
+    """The equations whose results are used, last one first."""
+    used = set(filter(_is_variable, jaxpr.outvars))
+    for equation in reversed(jaxpr.eqns):
+        if equation.effects or used.intersection(equation.outvars):
+            used.update(filter(_is_variable, equation.invars))
+            yield equation
+
+
+def _is_variable(value: Any) -> bool:
+    return isinstance(value, core.Var)
+
+
+def _of_equation(equation: Any) -> float:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         return _of_product(equation)
     if name in _RAGGED:
         return _of_ragged_product(equation)
     if name == "cond":
-        return _of_choice(params["branches"], ragged)
-    inner = sum(program_flops(jaxpr, ragged=ragged) for jaxpr in _inner(params))
+        return _of_choice(params["branches"])
+    inner = sum(map(program_flops, _inner(params)))
     if name == "scan":
         return inner * params["length"]
     if name == "shard_map":
@@ -118,12 +132,10 @@ def _of_equation(equation: Any, ragged: bool) -> float:
     return inner
 
 
-def _of_choice(branches: Any, ragged: bool) -> float:
-    """The branch of a platform where only some have the grouped product, else the largest."""
+def _of_choice(branches: Any) -> float:
+    """The largest of those that have the grouped product, where some have, else of all."""
     grouped = [branch for branch in branches if _has_ragged(branch.jaxpr)]
-    others = [branch for branch in branches if branch not in grouped]
-    taken = (grouped if ragged else others) if grouped and others else branches
-    return max(program_flops(branch.jaxpr, ragged=ragged) for branch in taken)
+    return max(program_flops(branch.jaxpr) for branch in grouped or branches)
 
 
 def _has_ragged(jaxpr: Any) -> bool:

@@ -283,7 +283,7 @@ def _compiled(settings: PlanSettings, work: Workload, place: Slice, shape: MeshS
         formula = adapted_flops(work.config, settings.part, _sizes(step), *size)
     else:
         formula = model_flops(work.config, settings.part, *size, captured=settings.captured)
-    of_program = program_flops(step.traced.jaxpr.jaxpr, ragged=place.family is not None)
+    of_program = program_flops(step.traced.jaxpr.jaxpr)
     tokens = rows * settings.row_tokens
     terms = terms_of(place, work, settings.part, shape, of_program, memory, tokens)
     step_s = sum(terms.values()) if terms else None
