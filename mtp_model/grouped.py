@@ -100,7 +100,7 @@ def _ragged_ffn(rows_MD, expert_M, gate, up, down, scale_M=None):
 
 def _ragged_gradient(d_out_MD, rows_MD, scale_M, expert_M, *weights):
     def scaled(rows_MD, scale_M, *weights):
-        return _ragged_ffn(rows_MD, expert_M, *weights, scale_M)
+        return _ragged_ffn(rows_MD, expert_M, *weights, scale_M=scale_M)
 
     d_rows_MD, d_scale_M, *d_weights = jax.vjp(scaled, rows_MD, scale_M, *weights)[1](d_out_MD)
     return d_rows_MD, d_scale_M, tuple(d_weights)
@@ -186,7 +186,7 @@ def _looped_gradient(d_out_MD, rows_MD, scale_M, expert_M, *weights):
             d_out = jnp.where(inside[:, None], d_out, jnp.zeros((), d_out.dtype))
 
             def scaled(rows, scale, own):
-                return _swiglu(_by_matrix, rows, *own, scale)
+                return _swiglu(_by_matrix, rows, *own, scale_M=scale)
 
             d_rows, d_scale, d_more = jax.vjp(scaled, rows, scale, own)[1](d_out)
             written = (
