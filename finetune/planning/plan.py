@@ -33,7 +33,15 @@ from finetune.devices import (
 from finetune.optimizer import abstract_initial, make_optimizer
 from finetune.planning.estimate import terms_of
 from finetune.planning.flops import adapted_flops, model_flops, program_flops
-from finetune.planning.slices import FAMILIES, HERE, Slice, family_of, memory_in, open_slice
+from finetune.planning.slices import (
+    FAMILIES,
+    HERE,
+    Slice,
+    family_of,
+    memory_in,
+    open_slice,
+    refusal,
+)
 from finetune.settings import (
     LoraSettings,
     MeshSettings,
@@ -271,7 +279,7 @@ def _compiled(settings: PlanSettings, work: Workload, place: Slice, shape: MeshS
         except jax.errors.JaxRuntimeError as error:
             needed, has = memory_in(error)
             if has is None:
-                raise
+                raise refusal(place, error) from error
         report(3, 3)
     if memory is not None:
         kept = memory.output_size_in_bytes - memory.alias_size_in_bytes

@@ -23,6 +23,7 @@ HERE = "here"  # the topology of the devices of this machine
 
 # What libtpu is told where there is no TPU: ask nobody for one, and let others load it too.
 _WITHOUT_A_TPU = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+_MOST_SAID = 800  # characters of what the compiler says
 _AVAILABLE = re.compile(r"available HBM \(([\d.]+)G\)|of ([\d.]+)G hbm")
 
 
@@ -124,6 +125,12 @@ def memory_in(error: Exception) -> tuple[int | None, int | None]:
     needed = re.search(r"Used ([\d.]+)G of|memory required[^(]*\(([\d.]+)G\)", said)
     has = _AVAILABLE.search(said)
     return _gibibytes(needed), _gibibytes(has)
+
+
+def refusal(place: Slice, error: Exception) -> UserError:
+    """What the compiler says of a step that it cannot compile at all."""
+    said = " ".join(str(error).split())[:_MOST_SAID]
+    return UserError(f"{place.name}: the compiler refuses the step, not for want of HBM: {said}")
 
 
 def _gibibytes(found: re.Match[str] | None) -> int | None:

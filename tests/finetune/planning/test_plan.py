@@ -146,6 +146,11 @@ def test_the_compilers_words_are_read():
     said = "Ran out of memory in memory space hbm. Used 133.20G of 95.73G hbm. Exceeded hbm by 37G"
     assert slices.memory_in(RuntimeError(said)) == (int(133.2 * 2**30), int(95.73 * 2**30))
     assert slices.memory_in(RuntimeError("something else")) == (None, None)
+    refused = slices.refusal(slices.open_slice(slices.HERE), RuntimeError("E1001: vmem\n" * 999))
+    assert str(refused).startswith(
+        "here: the compiler refuses the step, not for want of HBM: E1001"
+    )
+    assert len(str(refused)) < 1000
 
 
 def test_a_config_alone_says_what_is_stored_in_fp8(checkpoint, tmp_path, capsys):
