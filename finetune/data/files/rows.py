@@ -3,6 +3,7 @@
 The libraries are those of the extra `data`, and are needed for their own files alone.
 """
 
+import importlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -114,9 +115,8 @@ def _plain(value: Any) -> Any:
 def _unpack_array_record(file: BinaryIO, out: BinaryIO) -> None:
     """Records of JSON as they are, those of TensorFlow as JSON."""
     try:
-        from array_record.python import (  # pyright: ignore[reportMissingImports]
-            array_record_module,
-        )
+        # Compiled, without types: by its name, since what a checker says depends on what is there.
+        array_record_module = importlib.import_module("array_record.python.array_record_module")
     except ImportError as error:
         raise FileError(f"needs array-record, {_EXTRA}") from error
     reader = array_record_module.ArrayRecordReader(
