@@ -116,8 +116,12 @@ def parse(form: str, content: bytes, header: tuple[str, ...]) -> Any:
 
 
 def loads(text: str | bytes) -> Any:
-    """A value of JSON in which no key is given twice: of two values one would be lost."""
-    return json.loads(text, object_pairs_hook=unique_members)
+    """A value of JSON in which no key is given twice: of two values one would be lost.
+
+    Bytes are UTF-8: json itself would guess at UTF-16, in which lines end elsewhere.
+    """
+    decoded = text.decode() if isinstance(text, bytes) else text
+    return json.loads(decoded, object_pairs_hook=unique_members)
 
 
 def read_header(file: BinaryIO) -> tuple[str, ...]:

@@ -80,9 +80,10 @@ def test_every_malformed_line_is_reported_at_once(tmp_path):
         {"prompt": "a", "completion": "b", "response": "c"},
     )
     (tmp_path / "broken.txt").write_bytes(b"abc\xff")
+    (wide := tmp_path / "wide.jsonl").write_text('{"text": "abc"}', encoding="utf-16")
     missing = tmp_path / "missing.txt"
     with pytest.raises(DataError) as caught:
-        scan([bad, tmp_path / "broken.txt", missing], VOCAB)
+        scan([bad, tmp_path / "broken.txt", wide, missing], VOCAB)
     report = str(caught.value)
     for line, reason in {
         2: "is not JSON: Expecting value at column",
@@ -105,7 +106,8 @@ def test_every_malformed_line_is_reported_at_once(tmp_path):
         assert f"{bad}:{line} {reason}" in report
     assert f"{tmp_path / 'broken.txt'} is not UTF-8 text" in report
     assert f"{missing} cannot be read: No such file" in report
-    assert report.startswith("18 problems in the data:")
+    assert f"{wide}:1 is not UTF-8: invalid start byte" in report
+    assert report.startswith("19 problems in the data:")
 
 
 def test_a_long_report_is_cut(tmp_path):
