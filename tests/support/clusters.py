@@ -27,7 +27,8 @@ def start(
     What they say is in `logs`/N.log.
     """
     address, here = free_address(), str(Path(__file__).parents[2])
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    fast = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {fast}"}
     flags |= {"PYTHONPATH": here, "JAX_PLATFORMS": "cpu"}
     logs.mkdir(parents=True, exist_ok=True)
     started = []

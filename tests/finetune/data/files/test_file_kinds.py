@@ -368,7 +368,8 @@ def test_no_room_to_unpack_is_said(tmp_path, monkeypatch):
 )
 def test_what_a_package_is_missing_for_says_how_to_get_it(tmp_path, monkeypatch, name, package):
     path = write(tmp_path, name, b"anything")
-    for module in ("pyarrow", "array_record", "array_record.python"):
+    records = ("array_record", "array_record.python", "array_record.python.array_record_module")
+    for module in ("pyarrow", *records):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(DataError, match=rf"needs {package}.*pip install 'deepseek-mtp\[data\]'"):
         scan([path], VOCAB)
