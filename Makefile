@@ -10,13 +10,17 @@ INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 BIN := .venv/bin
 NEWEST := .venv-newest
 
-.PHONY: demo test test-newest lint clean
+.PHONY: demo test test-long test-newest lint clean
 
 demo: .venv/for-demo
 	$(BIN)/python -m tools.demo
 
 test: .venv/for-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# Those that alone take minutes: the demo, and runs that are killed at random moments.
+test-long: .venv/for-test
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m long
 
 lint: .venv/for-lint
 	$(BIN)/ruff check .

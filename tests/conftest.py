@@ -34,7 +34,6 @@ install_import_hook(CHECKED_MODULES, "beartype.beartype")
 
 # Files of a minute and more come first: one that comes last keeps one of two workers waiting.
 LONGEST = (
-    "test_demo",
     "test_stopping",
     "test_meshes",
     "test_processes",

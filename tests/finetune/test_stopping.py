@@ -87,6 +87,7 @@ def damage(run: Path, rng: random.Random) -> str:
     return f"{kind} {path.relative_to(run)}"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", [8])
 def test_kills_damage_and_full_disks_at_random_moments(
     finished: Result, settings: RunSettings, tmp_path: Path, seed: int

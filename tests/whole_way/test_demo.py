@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("_torch")
 def test_demo(tmp_path):
     command = [sys.executable, "-m", "tools.demo", "--out", tmp_path / "run", "--steps-scale", "0"]
