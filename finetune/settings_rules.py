@@ -41,9 +41,12 @@ FRACTIONS = ("optimizer.warmup_fraction", "optimizer.final_fraction")
 BELOW_ONE = ("optimizer.beta1", "optimizer.beta2", "optimizer.ema")
 
 
-def least_row_tokens(draft_tokens: int, num_modules: int) -> int:
-    """Tokens that a row needs so that one of them has a target at every depth."""
-    return (draft_tokens or num_modules) + 2
+def short_rows(name: str, row_tokens: int, draft_tokens: int, num_modules: int) -> list[str]:
+    """What is wrong with rows in which no token has a target at every depth; name: the option."""
+    least = (draft_tokens or num_modules) + 2
+    if row_tokens >= least:
+        return []
+    return [f"{name} is {row_tokens}, needed {least} or more for this model"]
 
 
 def check(settings: RunSettings) -> None:

@@ -23,7 +23,7 @@ from finetune.settings import (
     SettingsError,
     TrainMode,
 )
-from finetune.settings_rules import check, least_row_tokens
+from finetune.settings_rules import check, short_rows
 from finetune.state import TRAINABLE, Split, TrainState
 from mtp_model import ModelConfig
 from mtp_model.attention import keeps_scores
@@ -85,11 +85,8 @@ def open_trainable(path: str, captured: bool = False) -> tuple[Checkpoint, Model
 
 def raise_unless_fitting(settings: RunSettings, config: ModelConfig) -> None:
     """SettingsError for what this model has no room or no place for."""
-    modules, faults = config.num_nextn_predict_layers, []
-    least = least_row_tokens(settings.draft_tokens, modules)
-    if settings.batch.row_tokens < least:
-        found = f"--batch.row-tokens is {settings.batch.row_tokens}"
-        faults.append(f"{found}, needed {least} or more for this model")
+    modules, row_tokens = config.num_nextn_predict_layers, settings.batch.row_tokens
+    faults = short_rows("--batch.row-tokens", row_tokens, settings.draft_tokens, modules)
     if settings.draft_input == "own" and modules > 1:
         faults.append(f"--draft-input is own, needed text for a model of {modules} MTP modules")
     faults += _groups_of_nothing(settings, config)

@@ -108,7 +108,7 @@ class Answers:
         with self._partial.open("rb+") as file:  # what was written behind the last count goes
             lines = itertools.islice(iter(file.readline, b""), self.counts.documents)
             whole = sum(line.endswith(b"\n") for line in lines)
-            file.truncate(file.tell())
+            file.truncate()
         if whole < self.counts.documents:
             raise self._damaged(f"{self._partial} has {whole} of {self.counts.documents} answers")
 

@@ -31,7 +31,7 @@ from finetune.settings import (
     too_small,
     weight_faults,
 )
-from finetune.settings_rules import least_row_tokens
+from finetune.settings_rules import short_rows
 from mtp_model.checkpoint.directory import open_checkpoint
 from mtp_model.reporting import plural
 
@@ -113,11 +113,11 @@ def inspect_data(settings: InspectDataSettings) -> Inspected:
     """The first rows of a run with these settings; nothing is loaded but tokenizer and config."""
     check(settings)
     config = open_checkpoint(settings.checkpoint).config
-    least = least_row_tokens(settings.draft_tokens, config.num_nextn_predict_layers)
-    if settings.row_tokens < least:
-        found = f"--row-tokens is {settings.row_tokens}, needed {least} or more for this model"
-        raise SettingsError("settings that cannot be used", [found])
-    depths = settings.draft_tokens or config.num_nextn_predict_layers
+    modules = config.num_nextn_predict_layers
+    faults = short_rows("--row-tokens", settings.row_tokens, settings.draft_tokens, modules)
+    if faults:
+        raise SettingsError("settings that cannot be used", faults)
+    depths = settings.draft_tokens or modules
     text = open_run_text(_as_run(settings), config)
     packer = Packer(
         text.train,

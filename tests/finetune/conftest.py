@@ -3,8 +3,12 @@
 import contextlib
 import io
 import json
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import pytest
 from imported import import_tiny
 from trained import QUIET, SIZES
@@ -63,3 +67,20 @@ def finished_and_log(settings):
 @pytest.fixture(scope="session")
 def finished(finished_and_log):
     return finished_and_log[0]
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder for temporary files, in which nothing is ever left to be seen."""
+    where = tmp_path / "temporary"
+    where.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(where))
+    yield where
+    assert list(where.iterdir()) == []
+
+
+@pytest.fixture
+def _uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling is most of a plan's time, and for what else it says it is not needed."""
+    nothing = SimpleNamespace(memory_analysis=lambda: None)
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *_: nothing)

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import zlib
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -314,10 +313,9 @@ def test_what_the_model_lacks_is_refused_by_name(run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_plan_counts_adapters(checkpoint, capsys, monkeypatch):
+@pytest.mark.usefixtures("_uncompiled")
+def test_a_plan_counts_adapters(checkpoint, capsys):
     """The step of `train` with them, uncompiled; a frozen weight costs no gradient of its own."""
-    uncompiled = SimpleNamespace(memory_analysis=lambda: None)
-    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *_: uncompiled)
     words = ("plan", "--checkpoint", str(checkpoint), "--row-tokens", "16", "--rows", "4")
     words = (*words, "--compute-dtype", "float32")
     one = (f"--mesh.{axis}=1" for axis in ("data", "fsdp", "expert", "tensor"))

@@ -7,6 +7,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+# XLA's flags by which the small programs of tests are compiled fast.
+FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
 
 def free_address() -> str:
     """Where the first process can listen."""
@@ -27,8 +30,7 @@ def start(
     What they say is in `logs`/N.log.
     """
     address, here = free_address(), str(Path(__file__).parents[2])
-    fast = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {fast}"}
+    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {FAST}"}
     flags |= {"PYTHONPATH": here, "JAX_PLATFORMS": "cpu"}
     logs.mkdir(parents=True, exist_ok=True)
     started = []

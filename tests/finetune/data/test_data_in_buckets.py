@@ -6,7 +6,6 @@ import json
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +19,8 @@ from mtp_model import progress
 from mtp_model.files.object_place import ObjectPlace
 from mtp_model.files.open import as_place
 from mtp_model.problems import UserError
+
+pytestmark = pytest.mark.usefixtures("temporary")
 
 VOCAB = 384
 TEXTS = ["one", 'two, "quoted"\n', "émigré 日本語", "four"]
@@ -57,16 +58,6 @@ def folder(tmp_path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     return tmp_path / "text"
-
-
-@pytest.fixture(autouse=True)
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder for temporary files, in which nothing is ever seen."""
-    where = tmp_path / "temporary"
-    where.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(where))
-    yield where
-    assert list(where.iterdir()) == []
 
 
 def read_all(corpus) -> list:

@@ -1,7 +1,6 @@
 """A plan says what the run itself would need, and counts operations as they are."""
 
 import json
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -36,13 +35,6 @@ def test_the_plan_of_a_checkpoint_is_its_run(checkpoint, capsys):
     nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(split)) + 8 * trained
     assert nbytes / 8 < found["argument_bytes"] < nbytes
     assert found["flops_formula"] < found["flops_compiled"] < 4 * found["flops_formula"]
-
-
-@pytest.fixture
-def _uncompiled(monkeypatch) -> None:
-    """Compiling is most of a plan's time, and for what else it says it is not needed."""
-    nothing = SimpleNamespace(memory_analysis=lambda: None)
-    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *_: nothing)
 
 
 @pytest.mark.usefixtures("_uncompiled")

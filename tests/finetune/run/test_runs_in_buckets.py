@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import signal
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,17 +28,9 @@ from mtp_model.files.objects import CloudError
 from mtp_model.files.open import as_place
 from mtp_model.problems import UserError
 
+pytestmark = pytest.mark.usefixtures("temporary")
+
 KEPT = CheckpointSettings(keep=2)
-
-
-@pytest.fixture(autouse=True)
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder for temporary files; nothing is left in it."""
-    where = tmp_path / "temporary"
-    where.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(where))
-    yield where
-    assert list(where.iterdir()) == []
 
 
 def test_a_run_that_was_killed_goes_on_from_the_bucket_alone(
