@@ -21,7 +21,6 @@ from mtp_model.lora import without_memory
 from mtp_model.model import Scope, abstract_model
 from mtp_model.sharding import (
     BATCH_AXES,
-    GATHERED,
     MESH_AXES,
     STORED,
     AnyMesh,
@@ -131,20 +130,6 @@ def stored_bytes(workload: Workload, shapes: Sequence[MeshShape]) -> list[int]:
         )
         found.append(sum(sizes))
     return found
-
-
-def gathered_bytes(workload: Workload, shape: MeshShape) -> int:
-    """Bytes of weights that one device receives from others in a step.
-
-    A trained weight comes for the forward pass and again for the backward pass, and its float32
-    gradient goes back in parts.
-    """
-    mesh = abstract_mesh(**shape)
-    return sum(
-        (leaf.size_on(mesh, GATHERED) - leaf.size_on(mesh, STORED))
-        * (2 * leaf.itemsize + 4 if leaf.trained else leaf.itemsize)
-        for leaf in _leaves(workload)
-    )
 
 
 class _Leaf(NamedTuple):

@@ -6,6 +6,7 @@ an estimate whose terms are shown.
 """
 
 import math
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from finetune.devices import (
     stored_bytes,
 )
 from finetune.optimizer import abstract_initial, make_optimizer
+from finetune.planning.collectives import Sent, collectives_of
 from finetune.planning.estimate import terms_of
 from finetune.planning.flops import adapted_flops, model_flops, program_flops
 from finetune.planning.slices import (
@@ -139,6 +141,7 @@ class Plan:
     checkpoint_bytes: int  # of a checkpoint of the run, on the disk
     flops_formula: float  # a step, of all devices
     flops_compiled: float
+    collectives: Mapping[str, Sent] | None  # by kind, in a step
     compute_s: float | None
     memory_s: float | None
     interconnect_s: float | None
@@ -273,9 +276,9 @@ def _compiled(settings: PlanSettings, work: Workload, place: Slice, shape: MeshS
         report(1, 3, "lowering")
         lowered = step.traced.lower()
         report(2, 3, "compiling")
-        memory, limit, needed = None, place.memory, None
+        memory, limit, needed, collectives = None, place.memory, None, None
         try:
-            memory = lowered.compile().memory_analysis()
+            memory, collectives = _compile(lowered, place)
         except jax.errors.JaxRuntimeError as error:
             needed, has = memory_in(error)
             if has is None:
@@ -293,7 +296,7 @@ def _compiled(settings: PlanSettings, work: Workload, place: Slice, shape: MeshS
         formula = model_flops(work.config, settings.part, *size, captured=settings.captured)
     of_program = program_flops(step.traced.jaxpr.jaxpr)
     tokens = rows * settings.row_tokens
-    terms = terms_of(place, work, settings.part, shape, of_program, memory, tokens)
+    terms = terms_of(place, of_program, memory, collectives or {})
     step_s = sum(terms.values()) if terms else None
     return Plan(
         topology=place.name,
@@ -314,6 +317,7 @@ def _compiled(settings: PlanSettings, work: Workload, place: Slice, shape: MeshS
         checkpoint_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(step.state)),
         flops_formula=formula,
         flops_compiled=of_program,
+        collectives=collectives,
         compute_s=terms.get("compute"),
         memory_s=terms.get("memory"),
         interconnect_s=terms.get("interconnect"),
@@ -321,6 +325,22 @@ def _compiled(settings: PlanSettings, work: Workload, place: Slice, shape: MeshS
         tokens_per_s=tokens / step_s if step_s else None,
         compile_s=time.perf_counter() - began,
     )
+
+
+def _compile(lowered: jax.stages.Lowered, place: Slice) -> tuple[Any, dict[str, Sent] | None]:
+    """What the program takes of memory, and what it sends.
+
+    Programs for slices are written down by the compiler: jaxlib 0.10 cannot read them back where
+    they have asynchronous calls of several operands.
+    """
+    if place.family is None:
+        compiled = lowered.compile()
+        return compiled.memory_analysis(), collectives_of(compiled.as_text() or "")
+    with tempfile.TemporaryDirectory(prefix="plan-") as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        memory = lowered.compile(compiler_options=options).memory_analysis()
+        text = next(Path(folder).glob("*.after_optimizations.txt"), None)
+        return memory, collectives_of(text.read_text()) if text else None
 
 
 def _step(settings: PlanSettings, work: Workload, mesh: Mesh, rows: int) -> _Step:

@@ -36,6 +36,7 @@ def plan_sections(plans: Sequence[Plan]) -> list[Section]:
             "operations a step",
             f"{best.flops_formula:.3e} by formula, {best.flops_compiled:.3e} in the program",
         ),
+        ("sent a step", _sent(best)),
         ("compiling took", f"{best.compile_s:.0f} s"),
     ]
     sections.append(Facts(facts))
@@ -72,6 +73,15 @@ def _fits(found: Plan) -> str:
         return "yes" if found.fits else "no"
     spare = (found.limit_bytes - found.total_bytes) / 1e9
     return f"yes, {spare:.1f} GB to spare" if found.fits else f"no, {-spare:.1f} GB too much"
+
+
+def _sent(found: Plan) -> str:
+    """What a device receives, by kind of collective."""
+    if found.collectives is None:
+        return "?"
+    kinds = found.collectives.items()
+    words = [f"{each.count:,} {kind} ({_gb(each.received_bytes)} GB)" for kind, each in kinds]
+    return ", ".join(words) or "nothing"
 
 
 def _gb(count: int | None) -> str:

@@ -1,6 +1,7 @@
 """A plan says what the run itself would need, and counts operations as they are."""
 
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from finetune.planning.flops import model_flops, program_flops
 from finetune.weights import load_for_training
 from mtp_model import ModelConfig, load, make_mesh
 from mtp_model.checkpoint.directory import open_checkpoint
+from mtp_model.dispatch import CAPACITY
 
 
 def planned(capsys, *words: str) -> tuple[int, dict]:
@@ -35,6 +37,21 @@ def test_the_plan_of_a_checkpoint_is_its_run(checkpoint, capsys):
     nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(split)) + 8 * trained
     assert nbytes / 8 < found["argument_bytes"] < nbytes
     assert found["flops_formula"] < found["flops_compiled"] < 4 * found["flops_formula"]
+    assert found["collectives"]["all-to-all"] == sent_by_tokens(open_checkpoint(checkpoint).config)
+
+
+def sent_by_tokens(c: ModelConfig) -> dict:
+    """By each of 4 devices with 16 tokens, in float32; both have one layer with experts.
+
+    Rows go to experts and back; in the gradient rows and what they lead to go there, and what they
+    are due comes back. The main model's layer runs once, that of the module twice, as it is
+    computed again, and then its gradient. And both embed by parts of the hidden size.
+    """
+    slots = 4 * math.ceil(16 * c.num_experts_per_tok / 4 * CAPACITY)
+    # Numbers of the experts with each pass; weights of the choices, and theirs back.
+    numbers, rows, embedded = 3 + 1 + 2, 2 * 3 + 3, 2
+    received = (numbers + rows * c.hidden_size) * slots + embedded * 16 * c.hidden_size
+    return {"count": numbers + rows + embedded, "received_bytes": received * 4 * 3 // 4}
 
 
 @pytest.mark.usefixtures("_uncompiled")
