@@ -41,7 +41,7 @@ from finetune.settings_file import read_yaml
 from finetune.train import Result, train
 from mtp_model import cluster
 from mtp_model.commands import FAILED, exit_status
-from mtp_model.files.open import absolute
+from mtp_model.files.open import absolute, is_address, written
 from mtp_model.files.place import Place
 from mtp_model.reporting import Section, show, stdout
 
@@ -237,7 +237,7 @@ def _generate(settings: GenerateSettings) -> None:
     if settings.json:
         print(json.dumps(as_json(settings, counts)))
     else:
-        show(stdout(), generation_sections(counts, str(settings.out)))
+        show(stdout(), generation_sections(counts, written(settings.out)))
 
 
 def _capture(settings: CaptureSettings) -> None:
@@ -284,5 +284,7 @@ def _plan(settings: PlanSettings) -> int:
 
 def _shown(place: Path | Place) -> str:
     """A path as a person would type it from here."""
+    if is_address(place):
+        return written(place)
     path, here = Path(str(place)), Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else place)

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from finetune.data.run_text import open_documents
 from finetune.data.tokens import TokenDocuments
 from finetune.devices import Workload, devices_for
-from finetune.generation.answers import Answers, Counts, in_batches
+from finetune.generation.answers import Answers, Counts, about, in_batches, opened
 from finetune.generation.decoder import Decoding, Prompts, decode, room_for
 from finetune.generation.server import Server, Wanted, Written, written_in_order
 from finetune.run.changes import given_to_all
@@ -38,7 +38,7 @@ from mtp_model.checkpoint.directory import (
     CheckpointError,
     open_checkpoint,
 )
-from mtp_model.files.open import is_address, written
+from mtp_model.files.open import as_place, written
 from mtp_model.load import load
 from mtp_model.progress import progress
 
@@ -58,7 +58,8 @@ class GenerateSettings:
     """Prompts, in the forms that training reads. Of a conversation, or a prompt with its
     completion, all that comes before the last answer; of plain text its first tokens."""
     out: Path
-    """File of answers, .jsonl: {"input_ids", "loss_mask"}, the prompt not learnt."""
+    """File of answers, .jsonl; local or gs://. Records {"input_ids", "loss_mask"}, the prompt not
+    learnt."""
     max_new_tokens: int = 256
     """Tokens of an answer, at most."""
     prompt_tokens: int = 32
@@ -112,9 +113,7 @@ def check(settings: GenerateSettings) -> None:
         faults += _faults_of_server(settings, settings.server)
     faults += [] if settings.data else ["--data is empty, needed at least one path"]
     if settings.out.suffix != ".jsonl":
-        faults.append(f"--out is {settings.out}, needed a name that ends with .jsonl")
-    if is_address(settings.out):
-        faults.append(f"--out is {written(settings.out)}, needed a path on this machine")
+        faults.append(f"--out is {written(settings.out)}, needed a name that ends with .jsonl")
     if faults:
         raise SettingsError("settings that cannot be used", faults)
 
@@ -155,13 +154,24 @@ def generate(settings: GenerateSettings) -> Counts:
         with progress(f"reach {settings.server}", "models"):  # two minutes, if nobody answers
             server = Server(settings.server, settings.server_model, settings.requests)
         with server:
-            return _ask(server, settings, checkpoint, documents)
+            made_by = _made_by(settings, checkpoint, documents) | {"server_model": server.model}
+            with opened(settings.out, made_by, settings.overwrite) as answers:
+                _ask(server, settings, checkpoint, documents, answers)
+        return answers.counts
     mesh = devices_for(settings.mesh, Workload.of(checkpoint, None, settings.rows))
     made_by = _made_by(settings, checkpoint, documents)
     made_by |= {"computed_in": compute_dtype(settings.compute_dtype)}
     digests = {name: made_by[name] for name in ("checkpoint", "data")}
     cluster.raise_unless_alike(given_to_all(settings) | digests)
-    answers = Answers(settings.out, made_by, settings.overwrite)
+    with opened(settings.out, made_by, settings.overwrite) as answers:
+        _decode_all(settings, documents, mesh, answers)
+    return answers.counts
+
+
+def _decode_all(
+    settings: GenerateSettings, documents: TokenDocuments, mesh: Mesh | None, answers: Answers
+) -> None:
+    """Let the model here write all answers."""
     model = load(settings.checkpoint, mesh, compute_dtype=compute_dtype(settings.compute_dtype))
     how = Decoding(
         num_drafts=settings.speculate,
@@ -173,7 +183,6 @@ def generate(settings: GenerateSettings) -> Counts:
         for batch in in_batches(left, settings.rows):
             _write(model, mesh, batch, how, settings, answers, report, total)
     answers.finish()
-    return answers.counts
 
 
 def _left(
@@ -186,11 +195,13 @@ def _left(
 
 
 def _ask(
-    server: Server, settings: GenerateSettings, checkpoint: Checkpoint, documents: TokenDocuments
-) -> Counts:
+    server: Server,
+    settings: GenerateSettings,
+    checkpoint: Checkpoint,
+    documents: TokenDocuments,
+    answers: Answers,
+) -> None:
     """Let a server write all answers."""
-    made_by = _made_by(settings, checkpoint, documents) | {"server_model": server.model}
-    answers = Answers(settings.out, made_by, settings.overwrite)
     encoder = documents.encoder
     wanted = Wanted(
         max_new_tokens=settings.max_new_tokens,
@@ -220,7 +231,6 @@ def _ask(
             answers.add(found, answers.counts.plus(len(found), tokens, 0, ()))
             report(answers.counts.documents, total, f"{answers.counts.tokens:,} tokens")
     answers.finish()
-    return answers.counts
 
 
 def prompts_of(documents: TokenDocuments, prompt_tokens: int) -> Iterator[Prompt]:
@@ -328,14 +338,13 @@ def _seeds(settings: GenerateSettings, documents_B: np.ndarray) -> np.ndarray:
 def as_json(settings: GenerateSettings, counts: Counts) -> dict[str, Any]:
     """What was written, and how, for programs and `compare`."""
     answers = xxhash.xxh3_128()
-    with settings.out.open("rb") as file:
-        while block := file.read(1 << 20):
-            answers.update(block)
-    about = json.loads(settings.out.with_name(settings.out.name + ".about").read_bytes())
-    asked = [about["made_by"][name] for name in ("data", "max_new_tokens", "prompt_tokens")]
+    for piece in as_place(settings.out).pieces():
+        answers.update(piece)
+    made_by = json.loads(about(settings.out).read_bytes())["made_by"]
+    asked = [made_by[name] for name in ("data", "max_new_tokens", "prompt_tokens")]
     prompts = json.dumps([*asked, counts.documents])
     return {
-        "out": str(settings.out),
+        "out": written(settings.out),
         **dataclasses.asdict(counts),
         "sampling": "rejection" if settings.temperature else "greedy",
         "temperature": settings.temperature,

@@ -3,7 +3,6 @@
 import re
 
 from finetune.settings import LoraSettings, RunSettings, SettingsError, flat, option, weight_faults
-from mtp_model.files.open import is_address, written
 
 MESH = ("mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor")
 POSITIVE = (
@@ -100,8 +99,6 @@ def _sources(settings: RunSettings) -> list[str]:
     if not settings.states:
         return [] if settings.data else ["--data is (), needed at least one path, or --states"]
     faults = ["--states is given with --data: needed one of them"] if settings.data else []
-    far = filter(is_address, (*settings.states, *settings.eval_data))
-    faults += [f"{written(path)} is given with --states: needed a path here" for path in far]
     if settings.train != "mtp":
         faults.append(
             f"--train is {settings.train}, needed mtp with --states: no main model is there"

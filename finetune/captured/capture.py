@@ -5,6 +5,7 @@ held is one batch. A capture that was interrupted goes on after the last batch t
 Of a cluster each process writes the samples of its devices' rows, the first one how far all are.
 """
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -43,13 +44,16 @@ from finetune.settings import (
 from finetune.weights import compute_dtype
 from mtp_model import DeepSeekV3, cluster
 from mtp_model.checkpoint.directory import Checkpoint, CheckpointError, open_checkpoint
-from mtp_model.files.open import as_place, is_address, written
+from mtp_model.files.open import as_place
+from mtp_model.files.place import Place
 from mtp_model.files.untrusted_json import parse
 from mtp_model.load import load
 from mtp_model.problems import UserError
 from mtp_model.progress import progress
+from mtp_model.threads import in_threads
 
 LOCK = "lock"
+_AT_ONCE = 8  # samples that are sent to a bucket
 
 
 class CaptureError(UserError):
@@ -67,7 +71,7 @@ class CaptureSettings:
     """Checkpoint directory with a main model; local or gs://."""
     data: DataPaths
     out: Path
-    """Folder for the samples, a file each."""
+    """Folder for the samples, a file each; local or gs://."""
     state: StateName = "pre_norm"
     """Before or after the main model's final norm; before it is what vLLM writes."""
     stored: StoredAs = "bfloat16"
@@ -117,10 +121,11 @@ def capture(settings: CaptureSettings) -> Captured:
     }
     digests = {name: inputs[name] for name in ("checkpoint", "data")}
     cluster.raise_unless_alike(given_to_all(settings) | digests)
+    out = as_place(settings.out)
     with contextlib.ExitStack() as held:
-        at = Captured(**cluster.by_first(lambda: _claimed(settings.out, inputs, held)))
-        if cluster.is_anywhere(not (settings.out / LOCK).exists()):
-            raise CaptureError(f"--out is {settings.out}, needed a folder that all hosts share")
+        at = Captured(**cluster.by_first(lambda: _claimed(out, inputs, held)))
+        if cluster.is_anywhere(not (out / LOCK).is_file()):
+            raise CaptureError(f"--out is {out}, needed a folder that all hosts share")
         if at.finished:
             return at
         model = load(settings.checkpoint, mesh, scope="main", compute_dtype=computed_in)
@@ -139,25 +144,27 @@ def _check(settings: CaptureSettings) -> None:
     least = {"rows": 1, "row_tokens": 2}
     faults = too_small(settings, least)
     faults += [] if settings.data else ["--data is empty, needed at least one path"]
-    if is_address(settings.out):
-        faults.append(f"--out is {written(settings.out)}, needed a path on this machine")
     if faults:
         raise SettingsError("settings that cannot be used", faults)
 
 
-def _claimed(out: Path, inputs: dict[str, Any], held: contextlib.ExitStack) -> dict[str, Any]:
+def _claimed(out: Place, inputs: dict[str, Any], held: contextlib.ExitStack) -> dict[str, Any]:
     """How far a capture to this folder is, which is held against others until the stack ends."""
-    out.mkdir(parents=True, exist_ok=True)
-    if not held.enter_context(as_place(out / LOCK).locked()):
-        raise CaptureError(f"another process captures to {out}; wait or end it")
-    return dataclasses.asdict(_begun(out, inputs))
+    out.make_folder()
+    if not held.enter_context((out / LOCK).locked()):
+        who = f" ({holder})" if (holder := (out / LOCK).holder()) else ""
+        raise CaptureError(f"another process captures to {out}{who}; wait or end it")
+    at = _begun(out, inputs)
+    if not (out / PROGRESS_FILE).is_file():
+        _save(out, at)  # before the first sample: without it these would be nobody's
+    return dataclasses.asdict(at)
 
 
-def _begun(out: Path, inputs: dict[str, Any]) -> Captured:
+def _begun(out: Place, inputs: dict[str, Any]) -> Captured:
     """How far a capture to this folder is; CaptureError where it is another's."""
     file = out / PROGRESS_FILE
     if not file.is_file():
-        if any(path.name != LOCK for path in out.iterdir()):
+        if any(entry.name not in ("", LOCK) for entry in out.entries()):
             raise CaptureError(f"{out} is not empty and no capture; give --out another place")
         return Captured(inputs=inputs)
     try:
@@ -185,6 +192,7 @@ def _capture(
     packer: Packer,
     at: Captured,
 ) -> Captured:
+    out = as_place(settings.out)
     graph, weights = nnx.split(model)
     post_norm = settings.state == "post_norm"
 
@@ -195,6 +203,10 @@ def _capture(
 
     step = jax.jit(states, out_shardings=over_rows(mesh) if mesh is not None else None)
     of_model = main_model_digest(checkpoint)
+
+    def write(sample: tuple[Place, Content]) -> None:
+        write_sample(*sample, settings.state, of_model, settings.stored)
+
     with progress("capture", "batches") as report, on_mesh(mesh):
         for done, (batch, position) in enumerate(packer, start=1):
             rows = rows_here(step(weights, spread(batch, mesh)))
@@ -203,20 +215,24 @@ def _capture(
                     "NaN or infinity in the main model's states; verify the checkpoint, or try "
                     "--compute-dtype float32"
                 )
-            for row, part_T in _documents(batch):
-                tokens, mask = batch.tokens_BT[row, part_T], batch.loss_mask_BT[row, part_T]
-                if row in rows:
-                    content = Content(tokens, mask, rows[row][part_T])
-                    path = settings.out / f"sample-{at.samples:08}{SUFFIX}"
-                    write_sample(path, content, settings.state, of_model, settings.stored)
-                total = at.tokens + len(tokens)
-                at = dataclasses.replace(at, samples=at.samples + 1, tokens=total)
+            found = list(_documents(batch))
+            contents = (
+                (out / f"sample-{number:08}{SUFFIX}", _content(batch, rows[row], row, part_T))
+                for number, (row, part_T) in enumerate(found, start=at.samples)
+                if row in rows
+            )
+            collections.deque(in_threads(write, contents, _AT_ONCE if out.is_far else 1), maxlen=0)
             cluster.wait("the batch is written")
-            at = dataclasses.replace(at, position=position.to_json())
-            _save(settings.out, at)
+            at = dataclasses.replace(
+                at,
+                samples=at.samples + len(found),
+                tokens=at.tokens + sum(int(part_T.sum()) for _, part_T in found),
+                position=position.to_json(),
+            )
+            _save(out, at)
             report(done, None, f"{at.samples:,} samples, {at.tokens:,} tokens")
     at = dataclasses.replace(at, finished=True)
-    _save(settings.out, at)
+    _save(out, at)
     return at
 
 
@@ -227,14 +243,19 @@ def _documents(batch: Batch) -> Iterator[tuple[int, np.ndarray]]:
             yield row, segments_T == segment
 
 
+def _content(batch: Batch, states_TD: np.ndarray, row: int, part_T: np.ndarray) -> Content:
+    """The document that is a part of a row."""
+    return Content(batch.tokens_BT[row, part_T], batch.loss_mask_BT[row, part_T], states_TD[part_T])
+
+
 def _is_finite(batch: Batch, row: int, states_TD: np.ndarray) -> bool:
     documents_T = np.asarray(batch.segment_ids_BT)[row] != 0
     return bool(np.isfinite(states_TD[documents_T].astype(np.float32)).all())
 
 
-def _save(out: Path, at: Captured) -> None:
+def _save(out: Place, at: Captured) -> None:
     """Say how far all are; the first process of a cluster does."""
     if not cluster.is_first():
         return
     text = json.dumps(dataclasses.asdict(at)) + "\n"
-    as_place(out / PROGRESS_FILE).write_pieces([text.encode()])
+    (out / PROGRESS_FILE).write_pieces([text.encode()])

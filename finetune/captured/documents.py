@@ -1,8 +1,12 @@
 """Captured samples as the documents of a run: found, checked, held out, and read when packed."""
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import xxhash
@@ -20,6 +24,8 @@ from finetune.data.run_text import RunText, held_out_numbers, open_run_text
 from finetune.data.tokens import Tokens
 from finetune.settings import RunSettings
 from mtp_model.checkpoint.directory import Checkpoint
+from mtp_model.files.open import as_place, written
+from mtp_model.files.place import Place
 from mtp_model.files.untrusted_json import parse, shown
 from mtp_model.problems import UserError
 from mtp_model.progress import progress
@@ -27,6 +33,9 @@ from mtp_model.progress import progress
 PROGRESS_FILE = "capture.json"
 ADVICE = "; capture it again, or leave such samples out with --skip-unusable"
 Say = Callable[[str], None]
+T = TypeVar("T")
+_AT_ONCE = 16
+_HELD_BYTES = 512 << 20  # of samples in a bucket, and one more
 _KINDS = {"pre_norm": PreNorm, "post_norm": PostNorm}
 
 
@@ -34,24 +43,26 @@ class SampleDocuments:
     """Tokens of captured samples with their hidden states, which are read when a row takes them.
 
     A sample's bytes are checked when it is begun. One that is damaged is an error that names it,
-    or with `skip` said once and passed.
+    or with `skip` said once and passed. Those of a bucket are fetched whole, and held for a while.
     """
 
     def __init__(self, samples: Sequence[CapturedSample], dtype: np.dtype, skip: Say | None):
         self.samples, self.dtype, self.skip = samples, dtype, skip
         self._faults: dict[int, str | None] = {}
+        self._held: dict[int, CapturedSample] = {}
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, document: int) -> Tokens:
-        sample = self.samples[document]
         if fault := self._fault(document):
             if self.skip is None:
-                raise DataError([f"{sample.path} {fault}{ADVICE}"])
+                raise DataError([f"{self.samples[document].path} {fault}{ADVICE}"])
             return Tokens(np.zeros(0, np.int32), np.zeros(0, np.int32))
-        ids = sample.token_ids().astype(np.int32)
-        return Tokens(ids, sample.loss_mask(), states=lambda b, e: self._states(sample, b, e))
+        with self._readable(document):
+            sample = self._sample(document)
+            ids, mask = sample.token_ids().astype(np.int32), sample.loss_mask()
+        return Tokens(ids, mask, states=functools.partial(self._states, document))
 
     def stretch(self, document: int, begin: int) -> Tokens:
         """Samples have no stretches: all their tokens are known at once."""
@@ -63,16 +74,36 @@ class SampleDocuments:
         sample = self.samples[0]
         return _KINDS[sample.state](np.zeros((0, sample.hidden_size), self.dtype))
 
-    def _states(self, sample: CapturedSample, begin: int, end: int) -> PreNorm | PostNorm:
+    def _states(self, document: int, begin: int, end: int) -> PreNorm | PostNorm:
+        with self._readable(document):
+            rows = self._sample(document).states(begin, end)
+        return _KINDS[self.samples[document].state](rows.astype(self.dtype))
+
+    @contextlib.contextmanager
+    def _readable(self, document: int) -> Iterator[None]:
         try:
-            rows = sample.states(begin, end)
+            yield
         except (OSError, FileError) as error:
-            raise DataError([f"{sample.path} cannot be read: {error}"]) from error
-        return _KINDS[sample.state](rows.astype(self.dtype))
+            raise DataError([f"{self.samples[document].path} cannot be read: {error}"]) from error
+
+    def _sample(self, document: int) -> CapturedSample:
+        """A sample to read from; of those in a bucket the last ones are held."""
+        sample = self.samples[document]
+        if not sample.path.is_far:
+            return sample
+        if document not in self._held:
+            while sum(len(each.content or b"") for each in self._held.values()) > _HELD_BYTES:
+                self._held.pop(next(iter(self._held)))
+            self._held[document] = sample.held()
+        return self._held[document]
 
     def _fault(self, document: int) -> str | None:
         if document not in self._faults:
-            fault = self._faults[document] = self.samples[document].fault()
+            try:
+                fault = self._sample(document).fault()
+            except OSError as error:
+                fault = f"cannot be read: {error}"
+            self._faults[document] = fault
             if fault and self.skip:
                 self.skip(f"{self.samples[document].path} {fault}: left out")
         return self._faults[document]
@@ -121,17 +152,20 @@ def scan_samples(
     skip: is told of those that cannot be used; without it they are a DataError.
     """
     model, found, faults = main_model_digest(base), [], []
+
+    def scanned(path: Place, nbytes: int) -> CapturedSample | str:
+        try:
+            sample = open_sample(path, nbytes)
+            _raise_if_foreign(sample, base, model)
+        except (FileError, OSError) as error:
+            return f"{path} {error}"
+        return sample
+
     with progress("scan samples", "samples") as report:
         for folder in folders:
             _raise_unless_finished(folder)
-            for path in samples_below(folder):
-                try:
-                    sample = open_sample(path)
-                    _raise_if_foreign(sample, base, model)
-                except (FileError, OSError) as error:
-                    faults.append(f"{path} {error}")
-                else:
-                    found.append(sample)
+            for each in _in_order(scanned, samples_below(folder)):
+                (faults if isinstance(each, str) else found).append(each)
                 report(len(found) + len(faults), None)
     if faults and skip is None:
         raise DataError([*faults, f"{len(faults)} of {len(faults) + len(found)} samples{ADVICE}"])
@@ -139,21 +173,30 @@ def scan_samples(
         assert skip is not None
         skip(f"{fault}: left out")
     if not found:
-        raise DataError([f"no sample (*.safetensors) in {', '.join(map(str, folders))}"])
+        raise DataError([f"no sample (*.safetensors) in {', '.join(map(written, folders))}"])
     return found
+
+
+def _in_order(act: Callable[..., T], items: Iterable[tuple]) -> Iterator[T]:
+    """The results of `act` for all items: many at once, since in a bucket each is a request."""
+    waiting = iter(items)
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        while some := list(itertools.islice(waiting, 8 * _AT_ONCE)):
+            yield from pool.map(lambda item: act(*item), some)
 
 
 def _raise_unless_finished(folder: Path) -> None:
     """DataError for a capture that was interrupted."""
-    if not folder.is_dir():
-        raise DataError([f"{folder} is no folder of captured states"])
-    file = folder / PROGRESS_FILE
+    place = as_place(folder)
+    if not place.is_dir():
+        raise DataError([f"{place} is no folder of captured states"])
+    file = place / PROGRESS_FILE
     try:
         progress_of: Any = parse(file.read_bytes()) if file.is_file() else {"finished": True}
     except UserError as error:
         raise DataError([f"{file} {error}"]) from error
     if not isinstance(progress_of, dict) or not progress_of.get("finished"):
-        raise DataError([f"{folder} is not finished: run the same `capture` again to go on"])
+        raise DataError([f"{place} is not finished: run the same `capture` again to go on"])
 
 
 def _raise_if_foreign(sample: CapturedSample, base: Checkpoint, model: str) -> None:
@@ -177,8 +220,11 @@ def _digest(samples: Iterable[CapturedSample]) -> str:
     """Which samples they are: of headers, which have the digests of what `capture` wrote, tokens
     and loss masks."""
     state = xxhash.xxh3_128()
-    for sample in samples:
-        state.update(sample.header)
-        state.update(sample.token_ids().tobytes())
-        state.update(sample.loss_mask().tobytes())
+    for parts in _in_order(_identifying, ((sample,) for sample in samples)):
+        for part in parts:
+            state.update(part)
     return state.hexdigest()
+
+
+def _identifying(sample: CapturedSample) -> tuple[bytes, ...]:
+    return sample.header, sample.token_ids().tobytes(), sample.loss_mask().tobytes()

@@ -14,7 +14,7 @@ do not say are vLLM's, pre_norm. `main_model` and `xxh3_128` tell foreign and da
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -25,7 +25,7 @@ import xxhash
 from finetune.data.files.kinds import FileError
 from mtp_model.checkpoint.directory import Checkpoint
 from mtp_model.files.open import as_place
-from mtp_model.files.place import digest
+from mtp_model.files.place import Place, digest
 from mtp_model.files.untrusted_json import Each, JsonError, faults, is_text_map, parse, shown
 
 StateName = Literal["pre_norm", "post_norm"]
@@ -51,6 +51,7 @@ _KINDS = {
     "hidden_states_scale": ("F32",),
 }
 _HEADER_BYTES = 1 << 20  # at most: a header of four tensors takes some hundred
+_BEGUN_BYTES = 8 << 10  # has most headers: asked for at once
 _PIECE_BYTES = 8 << 20
 _SHAPE = {"dtype": str, "shape": [int], "data_offsets": [int]}
 
@@ -67,13 +68,14 @@ class _Stored(NamedTuple):
 class CapturedSample:
     """A sample on the disk, whose header was read."""
 
-    path: Path
+    path: Place
     tensors: Mapping[str, _Stored]
     state: StateName
     main_model: str | None  # `main_model_digest`; None: nobody said
     digest: str | None  # xxh3_128 of what follows the header
     data_begin: int
     header: bytes
+    content: bytes | None = None  # all of the file, where that is held
 
     @property
     def num_tokens(self) -> int:
@@ -82,6 +84,10 @@ class CapturedSample:
     @property
     def hidden_size(self) -> int:
         return self.tensors["hidden_states"].shape[-1]
+
+    def held(self) -> "CapturedSample":
+        """With all of its bytes in memory, for one in a bucket, where each read is a request."""
+        return replace(self, content=b"".join(self.path.pieces()))
 
     def token_ids(self) -> np.ndarray:
         """[T], int64."""
@@ -117,32 +123,50 @@ class CapturedSample:
         return None
 
     def _digest(self) -> str:
-        state = xxhash.xxh3_128()
-        with self.path.open("rb") as file:
-            file.seek(self.data_begin)
-            while piece := file.read(_PIECE_BYTES):
-                state.update(piece)
+        state, begin = xxhash.xxh3_128(), self.data_begin
+        while piece := self._read(begin, _PIECE_BYTES):
+            state.update(piece)
+            begin += len(piece)
         return state.hexdigest()
 
     def _rows(self, name: str, begin: int, end: int) -> np.ndarray:
         stored = self.tensors[name]
         row_bytes = math.prod(stored.shape[1:]) * stored.dtype.itemsize
-        with self.path.open("rb") as file:
-            file.seek(stored.begin + begin * row_bytes)
-            raw = file.read((end - begin) * row_bytes)
+        raw = self._read(stored.begin + begin * row_bytes, (end - begin) * row_bytes)
         if len(raw) != (end - begin) * row_bytes:
             raise FileError("ends before its last token")
         return np.frombuffer(raw, stored.dtype).reshape(end - begin, *stored.shape[1:])
 
+    def _read(self, begin: int, nbytes: int) -> bytes:
+        if self.content is not None:
+            return self.content[begin : begin + nbytes]
+        return _read(self.path, begin, nbytes)
 
-def open_sample(path: Path) -> CapturedSample:
-    """A file's header, checked against the file's size. Raises FileError or OSError."""
-    nbytes = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(_HEADER_BYTES, nbytes - 8):
-            raise FileError("is no safetensors file, or was cut short")
-        raw = file.read(length)
+
+def _read(place: Place, begin: int, nbytes: int) -> bytes:
+    """Bytes of a file, fewer where it ends before; of an object CloudError then."""
+    if place.is_far:
+        out = np.empty(nbytes, np.uint8)
+        place.read_range_into(begin, out)
+        return out.tobytes()
+    with Path(str(place)).open("rb") as file:
+        file.seek(begin)
+        return file.read(nbytes)
+
+
+def open_sample(path: Path | Place, nbytes: int | None = None) -> CapturedSample:
+    """A file's header, checked against the file's size. Raises FileError or OSError.
+
+    nbytes: the size, where it is known.
+    """
+    place = as_place(path)
+    nbytes = place.size() if nbytes is None else nbytes
+    begun = _read(place, 0, min(_BEGUN_BYTES, nbytes))
+    length = int.from_bytes(begun[:8], "little")
+    if not 2 <= length <= min(_HEADER_BYTES, nbytes - 8):
+        raise FileError("is no safetensors file, or was cut short")
+    raw = begun[8 : 8 + length]
+    raw += _read(place, 8 + len(raw), length - len(raw)) if len(raw) < length else b""
     try:
         header = parse(raw)
     except JsonError as error:
@@ -162,7 +186,7 @@ def open_sample(path: Path) -> CapturedSample:
     if state not in ("pre_norm", "post_norm"):
         raise FileError(f"has the state {shown(state)}, needed pre_norm or post_norm")
     return CapturedSample(
-        path=path,
+        path=place,
         tensors=tensors,
         state=state,
         main_model=said.get("main_model"),
@@ -213,7 +237,7 @@ class Content(NamedTuple):
 
 
 def write_sample(
-    path: Path, content: Content, state: StateName, main_model: str, stored: StoredAs
+    path: Path | Place, content: Content, state: StateName, main_model: str, stored: StoredAs
 ) -> None:
     """Write a sample's file, which appears when it is whole."""
     tensors = {
@@ -236,7 +260,14 @@ def write_sample(
     said = {"state": state, "main_model": main_model, "xxh3_128": of_data.hexdigest()}
     text = json.dumps({"__metadata__": said, **header}).encode()
     text += b" " * (-len(text) % 8)
-    as_place(path).write_pieces([len(text).to_bytes(8, "little"), text, *data])
+    place, pieces = as_place(path), [len(text).to_bytes(8, "little"), text, *data]
+    if not place.is_far:
+        place.write_pieces(pieces)
+        return
+    out = place.appended()  # in parts, whatever the size
+    for piece in pieces:
+        out.append(np.frombuffer(piece, np.uint8))
+    out.finish()
 
 
 def _as_stored(states_TD: np.ndarray, stored: StoredAs) -> dict[str, np.ndarray]:
@@ -258,6 +289,10 @@ def main_model_digest(checkpoint: Checkpoint) -> str:
     return digest(weights.astype(np.float32).tobytes())
 
 
-def samples_below(folder: Path) -> Iterator[Path]:
-    """Files that samples may be in, below a folder, in a fixed order."""
-    yield from sorted(path for path in folder.rglob(f"*{SUFFIX}") if path.is_file())
+def samples_below(folder: Path) -> Iterator[tuple[Place, int]]:
+    """Files that samples may be in, below a folder, in a fixed order, with their sizes."""
+    place = as_place(folder)
+    found = {tuple(name.split("/")): size for name, size in place.sizes().items()}
+    for parts in sorted(found):
+        if parts[-1].endswith(SUFFIX):
+            yield place / "/".join(parts), found[parts]

@@ -54,7 +54,7 @@ def holder(lock: StoredObject) -> str:
     """Who holds a lock, for a message, and what to do when that process is gone."""
     held = [record for path in (lock, *_shared(lock)) if (record := _read(path))]
     who = [f"pid {r.get('pid')} on {r.get('host')} since {r.get('since')}" for r in held]
-    advice = f"if it is gone: gcloud storage rm '{lock.parent}/*lock*'"
+    advice = f"if it is gone: gcloud storage rm '{lock}*'"
     return f"{', '.join(who) or 'nobody any more'}; {advice}"
 
 

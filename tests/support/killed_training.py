@@ -21,6 +21,9 @@ from orbax.checkpoint._src.path import atomicity
 
 from finetune import cli
 from finetune import train as loop
+from finetune.captured import capture
+from finetune.generation import answers
+from finetune.generation.growing import GrowingObject
 from finetune.run import checkpoints
 from finetune.run.checkpoints import Checkpoints
 from finetune.run.metrics import RunLog
@@ -37,6 +40,11 @@ KILLED: dict[str, Callable[[int], None]] = {
     "step": lambda n: before(RunLog, "step", n, half_a_line),
     "checkpoint": lambda n: before(atomicity.AtomicRenameTemporaryPath, "finalize", n),
     "final": lambda n: before(LocalPlace, "write_buffer", n),
+    "answers": lambda n: before(GrowingObject, "add", n),
+    "answers counted": lambda n: before(answers.Answers, "_say", n),
+    "answers joined": lambda n: before(GrowingObject, "clear", n),
+    "sample": lambda n: before(capture, "write_sample", n),
+    "samples counted": lambda n: before(capture, "_save", n),
 }
 POINTS: dict[str, tuple[Any, str]] = {
     "load": (loop, "load_for_training"),
@@ -81,6 +89,7 @@ if __name__ == "__main__":
         pass
     elif signals == "KILL":
         checkpoints.available_bytes = lambda: 0  # what is saved does not depend on its speed
+        answers.SENT_EVERY_S = 0.0
         KILLED[point](int(count))
     elif signals == "FULL":
         act_at("save", int(count), full)

@@ -11,14 +11,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 from advice import follows
+from captures import SIZE, capture_of, run_settings
 from flax import nnx
-from imported import import_folder
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from trained import QUIET, read_rows
 
 from finetune import cli
-from finetune.captured.capture import Captured, CaptureError, CaptureSettings, capture
+from finetune.captured.capture import Captured, CaptureError
 from finetune.captured.documents import PROGRESS_FILE, open_states
 from finetune.captured.sample import Content, open_sample, write_sample
 from finetune.data.packing import Packer, PostNorm, PreNorm
@@ -40,54 +40,9 @@ from mtp_model.checkpoint.directory import open_checkpoint
 from mtp_model.files.open import as_place
 from mtp_model.load import load
 
-SIZE = {"rows": 2, "row_tokens": 32}
 TOLERANCE = 2e-6  # of sums in another order: documents are packed into other rows
 CONTROL = 100 * TOLERANCE
 ROUNDED = {"bfloat16": 2e-3, "float8": 2e-2}  # what a loss differs by
-
-
-@pytest.fixture(scope="module")
-def mtp_only(checkpoint, tmp_path_factory):
-    """The same source, imported without the main model's layers."""
-    folder = tmp_path_factory.mktemp("mtp") / "checkpoint"
-    import_folder(checkpoint.with_name("source"), folder, scope="mtp")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def records(data, tmp_path_factory):
-    """A few documents, one of them longer than a row, with answers that alone are learnt."""
-    file = tmp_path_factory.mktemp("few") / "few.jsonl"
-    lines = data.read_text().splitlines()[:6]
-    answer = {"prompt": "Say it: ", "completion": "it is said, and so it is."}
-    file.write_text("\n".join([*lines, json.dumps(answer)]) + "\n")
-    return file
-
-
-def capture_of(checkpoint: Path, records: Path, out: Path, **changes) -> Path:
-    settings = CaptureSettings(
-        checkpoint=str(checkpoint), data=(records,), out=out, stored="float32", **SIZE
-    )
-    capture(dataclasses.replace(settings, **changes))
-    return out
-
-
-@pytest.fixture(scope="module")
-def states(checkpoint, records, tmp_path_factory):
-    return capture_of(checkpoint, records, tmp_path_factory.mktemp("captured") / "states")
-
-
-def run_settings(checkpoint: Path, states: Path, out: Path = Path("none"), **changes):
-    settings = RunSettings(
-        checkpoint=str(checkpoint),
-        states=(states,),
-        out=out,
-        steps=3,
-        batch=BatchSettings(**SIZE),
-        objective=ObjectiveSettings(ce=0.5, e2e_tv=0.5),
-        evaluation=EvaluationSettings(every=2, rows=4, holdout_every=3),
-    )
-    return dataclasses.replace(settings, **changes)
 
 
 def batches_of(checkpoint: Path, states: Path):

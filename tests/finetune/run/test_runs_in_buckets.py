@@ -62,7 +62,7 @@ def test_a_run_that_was_killed_goes_on_from_the_bucket_alone(
     assert cli.run(again) == 1
     said = " ".join(capsys.readouterr().err.split())
     assert f"another process is training in {url}/run (pid {lock['pid']} on elsewhere" in said
-    assert f"if it is gone: gcloud storage rm '{url}/run/*lock*'" in said
+    assert f"if it is gone: gcloud storage rm '{url}/run/lock*'" in said
     for key in gcs.keys(f"{run}/lock"):
         gcs.delete(key)
 
