@@ -74,7 +74,7 @@ def test_generate_that_is_killed_goes_on_from_the_bucket_alone(
         for path in (settings.out, Path(out))
     ]
     assert measured[0] == measured[1]
-    assert measured[0].summary.num_drafts
+    assert measured[0].summary.reached[0] > 0
 
 
 def test_answers_are_gathered_and_none_are_lost_at_an_end(
