@@ -6,7 +6,8 @@
 The main model writes its own answers to prompts out of the demo's prose: sampled ones to train on,
 and greedy and sampled ones to held-out prompts to measure on, of prose and of the code that it was
 pretrained on. Each variant tunes the module of the same checkpoint, once for each seed (another
-order of the same documents). What was measured is in OUT/results.jsonl and is not done again.
+order of the same documents). What was measured is in OUT/results.jsonl and is not done again; it is
+printed as tables, and drawn in OUT/acceptance.svg.
 """
 
 import argparse
@@ -18,14 +19,18 @@ import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from rich.console import Console
 
+from mtp_model.reporting import drawing
 from tools.demo import run_command
 
 console = Console(highlight=False, soft_wrap=True)
 
 # Student's t: 95 % of means of so many values lie within t standard errors.
 T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}
+
+SMOOTHED = 10  # steps that are one point of a curve
 
 
 class Variant(NamedTuple):
@@ -50,10 +55,11 @@ VARIANTS = (
     Variant("kl", 5),
     Variant("e2e_tv", 5),
     Variant("e2e_tv", 1),
+    Variant("e2e_tv", 1, own_answers=False),
     Variant("kl", 1),
-    Variant("e2e_tv", 5, own_answers=False),
     Variant("ce", 1),
     Variant("ce", 1, own_answers=False),
+    Variant("e2e_tv", 5, own_answers=False),
     *(Variant(objective, 1) for objective in ("tv", "lk")),
     *(Variant(objective, 3) for objective in ("e2e_tv", "kl", "tv", "lk", "ce")),
     *(Variant(objective, 5) for objective in ("tv", "lk", "ce")),
@@ -82,6 +88,7 @@ PAIRS = (
     (Variant("e2e_tv", 1), Variant("kl", 1)),
     (Variant("e2e_tv", 5), Variant("e2e_tv", 1)),
     (Variant("kl", 5), Variant("kl", 1)),
+    (Variant("e2e_tv", 1), Variant("e2e_tv", 1, own_answers=False)),
     (Variant("e2e_tv", 5), Variant("e2e_tv", 5, own_answers=False)),
     (Variant("ce", 1), Variant("ce", 1, own_answers=False)),
 )
@@ -104,6 +111,9 @@ def main() -> None:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(arguments.out / "compiled"))
         measure_all(arguments, measured)
     print_tables(measured)
+    picture = drawing("acceptance", lambda axes: draw(axes, arguments.out, measured), (9.0, 4.5))
+    # Seen on light and on dark, in a page that is not ours.
+    (arguments.out / "acceptance.svg").write_text(picture.svg.replace("currentColor", "#808080"))
 
 
 class Measured:
@@ -126,6 +136,9 @@ class Measured:
     def lengths(self, name: str, title: str) -> dict[int, float]:
         """By seed."""
         return {seed: row["lengths"][title] for (of, seed), row in self._of.items() if of == name}
+
+    def seeds(self, name: str) -> list[int]:
+        return sorted(seed for of, seed in self._of if of == name)
 
     def step_s(self, name: str) -> float | None:
         found = [row["step_s"] for (of, _), row in self._of.items() if of == name]
@@ -230,6 +243,32 @@ def mean_with_interval(values: Any) -> str:
         return mean
     half = T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
     return f"{mean} ± {half:.2f}"
+
+
+def draw(axes: Any, out: Path, measured: Measured) -> None:
+    """By step, how much of the main model's distribution draft 1 has on its own answers: means of
+    ten steps and of all seeds, and what lies between the least and the greatest of the seeds."""
+    for each in filter(lambda each: each.own_answers, VARIANTS):
+        runs = [overlaps(out / f"{each.name}-{seed}") for seed in measured.seeds(each.name)]
+        if not runs:
+            continue
+        steps = np.arange(runs[0].size) * SMOOTHED + SMOOTHED
+        (line,) = axes.plot(steps, np.mean(runs, axis=0), label=each.title.replace("`", ""))
+        axes.fill_between(
+            steps, np.min(runs, axis=0), np.max(runs, axis=0), alpha=0.2, color=line.get_color()
+        )
+    axes.set_xlabel("step")
+    axes.set_ylabel("overlap of draft 1, training batches")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend()
+
+
+def overlaps(run: Path) -> np.ndarray:
+    """Sum of min(p, q) of draft 1, in groups of steps."""
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    values = np.array([row["overlap"][0] for row in rows])
+    return values[: len(values) // SMOOTHED * SMOOTHED].reshape(-1, SMOOTHED).mean(axis=1)
 
 
 def print_table(rows: list[tuple[str, ...]]) -> None:
