@@ -70,6 +70,7 @@ from finetune.weights import (
 )
 from mtp_model import cluster
 from mtp_model.checkpoint.directory import Checkpoint
+from mtp_model.load import give_back_freed
 from mtp_model.problems import UserError
 from mtp_model.progress import above_bars, progress
 
@@ -152,6 +153,7 @@ def _train(
         with on_mesh(mesh):
             job = _prepare(settings, computed_in, mesh, run, base, text, console, stopping)
             _raise_unless_room(job)
+            give_back_freed()
             console.print(work_sentence(settings, computed_in, job.split, mesh))
             if settings.objective.lk and not asked.objective.weights():
                 console.print("the MTP modules are new: they learn by lk (--objective.lk 1)")
@@ -160,6 +162,7 @@ def _train(
             state = as_served(_loop(job, profiled))
         measured = first_and_last(run.evaluations)
         before, after = map(Summary.from_json, measured) if measured else (None, None)
+        give_back_freed()
         record = {"by": "finetune-deepseek train", "settings": as_plain(settings)}
         record |= {"computed_in": computed_in}
         record |= {"held_out": {"before": measured[0], "after": measured[1]}} if measured else {}
@@ -282,6 +285,7 @@ def _compiled(job: _Job, state: TrainState) -> tuple[Callable[..., Any], dict[st
     began = time.perf_counter()
     abstract = abstract_batch(batch.rows, batch.row_tokens, job.mesh, job.text.states)
     step = job.train_step.lower(state, job.split.frozen, abstract).compile()
+    give_back_freed()
     return step, {"compile_s": time.perf_counter() - began}
 
 

@@ -13,6 +13,7 @@ import xxhash
 
 from finetune.captured.sample import (
     CapturedSample,
+    is_same_main_model,
     main_model_digest,
     open_sample,
     samples_below,
@@ -205,9 +206,9 @@ def _raise_if_foreign(sample: CapturedSample, base: Checkpoint, model: str) -> N
     if sample.hidden_size != config.hidden_size:
         needed = f"the model's are {config.hidden_size} wide"
         raise FileError(f"has states {sample.hidden_size} wide, {needed}: of another model")
-    if sample.main_model not in (None, model):
-        found = f"{shown(sample.main_model)}, this one's is {model}"
-        raise FileError(f"was captured from another main model (final norm {found})")
+    if sample.main_model and not is_same_main_model(sample.main_model, model):
+        found = f"{shown(sample.main_model)}, this one is {model}"
+        raise FileError(f"was captured from another main model ({found})")
     if sample.state == "post_norm" and config.mtp_hidden_state == "pre_norm":
         raise FileError("has post_norm states, but this model's MTP modules are fed pre_norm ones")
     ids = sample.token_ids()

@@ -281,12 +281,23 @@ def _as_stored(states_TD: np.ndarray, stored: StoredAs) -> dict[str, np.ndarray]
 
 
 def main_model_digest(checkpoint: Checkpoint) -> str:
-    """Tells main models apart, however much of them a checkpoint has: by the final norm's weights.
-
-    Every import has them, and training the main model moves them.
-    """
+    """Tells main models apart: by the final norm's weights, which every import has, and, where the
+    layers are there, by what training has written of the main model (adapters move no norm)."""
     weights = checkpoint.read_rows("norm.weight", (), 0, checkpoint.config.hidden_size)
-    return digest(weights.astype(np.float32).tobytes())
+    norm = digest(weights.astype(np.float32).tobytes())
+    if checkpoint.provenance["scope"] == "mtp":
+        return norm
+    pieces = checkpoint.provenance["pieces"]
+    derived = checkpoint.provenance.get("derived", [])
+    changed = {n for each in derived for n in each["changed"] if not n.startswith("mtp.")}
+    written = {name: pieces[name] for name in sorted(changed & pieces.keys())}
+    return f"{norm}.{digest(json.dumps(written, sort_keys=True).encode())}"
+
+
+def is_same_main_model(one: str, other: str) -> bool:
+    """Of two digests, as far as both of them say. Earlier captures have the norm's alone."""
+    both = list(zip(one.split("."), other.split("."), strict=False))
+    return all(a == b for a, b in both)
 
 
 def samples_below(folder: Path) -> Iterator[tuple[Place, int]]:

@@ -14,6 +14,7 @@ from finetune.state import Split, StepResult, TrainState
 from mtp_model import DeepSeekV3
 from mtp_model.block import DecoderLayer, take_layer
 from mtp_model.checkpoint.directory import CheckpointError
+from mtp_model.narrow import scan_parts
 
 _NAMED = 3  # leaves in a message
 _LOWER = "try a lower --optimizer.learning-rate or --optimizer.clip-norm with another --out"
@@ -80,7 +81,9 @@ def _names(tree: Any) -> list[str]:
 
 def _bad_rows(leaf: jax.Array) -> jax.Array:
     """Which entries of the first dimension (the layers, in a stack) hold a bad value."""
-    return ~jnp.isfinite(leaf).all(axis=tuple(range(1, leaf.ndim)))
+    if not leaf.ndim:
+        return ~jnp.isfinite(leaf)
+    return scan_parts(lambda _, part: (None, ~jnp.isfinite(part).all()), None, leaf)[1]
 
 
 def _first_layer(model: DeepSeekV3, batch: Batch) -> str | None:
