@@ -1,8 +1,9 @@
 """Locks for folders in an object store: an object that only one process can have created.
 
-Nothing there ends with its process. So who holds a lock writes it anew every few seconds, and one
-that stays as it is for half a minute, or whose process was killed on this very machine, is taken
-over. Nobody's clock is compared. Who finds the own lock taken over ends at once.
+Nothing there ends with its process. So who holds a lock, or looks whether it may, writes its object
+anew every few seconds, and one that stays as it is for half a minute, or whose process was killed
+on this very machine, is taken over. Nobody's clock is compared. Who finds the own lock taken over
+ends at once.
 """
 
 import contextlib
@@ -13,9 +14,10 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from mtp_model.files.objects import CloudError, StoredObject
 from mtp_model.problems import UserError
@@ -36,14 +38,13 @@ def object_locked(lock: StoredObject, *, shared: bool, wait: bool) -> Iterator[b
     me = _myself()
     mine = lock.parent / f"{lock.name}.{me['token']}" if shared else lock
     deadline = time.monotonic() + _PATIENCE_S
-    while not (held := _taken(lock, mine, me)):
+    while not (renewed := _taken(lock, mine, me)):
         if not wait:
             yield False
             return
         if time.monotonic() > deadline:
             raise UserError(f"gave up waiting for {lock}: {holder(lock)}")
         time.sleep(_POLL_S)
-    renewed = _Renewed(mine, me, held)
     try:
         yield True
     finally:
@@ -58,14 +59,18 @@ def holder(lock: StoredObject) -> str:
     return f"{', '.join(who) or 'nobody any more'}; {advice}"
 
 
-def _taken(lock: StoredObject, mine: StoredObject, me: dict[str, Any]) -> bytes | None:
-    """The generation of our object, now that we hold the lock; None when others do."""
-    held = _created(mine, me)
-    rivals = [lock] if mine != lock else _shared(lock)
-    if held and any((record := _read(path)) and not _is_gone(path, record) for path in rivals):
-        mine.write_if(None, held)
+def _taken(lock: StoredObject, mine: StoredObject, me: dict[str, Any]) -> "_Renewed | None":
+    """Our object, written anew from now on, now that we hold the lock; None when others do."""
+    if not (held := _created(mine, me)):
         return None
-    return held
+    renewed = _Renewed(mine, me, held)
+    taken = False
+    try:
+        taken = _all_gone(lambda: [lock] if mine != lock else _shared(lock))
+    finally:
+        if not taken:
+            mine.write_if(None, renewed.end())
+    return renewed if taken else None
 
 
 def _created(mine: StoredObject, me: dict[str, Any]) -> bytes | None:
@@ -77,7 +82,7 @@ def _created(mine: StoredObject, me: dict[str, Any]) -> bytes | None:
         return None
     if record.get("token") == me["token"]:  # our request got through, only its answer did not
         return seen
-    return mine.write_if(data, seen) if _is_gone(mine, record) else None
+    return mine.write_if(data, seen) if _all_gone(lambda: [mine], delete=False) else None
 
 
 class _Renewed:
@@ -133,40 +138,72 @@ def _read(path: StoredObject) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else {}
 
 
-def _is_gone(path: StoredObject, record: dict[str, Any]) -> bool:
-    """Whether the process that created a lock was here and is no longer, or elsewhere and silent.
+def _all_gone(rivals: Callable[[], list[StoredObject]], *, delete: bool = True) -> bool:
+    """Whether the processes of all locks are gone: known to be, or silent, all watched at once.
 
-    Locks of earlier versions are not written anew: of those a person decides.
+    Those that are gone are deleted, so that nobody watches them again. Who came while we watched
+    has seen ours, or is there still.
     """
+    watched = {path: seen for path in rivals() if (seen := path.generation())}
+    states = {path: _state(r) for path in watched if (r := _read(path)) is not None}
+    if not watched or "there" in states.values():
+        return not watched
+    unsure = [path for path, state in states.items() if state == "unknown"]
+    deadline = time.monotonic() + _SILENT_S
+    while unsure and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+        if any(path.generation() not in (watched[path], None) for path in unsure):
+            return False
+    if not delete:
+        return True
+    for path, seen in watched.items():
+        path.write_if(None, seen)
+    return not any(path.generation() for path in rivals())
+
+
+def _state(record: dict[str, Any]) -> Literal["gone", "there", "unknown"]:
+    """What is known of the process that created a lock.
+
+    Earlier versions do not write their locks anew, so that silence says nothing: of those a person
+    decides, where the process is not known to be gone.
+    """
+    unsure = "unknown" if record.get("renewed_s") else "there"
     me = _myself()
     if any(record.get(key) != me[key] for key in ("host", "namespace")):
-        return bool(record.get("renewed_s")) and _is_silent(path)
+        return unsure
+    pid = record.get("pid")
+    if not isinstance(pid, int) or not 0 < pid < 2**31:
+        return unsure
     try:
-        os.kill(int(record["pid"]), 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
-        return True
-    except (PermissionError, KeyError, ValueError, TypeError, OverflowError):
-        return False
-    return False
+        return "gone"
+    except PermissionError:  # another user's
+        pass
+    if not (began := record.get("began")):
+        return unsure
+    return "there" if began == _began(pid) else "gone"
 
 
-def _is_silent(path: StoredObject) -> bool:
-    """Whether nobody writes a lock for a time."""
-    seen, deadline = path.generation(), time.monotonic() + _SILENT_S
-    while time.monotonic() < deadline:
-        time.sleep(_POLL_S)
-        if path.generation() != seen:
-            return False
-    return True
+def _began(pid: int) -> str | None:
+    """Tells a process from later ones of its number, also after a restart of the machine; None
+    where the system does not say."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
+    return f"{boot} {ticks}"
 
 
 def _myself() -> dict[str, Any]:
     # Containers may have a host name in common, but then not their process ids.
-    namespace = "/proc/self/ns/pid"
+    namespace = Path("/proc/self/ns/pid")
     return {
         "host": platform.node(),
-        "namespace": os.readlink(namespace) if os.path.exists(namespace) else "",  # noqa: PTH115, PTH110
+        "namespace": str(namespace.readlink()) if namespace.exists() else "",
         "pid": os.getpid(),
+        "began": _began(os.getpid()),
         "since": datetime.now(UTC).isoformat(timespec="seconds"),
         "token": uuid.uuid4().hex,
         "renewed_s": _RENEWED_S,
