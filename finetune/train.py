@@ -153,7 +153,6 @@ def _train(
         with on_mesh(mesh):
             job = _prepare(settings, computed_in, mesh, run, base, text, console, stopping)
             _raise_unless_room(job)
-            give_back_freed()
             console.print(work_sentence(settings, computed_in, job.split, mesh))
             if settings.objective.lk and not asked.objective.weights():
                 console.print("the MTP modules are new: they learn by lk (--objective.lk 1)")
@@ -162,7 +161,6 @@ def _train(
             state = as_served(_loop(job, profiled))
         measured = first_and_last(run.evaluations)
         before, after = map(Summary.from_json, measured) if measured else (None, None)
-        give_back_freed()
         record = {"by": "finetune-deepseek train", "settings": as_plain(settings)}
         record |= {"computed_in": computed_in}
         record |= {"held_out": {"before": measured[0], "after": measured[1]}} if measured else {}
