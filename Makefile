@@ -7,6 +7,9 @@ NEWEST_PYTHON ?= $(call first_of,$(foreach v,3.14 3.13 3.12,python$(v) $(wildcar
 NEWEST_EXTRAS ?= test,data
 # Without compiling every module at once: those that are used are compiled at their first import.
 INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
+# Containers often tell Python to keep no bytecode: each process would compile all of JAX anew, for
+# longer than its import takes, and tests start dozens.
+export PYTHONDONTWRITEBYTECODE :=
 BIN := .venv/bin
 NEWEST := .venv-newest
 

@@ -40,7 +40,7 @@ from finetune.run.checkpoints import (
 from finetune.run.directory import RunDirectory, opened
 from finetune.run.metrics import RunLog, Summary, first_and_last, measure_text, summarise
 from finetune.run.not_finite import cause, raise_unless_finite
-from finetune.run.plots import draw_curves, write_run_report
+from finetune.run.plots import draw_curves, just_drawn, write_run_report
 from finetune.run.report import evaluation_sentence, work_sentence
 from finetune.run.resuming import given, inputs_of, resume, say_what_is_done_again
 from finetune.run.stopping import NOT_STOPPING, Stopping
@@ -337,7 +337,7 @@ def _evaluation_is_missing(job: _Job, log: RunLog, step: int) -> bool:
 def _evaluate(
     job: _Job, log: RunLog, state: TrainState, step: int, stop_if_asked: Callable[[], None]
 ) -> None:
-    """Measure on held-out text, log it, say it, and draw the curves anew."""
+    """Measure on held-out text, log it, say it, and draw the curves anew, though not too often."""
     run = job.run
 
     def batches() -> Iterator[tuple[Batch, list[list[int]]]]:
@@ -355,7 +355,8 @@ def _evaluate(
         with above_bars():
             job.console.print(evaluation_sentence(step, summary))
     steps, evaluations = log.step_rows.rows(), log.evaluation_rows.rows()
-    if (steps or evaluations) and cluster.is_first():
+    wanted = step == job.settings.steps or not just_drawn(run.curves)
+    if (steps or evaluations) and cluster.is_first() and wanted:
         title = f"{run.place.name}: --train {job.settings.train} from {job.base.path.name}"
         draw_curves(run.curves, steps, evaluations, title)
     run.send(seldom=True)

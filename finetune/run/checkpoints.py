@@ -341,6 +341,7 @@ def _sums_of(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return sums if mesh is None else jax.lax.with_sharding_constraint(sums, everywhere(mesh))
 
 
+@jax.jit  # so that leaves of one shape are traced once
 def _sum(leaf: jax.Array) -> jax.Array:
     bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
     words = jax.lax.bitcast_convert_type(leaf, bits).astype(jnp.uint32)

@@ -5,6 +5,7 @@ text; TensorBoard has both.
 """
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -319,9 +320,14 @@ class RunLog:
 
 def _events(folder: Path, last_step: int) -> Any:
     """TensorBoard's file, which goes on behind a step."""
-    # tensorboardX imports torch where that is installed: seconds, wanted here only.
-    from tensorboardX import SummaryWriter
-
+    # tensorboardX imports these where they are installed: seconds, for what nobody asks of it.
+    unwanted: Any = dict.fromkeys({"torch", "google.cloud.storage"} - sys.modules.keys())
+    sys.modules.update(unwanted)  # None: as if it were not installed
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        for name in unwanted:
+            del sys.modules[name]
     return SummaryWriter(str(folder), purge_step=last_step + 1)
 
 

@@ -3,14 +3,10 @@
 Thin lines are training batches; dots are evaluations on held-out text.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from typing import TYPE_CHECKING, Any
 
 from finetune.run.directory import RunDirectory
 from finetune.run.metrics import Row, Summary, Thinned, read_rows
@@ -21,10 +17,19 @@ from mtp_model.files.open import written
 from mtp_model.report_folder import Findings, write_report
 from mtp_model.reporting import LEGEND, Facts, Picture, Section, drawing
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 Value = Callable[[Row], float | None]
 MAIN_COLOUR = "gray"  # seen on light and on dark
+REDRAWN_AFTER_S = 10.0
 _WIDE = (9.0, 3.5)  # inches
 DEPTH_COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
+
+
+def just_drawn(path: Path) -> bool:
+    """Whether a drawing is as good as new: to draw it takes as long as short evaluations."""
+    return path.is_file() and time.time() - path.stat().st_mtime < REDRAWN_AFTER_S
 
 
 def draw_curves(path: Path, steps: Sequence[Row], evaluations: Sequence[Row], title: str) -> None:
@@ -32,6 +37,9 @@ def draw_curves(path: Path, steps: Sequence[Row], evaluations: Sequence[Row], ti
 
     steps, evaluations: rows of metrics.jsonl and evaluations.jsonl, not both empty.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes half a second to import
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(10, 10), layout="constrained")
     FigureCanvasAgg(figure)
     loss, acceptance, rate = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 1))
@@ -91,8 +99,8 @@ def _thinned(file: Path) -> list[Row]:
 def _pictures(steps: Sequence[Row], evaluations: Sequence[Row]) -> list[Picture]:
     """The three parts of curves.png, each alone."""
 
-    def drawn(title: str, draw: Callable[[Axes], None]) -> Picture:
-        def all_of(axes: Axes) -> None:
+    def drawn(title: str, draw: "Callable[[Axes], None]") -> Picture:
+        def all_of(axes: "Axes") -> None:
             draw(axes)
             _draw_steps(axes)
             _draw_grid(axes)
@@ -106,23 +114,25 @@ def _pictures(steps: Sequence[Row], evaluations: Sequence[Row]) -> list[Picture]
     ]
 
 
-def _draw_steps(axes: Axes) -> None:
+def _draw_steps(axes: "Axes") -> None:
+    from matplotlib.ticker import MaxNLocator
+
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _draw_grid(axes: Axes) -> None:
+def _draw_grid(axes: "Axes") -> None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_rate(axes: Axes, steps: Sequence[Row]) -> None:
+def _draw_rate(axes: "Axes", steps: Sequence[Row]) -> None:
     _draw_line(axes, steps, lambda row: row.get("lr"), color="tab:gray", linewidth=1.5)
     axes.set_ylabel("learning rate")
     axes.set_ylim(bottom=0)
 
 
-def _draw_losses(axes: Axes, steps: Sequence[Row], evaluations: Sequence[Row]) -> None:
+def _draw_losses(axes: "Axes", steps: Sequence[Row], evaluations: Sequence[Row]) -> None:
     _draw_both(axes, steps, evaluations, lambda row: row["main_loss"], MAIN_COLOUR, "main model")
     for depth in range(_num_depths(steps, evaluations)):
         _draw_both(axes, steps, evaluations, _entry("mtp_loss", depth), *_look(depth))
@@ -130,7 +140,9 @@ def _draw_losses(axes: Axes, steps: Sequence[Row], evaluations: Sequence[Row]) -
     axes.legend(title="lines: training, dots: held-out", frameon=False, loc=LEGEND)
 
 
-def _draw_acceptance(axes: Axes, steps: Sequence[Row], evaluations: Sequence[Row]) -> None:
+def _draw_acceptance(axes: "Axes", steps: Sequence[Row], evaluations: Sequence[Row]) -> None:
+    from matplotlib.ticker import PercentFormatter
+
     for depth in range(_num_depths(steps, evaluations)):
         _draw_both(axes, steps, evaluations, _entry("acceptance", depth), *_look(depth))
         _draw_intervals(axes, evaluations, depth)
@@ -142,7 +154,7 @@ def _draw_acceptance(axes: Axes, steps: Sequence[Row], evaluations: Sequence[Row
 
 
 def _draw_both(
-    axes: Axes,
+    axes: "Axes",
     steps: Sequence[Row],
     evaluations: Sequence[Row],
     value: Value,
@@ -153,13 +165,13 @@ def _draw_both(
     _draw_line(axes, evaluations, value, color=colour, marker="o", linewidth=2, label=label)
 
 
-def _draw_line(axes: Axes, rows: Sequence[Row], value: Value, **style: Any) -> None:
+def _draw_line(axes: "Axes", rows: Sequence[Row], value: Value, **style: Any) -> None:
     points = [(row["step"], value(row)) for row in rows]
     known = [(step, y) for step, y in points if y is not None]
     axes.plot([step for step, _ in known], [y for _, y in known], **style)
 
 
-def _draw_intervals(axes: Axes, evaluations: Sequence[Row], depth: int) -> None:
+def _draw_intervals(axes: "Axes", evaluations: Sequence[Row], depth: int) -> None:
     """Bars from the low to the high end of the 95 % interval of each evaluation that has one."""
     for row in evaluations:
         intervals = row.get("acceptance_interval")

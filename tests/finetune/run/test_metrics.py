@@ -2,13 +2,16 @@
 
 import itertools
 import json
+import os
+import sys
+import time
 import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from finetune.run.metrics import MOST_POINTS, RunLog, Thinned, first_and_last, read_rows
-from finetune.run.plots import draw_curves
+from finetune.run.plots import REDRAWN_AFTER_S, draw_curves, just_drawn
 
 ROW = {"main_loss": 1.5, "mtp_loss": [2.5], "acceptance": [None], "lr": 0.1}
 
@@ -96,3 +99,24 @@ def test_before_is_the_first_evaluation_on_the_same_text(tmp_path: Path):
     earlier = [{"step": 0} | ROW, {"step": 1} | ROW, {"step": 2, "held_out": "a"} | ROW]
     written(file, *earlier)
     assert first_and_last(file) == (earlier[0], earlier[2])
+
+
+def test_a_drawing_that_is_not_old_is_not_drawn_anew(tmp_path):
+    curves = tmp_path / "curves.png"
+    assert not just_drawn(curves)
+    draw_curves(curves, [{"step": 1, **ROW}], [], "one")
+    assert just_drawn(curves)
+    then = time.time() - REDRAWN_AFTER_S - 1
+    os.utime(curves, (then, then))
+    assert not just_drawn(curves)
+
+
+def test_tensorboard_is_written_without_torch(tmp_path, monkeypatch):
+    """Which tensorboardX imports where it is installed, for seconds at the start of each run."""
+    for name in list(sys.modules):
+        if name.partition(".")[0] in ("tensorboardX", "torch"):
+            monkeypatch.delitem(sys.modules, name)
+    opened(tmp_path, 0)
+    assert "tensorboardX" in sys.modules
+    assert "torch" not in sys.modules
+    assert list((tmp_path / "tb").iterdir())
