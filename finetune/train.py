@@ -20,13 +20,7 @@ from rich.console import Console
 from finetune.captured.documents import open_text
 from finetune.data.packing import Batch, Packer, Position
 from finetune.data.run_text import RunText, digest_of, held_out_batches
-from finetune.devices import (
-    Workload,
-    abstract_batch,
-    devices_for,
-    on_mesh,
-    spread,
-)
+from finetune.devices import Workload, abstract_batch, devices_for, on_mesh, spread
 from finetune.objective.losses import Asked
 from finetune.objective.objectives import forgets
 from finetune.optimizer import learning_rates, make_optimizer
@@ -355,10 +349,10 @@ def _evaluate(
         with above_bars():
             job.console.print(evaluation_sentence(step, summary))
     steps, evaluations = log.step_rows.rows(), log.evaluation_rows.rows()
-    wanted = step == job.settings.steps or not just_drawn(run.curves)
-    if (steps or evaluations) and cluster.is_first() and wanted:
-        title = f"{run.place.name}: --train {job.settings.train} from {job.base.path.name}"
-        draw_curves(run.curves, steps, evaluations, title)
+    wanted = cluster.is_first() and (step == job.settings.steps or not just_drawn(run.curves))
+    if (steps or evaluations) and wanted:
+        by = f"--train {job.settings.train} from {job.base.path.name}"
+        draw_curves(run.curves, steps, evaluations, f"{run.place.name}: {by}")
     run.send(seldom=True)
 
 
