@@ -348,11 +348,11 @@ def _evaluate(
         log.evaluation({"step": step, **summary.to_json(), "held_out": job.held_out_digest})
         with above_bars():
             job.console.print(evaluation_sentence(step, summary))
-    steps, evaluations = log.step_rows.rows(), log.evaluation_rows.rows()
+    steps = log.step_rows.rows()
     wanted = cluster.is_first() and (step == job.settings.steps or not just_drawn(run.curves))
-    if (steps or evaluations) and wanted:
-        by = f"--train {job.settings.train} from {job.base.path.name}"
-        draw_curves(run.curves, steps, evaluations, f"{run.place.name}: {by}")
+    if steps and wanted:  # before the first one there is no curve
+        title = f"{run.place.name}: --train {job.settings.train} from {job.base.path.name}"
+        draw_curves(run.curves, steps, log.evaluation_rows.rows(), title)
     run.send(seldom=True)
 
 

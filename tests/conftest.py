@@ -35,17 +35,23 @@ install_import_hook(CHECKED_MODULES, "beartype.beartype")
 
 # Files of a minute and more come first: one that comes last keeps one of two workers waiting.
 LONGEST = (
-    "test_stopping",
     "test_meshes",
     "test_processes",
     "test_train",
+    "test_stopping",
+    "test_decoding",
+    "test_decoder",
+    "test_state",
     "test_model",
+    "test_optimizer",
+    "test_mixed_kinds",
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, all else in its order."""
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else 9)
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
 
 
 def pytest_collection_finish() -> None:

@@ -23,7 +23,7 @@ def batch() -> Batch:
 
 
 def gradients(
-    settings: RunSettings, checkpoint: Path, batch: Batch, remat: bool = True
+    settings: RunSettings, checkpoint: Path, batch: Batch, remat: bool = False
 ) -> dict[str, np.ndarray]:
     """By leaf, read off a step of gradient descent of rate 1 that starts from nothing moved."""
     split = load_for_training(str(checkpoint), "all", "float32", remat)
@@ -93,7 +93,9 @@ def test_what_is_computed_again_changes_no_gradient(settings, checkpoint, batch,
         )  # weights of norms are 1, and so is their rounding
         for found in (layers_again[name], scores_again[name]):
             np.testing.assert_allclose(found, wanted, atol=atol, err_msg=name)
-    other = gradients(dataclasses.replace(every, mtp_lambda=0.4), checkpoint, batch, remat=False)
+    other_BT = batch.tokens_BT.copy()
+    other_BT[0, 0] += 1  # negative control: one token
+    other = gradients(every, checkpoint, batch._replace(tokens_BT=other_BT), remat=False)
     worst = max(np.abs(other[n] - kept[n]).max() / max(np.abs(kept[n]).max(), 1e-9) for n in kept)
     assert worst > 1e-3
 

@@ -138,20 +138,16 @@ def test_sampled_text_does_not_depend_on_its_batch(case: Case):
     assert written(decode(case.model, other, how)) != whole
 
 
-def sampled(case: Case, num_drafts: int, seed: int) -> np.ndarray:
-    """The first two of three tokens sampled after one prompt, thousands of times, [N, 2]."""
-    count, length = 3000, int(LENGTHS[0]) + 3
+def sampled(case: Case, num_drafts: int, seed: int) -> tuple[np.ndarray, float]:
+    """The first two of three tokens sampled after one prompt, many times, [N, 2]; and how many
+    first drafts were accepted."""
+    count, length = 1500, int(LENGTHS[0]) + 3
     one = case.prompts(num_drafts, length)
     rows = Prompts(*(np.repeat(each[:1], count, axis=0) for each in one))
     rows = rows._replace(seed_B=np.arange(count, dtype=np.uint32) + np.uint32(seed * count))
     texts = decode(case.model, rows, Decoding(num_drafts=num_drafts, temperature=0.6))
-    return np.asarray(texts.tokens_BS)[:, length - 3 : length - 1]
-
-
-def share_of_drafts(case: Case) -> float:
-    """How many first drafts are accepted where texts are sampled."""
-    texts = decode(case.model, case.prompts(2, 20), Decoding(num_drafts=2, temperature=0.6))
-    return float(texts.accepted_BK[:, 0].sum() / texts.rounds_B.sum())
+    share = texts.accepted_BK[:, :1].sum() / texts.rounds_B.sum()
+    return np.asarray(texts.tokens_BS)[:, length - 3 : length - 1], float(share)
 
 
 def same_distribution(one: np.ndarray, other: np.ndarray) -> float:
@@ -159,7 +155,7 @@ def same_distribution(one: np.ndarray, other: np.ndarray) -> float:
     values = []
     for x, y in zip(one.T, other.T, strict=True):
         often = np.bincount(np.concatenate([x, y]), minlength=384)
-        kept = np.flatnonzero(often >= 60)
+        kept = np.flatnonzero(often >= 30)
         table = [
             [*(np.sum(each == token) for token in kept), np.sum(~np.isin(each, kept))]
             for each in (x, y)
@@ -171,10 +167,11 @@ def same_distribution(one: np.ndarray, other: np.ndarray) -> float:
 
 def test_sampled_text_has_the_main_models_distribution(case: Case, monkeypatch):
     """Two tokens, so that a draft is accepted, refused, and followed by another."""
-    plain = sampled(case, 0, seed=0)
-    assert 0.1 < share_of_drafts(case) < 0.9
-    assert same_distribution(plain, sampled(case, 0, seed=1)) > 1e-3
-    assert same_distribution(plain, sampled(case, 2, seed=2)) > 1e-3
+    plain, _ = sampled(case, 0, seed=0)
+    drafted, share = sampled(case, 2, seed=2)
+    assert 0.1 < share < 0.9
+    assert same_distribution(plain, sampled(case, 0, seed=1)[0]) > 1e-3
+    assert same_distribution(plain, drafted) > 1e-3
 
     # negative control: every draft is accepted
     def careless(logits_BPV, drafted, log_q, chance, places_BP):
@@ -184,5 +181,5 @@ def test_sampled_text_has_the_main_models_distribution(case: Case, monkeypatch):
     real = decoder._accept
     monkeypatch.setattr(decoder, "_accept", careless)
     jax.clear_caches()
-    assert same_distribution(plain, sampled(case, 2, seed=3)) < 1e-6
+    assert same_distribution(plain, sampled(case, 2, seed=3)[0]) < 1e-6
     jax.clear_caches()
