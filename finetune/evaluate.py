@@ -1,7 +1,6 @@
 """`finetune-deepseek evaluate`, a file of its own as `train` has: measure a checkpoint on text."""
 
 import functools
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -148,7 +147,7 @@ def check(settings: EvaluateSettings) -> None:
     minimum = {"draft_tokens": 1, "rows": 1, "row_tokens": 2, "max_rows": 1, "draft_cost": 0}
     minimum |= {"draft_vocab": 1}
     faults = too_small(settings, minimum)
-    if not 0 < settings.temperature < math.inf:
+    if settings.temperature <= 0:
         faults.append(f"--temperature is {settings.temperature}, needed a number above 0")
     if settings.draft_vocab is None and (settings.draft_vocab_data or settings.token_map):
         faults.append("--draft-vocab-data and --token-map need --draft-vocab N")

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -107,8 +106,6 @@ def check(settings: GenerateSettings) -> None:
     least = {"max_new_tokens": 1, "prompt_tokens": 2, "max_documents": 1, "rows": 1}
     least |= {"speculate": 0, "temperature": 0, "seed": 0, "requests": 1}
     faults = too_small(settings, least)
-    if settings.temperature == math.inf:
-        faults.append("--temperature is inf, needed a finite number")
     if settings.server is not None:
         faults += _faults_of_server(settings, settings.server)
     faults += [] if settings.data else ["--data is empty, needed at least one path"]

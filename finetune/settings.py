@@ -4,7 +4,6 @@ The command line (tyro) fills the same dataclasses: defaults < YAML file < comma
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +33,8 @@ DataPaths = Annotated[
     ),
 ]
 """The data of every command: what is taken is said once."""
+
+_LARGEST = 3.4028234663852886e38  # of float32
 
 
 class SettingsError(UserError):
@@ -312,12 +313,29 @@ def option(name: str) -> str:
 
 
 def too_small(settings: Any, least: Mapping[str, float]) -> list[str]:
-    """What is wrong with numbers that must not be less than these, by field; None is no number."""
-    return [
+    """What is wrong with numbers that must be finite, and not less than these; None is none."""
+    infinite = not_finite(settings)
+    return [*infinite.values()] + [
         f"{option(name)} is {value}, needed {minimum} or more"
         for name, minimum in least.items()
-        if (value := getattr(settings, name)) is not None and not value >= minimum
+        if name not in infinite
+        and (value := getattr(settings, name)) is not None
+        and not value >= minimum
     ]
+
+
+def is_finite(value: float) -> bool:
+    """Whether a number is one in float32, which a run computes with: no nan, not infinite."""
+    return abs(value) <= _LARGEST
+
+
+def not_finite(settings: Any) -> dict[str, str]:
+    """What is wrong with numbers that are nan or infinite, by dotted name."""
+    return {
+        name: f"{option(name)} is {value}, needed a finite number (of float32)"
+        for name, value in flat(settings).items()
+        if isinstance(value, float) and not is_finite(value)
+    }
 
 
 def weight_faults(weights: tuple[float, ...], paths: tuple[Path, ...]) -> list[str]:
@@ -326,7 +344,7 @@ def weight_faults(weights: tuple[float, ...], paths: tuple[Path, ...]) -> list[s
     if weights and len(weights) != len(paths):
         found = f"--data-weights has {len(weights)} numbers"
         faults.append(f"{found}, needed one for each of the {len(paths)} paths of --data")
-    wrong = [weight for weight in weights if not 0 < weight < math.inf]
+    wrong = [weight for weight in weights if not (weight > 0 and is_finite(weight))]
     if wrong:
         faults.append(f"--data-weights has {wrong[0]}, needed numbers of more than 0")
     return faults

@@ -64,7 +64,7 @@ def _filled(default: Any, values: Any, prefix: str, faults: list[str]) -> Any:
         else:
             try:
                 changes[key] = _converted(value, hints[key])
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):  # 1 and 400 digits more
                 faults.append(f"{prefix}{key} is {value!r}, needed {_described(hints[key])}")
     return dataclasses.replace(default, **changes)
 

@@ -2,7 +2,16 @@
 
 import re
 
-from finetune.settings import LoraSettings, RunSettings, SettingsError, flat, option, weight_faults
+from finetune.settings import (
+    LoraSettings,
+    RunSettings,
+    SettingsError,
+    flat,
+    is_finite,
+    not_finite,
+    option,
+    weight_faults,
+)
 
 MESH = ("mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor")
 POSITIVE = (
@@ -59,12 +68,14 @@ def check(settings: RunSettings) -> None:
         (("batch.row_tokens",), lambda value: value >= 2, "2 or more"),
         (("evaluation.holdout_every",), lambda value: value != 1, "0, or 2 and more"),
     )
+    infinite = not_finite(settings)
     faults = _sources(settings) + weight_faults(settings.data_weights, settings.data)
+    faults += infinite.values()
     faults += [
         f"{option(name)} is {values[name]}, needed {needed}"
         for names, good, needed in rules
         for name in names
-        if not good(values[name])
+        if name not in infinite and not good(values[name])
     ]
     if settings.batch.rows % max(settings.batch.accumulation, 1):
         found = f"{option('batch.accumulation')} is {settings.batch.accumulation}"
@@ -86,7 +97,8 @@ def _decays(groups: tuple[str, ...]) -> list[str]:
     faults, seen = [], set()
     for each in groups:
         name, _, value = each.rpartition("=")
-        if not name or not re.fullmatch(r"\d+(\.\d*)?(e-?\d+)?", value):
+        is_number = re.fullmatch(r"\d+(\.\d*)?(e-?\d+)?", value) and is_finite(float(value))
+        if not name or not is_number:
             faults.append(f"--optimizer.weight-decay-of is {each}, needed NAME=NUMBER, 0 or more")
         elif name in seen:
             faults.append(f"--optimizer.weight-decay-of names {name} twice: needed one number")

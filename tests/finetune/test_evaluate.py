@@ -177,6 +177,12 @@ def test_a_temperature_is_finite(command, tmp_path, capsys):
     assert "--temperature is inf, needed a" in capsys.readouterr().err
 
 
+def test_a_cost_is_finite(tmp_path, capsys):
+    words = ["evaluate", "--checkpoint", str(tmp_path), "--data", "a.txt"]
+    assert cli.run([*words, "--draft-cost", "inf"]) == 2
+    assert "--draft-cost is inf, needed a finite number" in capsys.readouterr().err
+
+
 def test_processes_that_measure_other_things_are_named(checkpoint, data, monkeypatch):
     """Each takes its rows of a batch: of two texts the sums would be of neither."""
 

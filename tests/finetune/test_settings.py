@@ -10,7 +10,7 @@ from finetune.cli import TrainCommand, parse, run
 from finetune.data.files import kinds
 from finetune.evaluate import EvaluateSettings
 from finetune.run.changes import differences
-from finetune.settings import RunSettings, SettingsError
+from finetune.settings import RunSettings, SettingsError, flat, option
 from finetune.settings_file import read_yaml, write_yaml
 from finetune.settings_rules import check
 from finetune.weights import raise_unless_fitting
@@ -126,7 +126,7 @@ def test_every_value_that_cannot_be_used_is_reported():
     wrong = {
         "--steps": ("0", "more than 0"),
         "--seed": ("-1", "0 or more"),
-        "--optimizer.learning-rate": ("nan", "more than 0"),
+        "--optimizer.learning-rate": ("-1.0", "more than 0"),
         "--optimizer.warmup-fraction": ("1.5", "from 0 to 1"),
         "--optimizer.beta1": ("1.0", "from 0 to less than 1"),
         "--batch.row-tokens": ("1", "2 or more"),
@@ -143,6 +143,37 @@ def test_every_value_that_cannot_be_used_is_reported():
     for name, (value, needed) in wrong.items():
         assert f"{name} is {value}, needed {needed}" in caught.value.faults
     assert "--data is (), needed at least one path, or --states" in caught.value.faults
+
+
+NUMBERS = [name for name, value in flat(parsed()).items() if isinstance(value, float)]
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 1e39])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_no_setting_is_infinite_or_no_number(name: str, value: float):
+    """1e39 is a number, but none of float32, which steps are computed in."""
+    settings = parsed("--train", "lora", f"{option(name)}={value}")
+    with pytest.raises(SettingsError) as caught:
+        check(settings)
+    told = f"{option(name)} is {value}, needed a finite number (of float32)"
+    assert caught.value.faults == [told]
+    check(parsed("--train", "lora", f"{option(name)}=0.5"))
+
+
+def test_every_kind_of_setting_was_tried():
+    assert {"mtp_lambda", "objective.lk", "lora.alpha", "optimizer.clip_norm"} <= set(NUMBERS)
+
+
+@pytest.mark.parametrize("value", ["1e999", "1e39", "9" * 400])
+def test_no_weight_decay_is_infinite(value: str):
+    with pytest.raises(SettingsError, match=r"weight-decay-of is o_proj=.*, needed NAME=NUMBER"):
+        check(parsed("--optimizer.weight-decay-of", f"o_proj={value}"))
+
+
+def test_a_whole_number_beyond_all_floats_is_said(tmp_path):
+    file = yaml_file(tmp_path, f"optimizer: {{clip_norm: {'9' * 400}}}\n")
+    with pytest.raises(SettingsError, match=r"clip_norm is 9+, needed a number"):
+        read_yaml(Path(file))
 
 
 def test_weight_decays_of_what_is_not_there(checkpoint):

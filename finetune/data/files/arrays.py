@@ -122,14 +122,26 @@ def _npy(file: BinaryIO, nbytes: int) -> TokenFile:
         found: Any = ast.literal_eval(header.decode("latin-1").strip())
         kind, shape = found["descr"], found["shape"]
     except (ValueError, SyntaxError, TypeError, LookupError, RecursionError, MemoryError) as error:
-        raise FileError(f"has a header that is none of NumPy's: {shown(str(error))}") from error
+        why = shown(str(error) or "it cannot be parsed")  # a MemoryError has no words
+        raise FileError(f"has a header that is none of NumPy's: {why}") from error
     is_whole = isinstance(kind, str) and re.fullmatch(r"[<>|][iu][1248]", kind)
     if not is_whole or not isinstance(shape, tuple) or [*map(type, shape)] != [int]:
-        what = f"has {shown(repr(kind))} of shape {shown(repr(shape))}"
+        what = f"has {_written(kind)} of shape {_written(shape)}"
         raise FileError(f"{what}, needed whole numbers in one dimension: one token after another")
     dtype, begin, count = np.dtype(kind), file.tell(), shape[0]
+    if not 0 <= count <= nbytes:
+        what = f"is {nbytes:,} bytes, too few for the tokens that its header tells of"
+        raise FileError(f"{what} ({_written(count)}): it is cut, or damaged")
     _raise_unless_whole(nbytes, begin, count, dtype)
     return TokenFile(dtype, begin, count, None)
+
+
+def _written(value: Any) -> str:
+    """A value of a header for a message: Python refuses to write numbers of thousands of digits."""
+    try:
+        return shown(repr(value))
+    except ValueError:
+        return "a number of thousands of digits"
 
 
 def _megatron(index: bytes, nbytes: int) -> TokenFile:

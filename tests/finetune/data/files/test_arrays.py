@@ -48,6 +48,10 @@ def llmc(magic: int, kind: str, values=TOKENS) -> bytes:
     return header.tobytes() + np.array(values, kind).tobytes()
 
 
+def npy_header(text: str) -> bytes:
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode()
+
+
 def numbers(kind: str, values=TOKENS) -> bytes:
     return np.array(values, kind).tobytes()
 
@@ -180,6 +184,22 @@ FAULTS = {
         "has a header that is none of NumPy's",
     ),
     "long": ({"a.npy": npy(np.array(TOKENS)).replace(b"(13,), ", b"(99,), ")}, "needed 920 for 99"),
+    "more digits than Python writes": (
+        {"a.npy": npy_header(f"{{'descr': '<i4', 'shape': (0x{'f' * 5000},)}}")},
+        "bytes, too few for the tokens that its header tells of (a number of thousands of digits)",
+    ),
+    "a type of such digits": (
+        {"a.npy": npy_header(f"{{'descr': 0x{'f' * 5000}, 'shape': (1,)}}")},
+        "has a number of thousands of digits of shape (1,), needed whole numbers",
+    ),
+    "below nothing": (
+        {"a.npy": npy_header("{'descr': '<i4', 'shape': (-2,)}") + bytes(8)},
+        "bytes, too few for the tokens that its header tells of (-2)",
+    ),
+    "a deep header": (
+        {"a.npy": npy_header("-" * 60_000)},
+        "has a header that is none of NumPy's: it cannot be parsed",
+    ),
     "no index": ({"a.bin": b"", "a.idx": b"words"}, "a.idx, that is none of Megatron's: remove it"),
     "index version": ({"a.bin": b"", "a.idx": index([], version=2)}, "has version 2 and type 8"),
     "floats": ({"a.bin": b"", "a.idx": index([], code=6)}, "has version 1 and type 6, needed"),
