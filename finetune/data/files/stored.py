@@ -48,10 +48,11 @@ class StoredFile:
         if kind.is_packed or kind.form in UNPACKED:
             with self.open() as packed, _room("unpacked "):
                 unpacked = self._new_file()
+                out = _Unpacked(unpacked, os.fstat(packed.fileno()).st_size)
                 if kind.is_packed:
-                    _unpack_gzip(packed, unpacked)
+                    _unpack_gzip(packed, out)
                 else:
-                    unpack_rows(kind.form, packed, unpacked)
+                    unpack_rows(kind.form, packed, out)
                 unpacked.flush()
             if self._temporary:
                 self._temporary.close()
@@ -125,16 +126,24 @@ def _room(how: str) -> Iterator[None]:
         raise FileError(why) from error
 
 
-def _unpack_gzip(packed: BinaryIO, out: BinaryIO) -> None:
-    most = max(_ALWAYS_UNPACKED_BYTES, _MOST_UNPACKED * os.fstat(packed.fileno()).st_size)
-    written = 0
+class _Unpacked:
+    """A file that is written from a packed one of `nbytes`, as long as it may be of one."""
+
+    def __init__(self, file: BinaryIO, nbytes: int):
+        self.file, self.left = file, max(_ALWAYS_UNPACKED_BYTES, _MOST_UNPACKED * nbytes)
+
+    def write(self, block: bytes) -> None:
+        self.left -= len(block)
+        if self.left < 0:
+            why = f"is more than {_MOST_UNPACKED} times larger unpacked, as no text is"
+            raise FileError(f"{why}: unpack it yourself (rows as .jsonl) if it is meant to be so")
+        self.file.write(block)
+
+
+def _unpack_gzip(packed: BinaryIO, out: _Unpacked) -> None:
     try:
         with GzipFile(fileobj=packed) as unpacked:
             while block := unpacked.read(_BLOCK):
-                written += len(block)
-                if written > most:
-                    why = f"is more than {_MOST_UNPACKED} times larger unpacked, as no text is"
-                    raise FileError(f"{why}: unpack it yourself if it is meant to be so")
                 out.write(block)
     except (BadGzipFile, EOFError, zlib.error) as error:
         raise FileError(f"is not a whole gzip file: {error}") from error

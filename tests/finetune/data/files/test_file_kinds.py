@@ -276,6 +276,114 @@ def test_a_wrong_record_in_a_folder_is_no_reason_to_leave_its_file_out(tmp_path)
 # --- bounds
 
 
+def repeated(values: list[str], rows: int):
+    """A column of so many rows, each of which refers to the same values."""
+    indices = arrow.array(np.arange(rows) % len(values), arrow.int32())
+    return arrow.DictionaryArray.from_arrays(indices, arrow.array(values))
+
+
+def as_stream(columns) -> bytes:
+    table, out = arrow.table(columns), io.BytesIO()
+    with arrow.ipc.new_stream(out, table.schema) as writer:
+        writer.write_table(table)
+    return out.getvalue()
+
+
+def as_view(text: str, rows: int) -> bytes:
+    return as_stream({"text": arrow.array([text] * rows, arrow.string_view())})
+
+
+HUGE = "a" * (17 << 20)  # one more byte than MiB that a record may have
+TURN = arrow.array([{"role": "user"}] * 64)
+BOMBS = {
+    "a.parquet": lambda: table_bytes(arrow.table({"text": [HUGE] * 64}), compression="zstd"),
+    "b.parquet": lambda: table_bytes(
+        arrow.table({"messages": [[{"role": "user", "content": HUGE}]] * 64}), compression="zstd"
+    ),
+    "c.parquet": lambda: table_bytes(
+        arrow.table({"input_ids": [np.zeros(20_000_000, np.int32)]}), compression="zstd"
+    ),
+    "d.arrow": lambda: as_stream({"text": repeated([HUGE], 64)}),
+    "e.arrow": lambda: as_stream({"text": arrow.array(["a"] * 5 + [HUGE, "b"])}),
+    "f.feather": lambda: as_view("a" * (17 << 20), 3),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_rows_that_are_too_long_are_refused_before_they_are_held(tmp_path, name):
+    """Some kilobytes of file, of which a batch of rows would be a gigabyte."""
+    path = write(tmp_path, name, BOMBS[name]())
+    usual = arrow.default_memory_pool()
+    counted = arrow.proxy_memory_pool(usual)
+    arrow.set_memory_pool(counted)
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=r"has a row longer than 16 MiB"):
+            scan([path], VOCAB)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+        arrow.set_memory_pool(usual)
+    assert most < 16e6
+    assert counted.max_memory() < 300e6
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        arrow.array([[1, 2]] * 9, arrow.list_view(arrow.int8())),
+        arrow.DictionaryArray.from_arrays(arrow.array([0] * 9), arrow.array([[1, 2]])),
+        arrow.RunEndEncodedArray.from_arrays([9], ["a"]),
+    ],
+    ids=["list_view", "dictionary of lists", "run ends"],
+)
+def test_columns_whose_size_is_not_known_are_refused(tmp_path, column):
+    path = write(tmp_path, "a.arrow", as_stream({"text": column}))
+    with pytest.raises(DataError, match=r"has a column of .*, which is not read: write it as text"):
+        scan([path], VOCAB)
+
+
+def test_values_that_are_stored_once_are_read_in_every_row(tmp_path):
+    """Dictionaries, views and values of some MiB, of which few rows are decoded at a time."""
+    wanted = [Text(text=each) for each in ("b" * 3_000_000, "c") * 40]
+    texts = [each.text for each in wanted]
+    of_kinds = {
+        "a.parquet": table_bytes(arrow.table({"text": texts}), compression="zstd"),
+        "b.parquet": table_bytes(arrow.table({"text": texts}), use_dictionary=False),
+        "c.arrow": as_stream({"text": repeated(texts[:2], 80)}),
+        "d.arrow": as_stream({"text": arrow.array(texts, arrow.string_view())}),
+    }
+    for name, content in of_kinds.items():
+        assert read_all(scan([write(tmp_path, name, content)], VOCAB)) == wanted, name
+
+
+def test_rows_that_unpack_without_end_are_refused(tmp_path, monkeypatch):
+    """By the same limit as what is packed by gzip; doing what is said helps."""
+    records = [{"text": "word " * 2_000}] * 300
+    path = write(tmp_path, "a.parquet", as_parquet(records, compression="zstd"))
+    assert len(scan([path], VOCAB)) == 300
+    monkeypatch.setattr(stored, "_ALWAYS_UNPACKED_BYTES", 1_000_000)
+    with pytest.raises(DataError, match=r"200 times larger unpacked.*\(rows as \.jsonl\)"):
+        scan([path], VOCAB)
+    assert len(scan([write(tmp_path, "a.jsonl", as_lines(records))], VOCAB)) == 300
+
+
+@pytest.mark.parametrize("kind", ["between batches", "no end", "in a batch", "twice"])
+def test_an_arrow_stream_that_is_not_whole_is_refused(tmp_path, kind):
+    whole = as_arrow(RECORDS)
+    batches = as_arrow(RECORDS[:8])  # two of the nine, as if the writer were killed after them
+    contents = {
+        "between batches": (batches[:-8], "is an Arrow stream without its end: it was cut"),
+        "no end": (whole[:-8], "is an Arrow stream without its end: it was cut"),
+        "in a batch": (whole[:-100], "is not an Arrow file that can be read"),
+        "twice": (whole * 2, f"has {len(whole):,} bytes behind the end of its Arrow stream"),
+    }
+    content, told = contents[kind]
+    with pytest.raises(DataError, match=told):
+        scan([write(tmp_path, "a.arrow", content)], VOCAB)
+    assert len(scan([write(tmp_path, "a.arrow", whole)], VOCAB)) == len(RECORDS)
+
+
 LONG = {
     "a.jsonl": as_lines([{"text": "a" * 200}]),
     "a.json": json.dumps([{"text": "a" * 200}]),
