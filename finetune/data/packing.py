@@ -113,13 +113,15 @@ class RowPart(NamedTuple):
 class Packer:
     """Iterates over (batch, position after it); the same seed and position give the same batches.
 
-    As many documents as there are rows are read in turn, so that a batch is no single document.
-    Of a long one a stretch is held at a time.
+    As many documents as there are rows are read in turn, so that a batch is no single document. Of
+    a long one a stretch is held at a time. Where there are fewer, a batch has several pieces of
+    each, which follow each other, and a document is begun anew once it was read to its end.
     A document that fits in a row is never cut. It goes to the first row of the batch with room,
     else waits for a later batch. A longer document is cut into full rows and a rest; each part
     is a segment of its own. Documents are shuffled anew in each epoch.
-    sources: parts of the documents, of which each gives its share of the tokens, at epochs of its
-    own; () is one of all.
+    sources: parts of the documents, of which each gives its share of the tokens, piece by piece, at
+    epochs of its own; () is one of all. Each has its share of the documents that are read in turn,
+    one at least.
     epochs: stop after this many of every source; None goes on for ever.
     documents_of_rows: for each row of the batch that was given last, the numbers of the documents
     of its segments 1, 2, ...
@@ -140,6 +142,8 @@ class Packer:
         self.documents, self.epochs = documents, epochs
         self.rows, self.row_tokens = rows, row_tokens
         self.sources = tuple(sources) or (DataSource(range(len(documents)), 1.0),)
+        whole = sum(source.weight for source in self.sources)
+        self._most_read = [max(1, round(rows * each.weight / whole)) for each in self.sources]
         self._order = Order(self.sources, seed)
         self.next = list(position.next) or [NextPlace()] * len(self.sources)
         self.documents_of_rows: list[list[int]] = []
@@ -176,44 +180,51 @@ class Packer:
 
     def _read(self) -> RowPart | None:
         """The next piece of the documents that are read in turn, or None after the last epoch."""
-        while len(self.reading) < self.rows and (begun := self._begin()):
-            self.reading.append(begun)
-        if not self.reading:
+        left = set(range(len(self.sources)))
+        while left:
+            source = poorest(sorted(left), [each.tokens for each in self.next], self.sources)
+            while len(read := self._read_of(source)) < self._most_read[source]:
+                if (begun := self._begin(source, read)) is None:
+                    break
+                self.reading.append(begun)
+            if read:
+                break
+            left.remove(source)
+        else:
             return None
-        part, rest = self._cut(*self.reading.pop(0))
+        part, rest = self._cut(*self.reading.pop(read[0]))
         if rest is not None:
             self.reading.append(rest)
-        source = part.place.source
         self.next[source] = self.next[source].given(part.tokens.ids.size)
         return part
 
-    def _begin(self) -> tuple[TokenPlace, Tokens] | None:
-        """The next document, or None after the last epoch. Those without tokens are passed."""
-        while (source := self._source()) is not None:
-            # The only one with tokens may come first in an epoch and last in the next.
-            for _ in range(2 * len(self.sources[source].documents)):
-                if self._is_over(source):
-                    break
-                place, self.next[source] = self._order.take(source, self.next[source])
-                tokens = self._tokens(place)
-                if tokens.ids.size:
-                    return place, tokens
-            else:
-                raise DataError([self.sources[source].without_tokens()])
-        return None
+    def _read_of(self, source: int) -> list[int]:
+        """Which of the documents that are read in turn are of a source."""
+        return [number for number, (place, _) in enumerate(self.reading) if place.source == source]
 
-    def _source(self) -> int | None:
-        """The source that a document is begun of next, or None where all are over."""
-        left = [source for source in range(len(self.sources)) if not self._is_over(source)]
-        if len(left) < 2:
-            return next(iter(left), None)
-        tokens = [place.tokens for place in self.next]
-        for place, begun in self.reading:  # will be given, before what is begun now
-            tokens[place.source] += begun.ids.size - place.token
-        return poorest(left, tokens, self.sources)
+    def _begin(self, source: int, read: list[int]) -> tuple[TokenPlace, Tokens] | None:
+        """The next document of a source, beside those that are read in turn; or None.
 
-    def _is_over(self, source: int) -> bool:
-        return self.epochs is not None and self.next[source].epoch >= self.epochs
+        There is none after the last epoch, and none while the next one is still read where the
+        source has too few for all that may be read in turn: it would give the same pieces. Where it
+        has enough, only the end of an epoch may meet the beginning of the next.
+        Those without tokens are passed.
+        """
+        documents = self.sources[source].documents
+        is_short = len(documents) < self._most_read[source]
+        read_now = {self._order.document(self.reading[number][0]) for number in read if is_short}
+        # The only one with tokens may come first in an epoch and last in the next.
+        for _ in range(2 * len(documents)):
+            if self.epochs is not None and self.next[source].epoch >= self.epochs:
+                return None
+            place, following = self._order.take(source, self.next[source])
+            if self._order.document(place) in read_now:
+                return None
+            self.next[source] = following
+            tokens = self._tokens(place)
+            if tokens.ids.size:
+                return place, tokens
+        raise DataError([self.sources[source].without_tokens()])
 
     def _tokens(self, place: TokenPlace) -> Tokens:
         document = self._order.document(place)

@@ -68,6 +68,25 @@ def test_the_shares_are_right_from_the_beginning_on():
     assert Counter(batch.tokens_BT[:, 0].tolist()) == {0: 6, 1: 2}
 
 
+@pytest.mark.parametrize("weights", [(1, 9), (1, 1), (9, 1)])
+def test_a_document_longer_than_the_run_gives_no_more_than_its_share(weights):
+    """Beside short ones; it is read in pieces that follow each other, whatever its weight."""
+    long, short, rows = 400_000, 100, 8
+    ids = np.arange(long, dtype=np.int32)
+    found = [Tokens(ids, np.ones_like(ids))]
+    found += [Tokens(np.full(short, -1, np.int32), np.ones(short, np.int32))] * 4_000
+    of = [DataSource(range(1), weights[0]), DataSource(range(1, 4_001), weights[1])]
+    packer = Packer(found, rows=rows, row_tokens=1024, seed=0, sources=of)
+    counts, read = np.zeros(2), []
+    for batch, _ in itertools.islice(packer, 30):
+        tokens = batch.tokens_BT[batch.segment_ids_BT != 0]
+        read += tokens[tokens >= 0].tolist()
+        counts += (tokens >= 0).sum(), (tokens < 0).sum()
+        assert abs((tokens >= 0).mean() - weights[0] / sum(weights)) < 1.5 / rows, "a row or so"
+    assert abs(counts[0] / counts.sum() - weights[0] / sum(weights)) < 0.02
+    assert len(set(read)) == len(read)
+
+
 def test_a_source_begins_its_own_epochs_anew():
     """In each, every document once; a small source with a large share is at a later one."""
     read, batches = Counter(), packer((1, 5, 1), rows=1, row_tokens=400)

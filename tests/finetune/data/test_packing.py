@@ -1,5 +1,6 @@
 """Packing: no token lost or doubled, and going on from any position."""
 
+import hashlib
 import itertools
 import json
 
@@ -124,6 +125,46 @@ def test_a_batch_of_long_documents_is_of_several():
     documents = numbered_documents([200] * 6)
     batch, _ = next(pack(documents, rows=3, row_tokens=8))
     assert len({int(row[0]) // 200 for row in batch.tokens_BT}) == 3
+
+
+@pytest.mark.parametrize("lengths", [[1000], [1000, 600], [400, 300, 1500]])
+@pytest.mark.parametrize("rows", [4, 8])
+def test_of_fewer_documents_than_rows_no_row_repeats_another(lengths, rows):
+    """Rows are pieces that follow each other, and each token still comes once in an epoch."""
+    options = {"rows": rows, "row_tokens": 8, "epochs": 3}
+    seen = []
+    for batch, _ in pack(numbered_documents(lengths), **options):
+        found = batch.tokens_BT[batch.segment_ids_BT != 0].tolist()
+        assert len(set(found)) == len(found)
+        seen += found
+    assert sorted(seen) == sorted(3 * [*range(sum(lengths))])
+
+
+def test_positions_of_earlier_versions_with_one_document_go_on():
+    """They read it as often as there are rows, in step; once those are read it is begun anew."""
+    document = numbered_documents([100])
+    copies = [[epoch, 0, 16] for epoch in range(3)]
+    saved = {"next": [3, 0], "reading": copies, "waiting": []}
+    batches = list(pack(document, epochs=5, position=Position.from_json(saved)))
+    found = [batch.tokens_BT[batch.segment_ids_BT != 0].tolist() for batch, _ in batches]
+    counts = np.bincount(np.concatenate(found))
+    assert set(counts[:16]) == {2}
+    assert set(counts[16:]) == {5}
+    assert len(set(found[-2])) == len(found[-2]) == 24
+
+
+def test_batches_of_enough_documents_are_those_of_earlier_versions():
+    """Some of them long; a run that was begun before goes on with the same text."""
+    digest = hashlib.sha256()
+    packer = pack(
+        numbered_documents([5, 40, 0, 200, 16, 3] * 3), rows=4, row_tokens=16, epochs=None
+    )
+    for batch, _ in itertools.islice(packer, 60):
+        for each_BT in batch[:4]:
+            digest.update(each_BT.astype("<i4").tobytes())
+    assert digest.hexdigest() == (
+        "cc681585833e617c32b42ad94abc0518364f9788dcaabcb024705a3bbe7f19e7"
+    )
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 5, 8])
