@@ -68,6 +68,8 @@ def _arrow_errors(what: str) -> Iterator[None]:
         raise FileError(f"needs pyarrow, {_EXTRA}") from error
     try:
         yield
+    except FileError:  # in words already; it is a ValueError too
+        raise
     # Of what Python has no value for: the year 10,000, nanoseconds, a column that is there twice.
     except (arrow.ArrowException, ArithmeticError, LookupError, ValueError) as error:
         raise FileError(f"is not {what} that can be read: {error}") from error
