@@ -210,6 +210,8 @@ def _evaluate(settings: EvaluateSettings) -> None:
             "greedy drafts" if settings.sampling == "greedy" else f"{settings.sampling} sampling"
         )
         title = f"{settings.checkpoint}, teacher-forced, {drafts}"
+        if found.captured:
+            title += f"; from captured states ({', '.join(found.captured)})"
         show(stdout(), _evaluation_sections(found, title))
 
 

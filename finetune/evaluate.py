@@ -1,6 +1,7 @@
 """`finetune-deepseek evaluate`, a file of its own as `train` has: measure a checkpoint on text."""
 
 import functools
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,12 +13,10 @@ import xxhash
 from flax import nnx
 from jax.sharding import Mesh
 
-from finetune.data.corpus import DataFile
+from finetune.captured.measured_text import MeasuredText, text_of, text_of_states
 from finetune.data.draft_vocab import most_frequent, write_token_map
-from finetune.data.files.kinds import is_on_hub
 from finetune.data.packing import Batch, Packer, Position, first_rows
 from finetune.data.run_text import add_rows, open_documents
-from finetune.data.tokens import TokenDocuments
 from finetune.devices import Workload, devices_for, on_mesh, spread
 from finetune.objective.acceptance import Rule
 from finetune.objective.intervals import DocumentCounts
@@ -36,8 +35,6 @@ from finetune.state import Split, make_measure_step
 from finetune.weights import compute_dtype, open_trainable
 from mtp_model import ModelConfig, cluster
 from mtp_model.checkpoint.directory import Checkpoint
-from mtp_model.files.open import as_place, written
-from mtp_model.files.place import Place
 from mtp_model.layers import FP8, INIT_STD
 from mtp_model.load import load
 from mtp_model.progress import Report, progress
@@ -47,14 +44,19 @@ from mtp_model.progress import Report, progress
 class EvaluateSettings:
     """Measure losses and the acceptance of drafts on text, without generating.
 
-    The text is read once; of several --data, acceptance is told of each too. Acceptance is counted
+    The text is read once; of several paths, acceptance is told of each too. Acceptance is counted
     in rounds, as a decoder drafts: exact where the main model wrote the text; on other text it is
     what holds as long as the two agree.
     """
 
     checkpoint: str
     """Checkpoint directory, as `convert-deepseek import` or training writes it; local or gs://."""
-    data: DataPaths
+    data: DataPaths = ()
+    states: tuple[Path, ...] = ()
+    """Instead of --data: folders of hidden states that `capture` or vLLM wrote, local or gs://. No
+    main model is loaded then, and the checkpoint may be of --scope mtp."""
+    skip_unusable: bool = False
+    """Leave out, and name, captured samples that are damaged, cut short or of another model."""
     draft_tokens: int | None = None
     """Tokens drafted a step; more than there are MTP modules reuses them (default: one each)."""
     sampling: Rule = "greedy"
@@ -113,6 +115,7 @@ class Evaluation:
     controls: dict[str, Summary] = field(default_factory=dict)  # by name, where they are asked for
     draft_cost: float | None = None
     reduced: ReducedHead | None = None
+    captured: tuple[str, ...] = ()  # of captured states: in which precisions they were kept
 
     def speedup(self, length: float | None) -> float | None:
         """Projected from a mean accepted length; None without a cost."""
@@ -125,6 +128,8 @@ class Evaluation:
         was asked for beside that."""
         found = self.summary.to_json() | {"held_out": self.held_out, "data": self.data}
         found |= {"checkpoint_digest": self.checkpoint_digest}
+        if self.captured:
+            found["captured"] = list(self.captured)
         if self.sources:
             found["sources"] = [
                 asdict(each) | self._projected(each.mean_accepted_length) for each in self.sources
@@ -156,7 +161,11 @@ def check(settings: EvaluateSettings) -> None:
     if settings.token_map and not settings.token_map.parent.is_dir():
         folder = settings.token_map.parent
         faults.append(f"--token-map {settings.token_map} is in no folder; make {folder} first")
-    faults += [] if settings.data else ["--data is empty, needed at least one path"]
+    if bool(settings.data) == bool(settings.states):
+        found = "both are given" if settings.data else "--data is empty, needed at least one path"
+        faults.append(f"{found}: needed --data, or --states")
+    if settings.skip_unusable and not settings.states:
+        faults.append("--skip-unusable needs --states: it is for captured samples")
     if faults:
         raise SettingsError("settings that cannot be used", faults)
 
@@ -164,49 +173,66 @@ def check(settings: EvaluateSettings) -> None:
 def evaluate(settings: EvaluateSettings) -> Evaluation:
     """Measure on all of the text (or `max_rows` of it)."""
     check(settings)
-    checkpoint, config = open_trainable(settings.checkpoint)
+    checkpoint, config = open_trainable(settings.checkpoint, captured=bool(settings.states))
     if (settings.draft_vocab or 0) > config.vocab_size:
         fault = f"--draft-vocab is {settings.draft_vocab}, the model has {config.vocab_size} tokens"
         raise SettingsError("settings that cannot be used", [fault])
-    mesh = devices_for(settings.mesh, Workload.of(checkpoint, None, settings.rows))
-    documents = open_documents(settings.checkpoint, settings.data, config)
-    digests = {"data": documents.corpus.digest, "checkpoint": checkpoint.digest}
-    cluster.raise_unless_alike(given_to_all(settings) | digests)
+    scope = "mtp" if settings.states else "all"
+    mesh = devices_for(settings.mesh, Workload.of(checkpoint, None, settings.rows, scope))
     dtype = compute_dtype(settings.compute_dtype)
-    split = Split.of(load(settings.checkpoint, mesh, compute_dtype=dtype), "mtp")
+    text = _text(settings, checkpoint, dtype, config)
+    digests = {"data": text.digest, "checkpoint": checkpoint.digest}
+    cluster.raise_unless_alike(given_to_all(settings) | digests)
+    split = Split.of(load(settings.checkpoint, mesh, scope=scope, compute_dtype=dtype), "mtp")
     asked = Asked(settings.draft_tokens, True, settings.sampling, settings.temperature)
     step = make_measure_step(split.graphdef, asked)
     rows_seen = xxhash.xxh3_128()
     summary, counts = _measure(
-        settings, documents, _with_weights(step, split, mesh), asked, "evaluate", rows_seen
+        settings, text, _with_weights(step, split, mesh), asked, "evaluate", rows_seen
     )
     reduced = None
     if settings.draft_vocab:
-        reduced = _reduced(settings, documents, asked, split, mesh, config)
+        reduced = _reduced(settings, text, asked, split, mesh, config)
     controls: dict[str, Summary] = {}
     if settings.controls:
         shifted = asked._replace(shifted=True)
         moved = _with_weights(make_measure_step(split.graphdef, shifted), split, mesh)
         title = "evaluate, targets shifted"
-        controls["shifted"], _ = _measure(settings, documents, moved, shifted, title)
+        controls["shifted"], _ = _measure(settings, text, moved, shifted, title)
         split = untrained(split, initializer_range(checkpoint))
         fresh, title = _with_weights(step, split, mesh), "evaluate, module untrained"
-        controls["untrained"], _ = _measure(settings, documents, fresh, asked, title)
+        controls["untrained"], _ = _measure(settings, text, fresh, asked, title)
     return Evaluation(
         summary=summary,
         checkpoint_digest=digests["checkpoint"],
         held_out=rows_seen.hexdigest(),
-        data=documents.corpus.digest,
-        sources=_by_source(settings.data, documents, counts) if len(settings.data) > 1 else [],
+        data=text.digest,
+        sources=[SourceAcceptance.of(path, counts.of(of)) for path, of in text.sources.items()],
         controls=controls,
         draft_cost=settings.draft_cost,
         reduced=reduced,
+        captured=text.captured,
     )
+
+
+def _text(
+    settings: EvaluateSettings, checkpoint: Checkpoint, dtype: str, config: ModelConfig
+) -> MeasuredText:
+    """What is to be measured; what of it is left out is said."""
+
+    def say(line: str) -> None:
+        if cluster.is_first():
+            print(line, file=sys.stderr)
+
+    if not settings.states:
+        return text_of(settings.checkpoint, settings.data, config)
+    skip = say if settings.skip_unusable else None
+    return text_of_states(settings.states, checkpoint, dtype, settings.row_tokens, skip)
 
 
 def _reduced(
     settings: EvaluateSettings,
-    documents: TokenDocuments,
+    text: MeasuredText,
     asked: Asked,
     split: Split,
     mesh: Mesh | None,
@@ -214,19 +240,20 @@ def _reduced(
 ) -> ReducedHead:
     """The same text once more, with drafts from the most frequent tokens only; their file."""
     assert settings.draft_vocab
-    counted = documents
+    counted, digest = text.documents, text.digest
     if settings.draft_vocab_data:
         counted = open_documents(settings.checkpoint, settings.draft_vocab_data, config)
-    vocab = most_frequent(counted, settings.draft_vocab)
+        digest = counted.corpus.digest
+    vocab = most_frequent(counted, config.vocab_size, settings.draft_vocab)
     fewer = asked._replace(drafted=vocab.tokens)
     step = _with_weights(make_measure_step(split.graphdef, fewer), split, mesh)
-    summary, _ = _measure(settings, documents, step, fewer, "evaluate, fewer tokens")
+    summary, _ = _measure(settings, text, step, fewer, "evaluate, fewer tokens")
     if settings.token_map and cluster.is_first():
         write_token_map(settings.token_map, vocab.tokens)
     return ReducedHead(
         tokens=len(vocab.tokens),
         coverage=vocab.coverage,
-        data=counted.corpus.digest,
+        data=digest,
         summary=summary,
     )
 
@@ -243,7 +270,7 @@ def _with_weights(step: Any, split: Split, mesh: Mesh | None) -> Any:
 
 def _measure(
     settings: EvaluateSettings,
-    documents: TokenDocuments,
+    text: MeasuredText,
     step: Any,
     asked: Asked,
     title: str,
@@ -252,7 +279,7 @@ def _measure(
     """Go over the text once. rows_seen: a digest that the rows are added to."""
     rows = settings.rows
     most = settings.max_rows and -(-settings.max_rows // rows)
-    packer = Packer(documents, rows=rows, row_tokens=settings.row_tokens, seed=0, epochs=1)
+    packer = Packer(text.documents, rows=rows, row_tokens=settings.row_tokens, seed=0, epochs=1)
     batches = first_rows(packer, settings.max_rows) if settings.max_rows else packer
 
     def measured(batch: Batch) -> Any:
@@ -261,32 +288,9 @@ def _measure(
         return step(batch)
 
     with progress(title, "batches", total=most) as report:
-        reported = _reported(batches, report, most, len(documents))
+        reported = _reported(batches, report, most, len(text.documents))
         named = ((batch, packer.documents_of_rows) for batch in reported)
         return measure_documents(measured, named, asked)
-
-
-def _by_source(
-    paths: tuple[Path, ...], documents: TokenDocuments, counts: DocumentCounts
-) -> list[SourceAcceptance]:
-    """Acceptance in the documents of each path; of paths within each other the inner one's."""
-    corpus = documents.corpus
-    named = {as_place(path).absolute(): written(path) for path in paths}
-
-    def owner(place: Place) -> Place:
-        return place if place in named else owner(place.parent)
-
-    def owner_of(file: DataFile) -> Place:
-        given = paths[file.source]  # files of the Hub are elsewhere than their path says
-        return as_place(given).absolute() if is_on_hub(given) else owner(file.path)
-
-    owners = [owner_of(file) for file in corpus.files]
-    by_path: dict[Place, list[int]] = {path: [] for path in named}
-    for document, file in enumerate(corpus.file_N.tolist()):
-        by_path[owners[file]].append(document)
-    return [
-        SourceAcceptance.of(named[path], counts.of(numbers)) for path, numbers in by_path.items()
-    ]
 
 
 def initializer_range(checkpoint: Checkpoint) -> float:

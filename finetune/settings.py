@@ -229,8 +229,8 @@ class RunSettings:
     """Checkpoint directory, as `convert-deepseek import` writes it; local or gs://bucket/folder."""
     data: DataPaths = ()
     data_weights: tuple[float, ...] = ()
-    """Share of the tokens that each path of --data gives, as `3 1`: a number for each path. Without
-    it all documents are read equally often."""
+    """Share of the tokens that each path of --data, or folder of --states, gives, as `3 1`: a
+    number for each. Without it all documents are read equally often."""
     states: tuple[Path, ...] = ()
     """Instead of --data: folders of hidden states that `capture` or vLLM wrote. No main model is
     loaded then, and the checkpoint may be of --scope mtp; --eval-data names such folders too."""
@@ -338,12 +338,14 @@ def not_finite(settings: Any) -> dict[str, str]:
     }
 
 
-def weight_faults(weights: tuple[float, ...], paths: tuple[Path, ...]) -> list[str]:
+def weight_faults(
+    weights: tuple[float, ...], paths: tuple[Path, ...], of: str = "paths of --data"
+) -> list[str]:
     """What is wrong with --data-weights beside these paths of --data."""
     faults = []
     if weights and len(weights) != len(paths):
         found = f"--data-weights has {len(weights)} numbers"
-        faults.append(f"{found}, needed one for each of the {len(paths)} paths of --data")
+        faults.append(f"{found}, needed one for each of the {len(paths)} {of}")
     wrong = [weight for weight in weights if not (weight > 0 and is_finite(weight))]
     if wrong:
         faults.append(f"--data-weights has {wrong[0]}, needed numbers of more than 0")

@@ -69,7 +69,9 @@ def check(settings: RunSettings) -> None:
         (("evaluation.holdout_every",), lambda value: value != 1, "0, or 2 and more"),
     )
     infinite = not_finite(settings)
-    faults = _sources(settings) + weight_faults(settings.data_weights, settings.data)
+    weighed = "folders of --states" if settings.states else "paths of --data"
+    paths = settings.states or settings.data
+    faults = _sources(settings) + weight_faults(settings.data_weights, paths, weighed)
     faults += infinite.values()
     faults += [
         f"{option(name)} is {values[name]}, needed {needed}"
@@ -111,8 +113,8 @@ def _sources(settings: RunSettings) -> list[str]:
     if not settings.states:
         return [] if settings.data else ["--data is (), needed at least one path, or --states"]
     faults = ["--states is given with --data: needed one of them"] if settings.data else []
-    if settings.train != "mtp":
-        faults.append(
-            f"--train is {settings.train}, needed mtp with --states: no main model is there"
-        )
+    if settings.part != "mtp":
+        what = "--lora.part" if settings.train == "lora" else "--train"
+        needed = "needed mtp with --states: no main model is there"
+        faults.append(f"{what} is {settings.part}, {needed}")
     return faults

@@ -73,6 +73,7 @@ SMALL = {
     "converters/sources/open.py": "what the protocol's users open must not import each source",
     "converters/verifying/files.py": "reads no tensor, the rest of verify reads all",
     "finetune/planning/report.py": "plans know of no tables",
+    "finetune/captured/measured_text.py": "what is read, apart from what is measured of it",
     "finetune/run/mirror.py": "copies of files, whatever they are for",
     "finetune/objective/acceptance.py": "a definition, apart from the losses",
     "converters/verifying/logits/torch_weights.py": "the reference gets weights from who has them",

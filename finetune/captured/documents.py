@@ -21,7 +21,14 @@ from finetune.captured.sample import (
 from finetune.data.files.kinds import FileError
 from finetune.data.packing import PostNorm, PreNorm
 from finetune.data.records import DataError
-from finetune.data.run_text import RunText, held_out_numbers, open_run_text
+from finetune.data.run_text import (
+    RunText,
+    held_out_numbers,
+    mixed,
+    open_run_text,
+    weighted_sources,
+    with_counts,
+)
 from finetune.data.tokens import Tokens
 from finetune.settings import RunSettings
 from mtp_model.checkpoint.directory import Checkpoint
@@ -131,18 +138,35 @@ def open_states(settings: RunSettings, base: Checkpoint, dtype: str, say: Say) -
         chosen_N, said = held_out_numbers(len(train), settings.evaluation.holdout_every)
         held_out = [sample for sample, out in zip(train, chosen_N, strict=True) if out]
         train = [sample for sample, out in zip(train, chosen_N, strict=True) if not out]
-    if len({sample.state for sample in (*train, *held_out)}) > 1:
-        raise DataError(["pre_norm and post_norm samples together: train on one kind of them"])
+    _raise_unless_of_one_kind([*train, *held_out])
     kind = np.dtype(dtype)
     tokens = sum(sample.num_tokens for sample in train)
+    source_N = np.array([sample.source for sample in train])
+    sources = weighted_sources(source_N, settings.states, settings.data_weights)
     documents = SampleDocuments(train, kind, skip)
     return RunText(
         train=documents,
         held_out=SampleDocuments(held_out, kind, skip) if held_out else None,
-        digest=_digest(train),
-        description=f"{len(train)} captured samples of {tokens:,} tokens to train on, {said}",
+        digest=with_counts(digest_of_samples(train), sources),
+        description=f"{len(train)} captured samples of {tokens:,} tokens to train on, {said}"
+        f"{mixed(sources)}",
+        sources=sources,
         states=documents.form,
     )
+
+
+def open_samples(
+    folders: Iterable[Path], base: Checkpoint, dtype: str, skip: Say | None
+) -> SampleDocuments:
+    """All samples below folders, to be measured; DataError has everything wrong with them."""
+    samples = scan_samples(folders, base, skip)
+    _raise_unless_of_one_kind(samples)
+    return SampleDocuments(samples, np.dtype(dtype), skip)
+
+
+def _raise_unless_of_one_kind(samples: Iterable[CapturedSample]) -> None:
+    if len({sample.state for sample in samples}) > 1:
+        raise DataError(["pre_norm and post_norm samples together: give one kind of them"])
 
 
 def scan_samples(
@@ -154,18 +178,19 @@ def scan_samples(
     """
     model, found, faults = main_model_digest(base), [], []
 
-    def scanned(path: Place, nbytes: int) -> CapturedSample | str:
+    def scanned(source: int, path: Place, nbytes: int) -> CapturedSample | str:
         try:
-            sample = open_sample(path, nbytes)
+            sample = open_sample(path, nbytes, source)
             _raise_if_foreign(sample, base, model)
         except (FileError, OSError) as error:
             return f"{path} {error}"
         return sample
 
     with progress("scan samples", "samples") as report:
-        for folder in folders:
+        for source, folder in enumerate(folders):
             _raise_unless_finished(folder)
-            for each in _in_order(scanned, samples_below(folder)):
+            paths = ((source, *found) for found in samples_below(folder))
+            for each in _in_order(scanned, paths):
                 (faults if isinstance(each, str) else found).append(each)
                 report(len(found) + len(faults), None)
     if faults and skip is None:
@@ -217,7 +242,7 @@ def _raise_if_foreign(sample: CapturedSample, base: Checkpoint, model: str) -> N
         raise FileError(f"has token {bad}, the model's vocabulary is 0 to {config.vocab_size - 1}")
 
 
-def _digest(samples: Iterable[CapturedSample]) -> str:
+def digest_of_samples(samples: Iterable[CapturedSample]) -> str:
     """Which samples they are: of headers, which have the digests of what `capture` wrote, tokens
     and loss masks."""
     state = xxhash.xxh3_128()

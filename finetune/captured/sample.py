@@ -76,10 +76,17 @@ class CapturedSample:
     data_begin: int
     header: bytes
     content: bytes | None = None  # all of the file, where that is held
+    source: int = 0  # which of the folders that were given it is from
 
     @property
     def num_tokens(self) -> int:
         return self.tensors["token_ids"].shape[0]
+
+    @property
+    def stored(self) -> str:
+        """The precision that its states are kept in, as `capture --stored` names it."""
+        dtype = self.tensors["hidden_states"].dtype
+        return "float8" if dtype == _FP8 else dtype.name
 
     @property
     def hidden_size(self) -> int:
@@ -154,10 +161,10 @@ def _read(place: Place, begin: int, nbytes: int) -> bytes:
         return file.read(nbytes)
 
 
-def open_sample(path: Path | Place, nbytes: int | None = None) -> CapturedSample:
+def open_sample(path: Path | Place, nbytes: int | None = None, source: int = 0) -> CapturedSample:
     """A file's header, checked against the file's size. Raises FileError or OSError.
 
-    nbytes: the size, where it is known.
+    nbytes: the size, where it is known. source: which of the folders that were given it is from.
     """
     place = as_place(path)
     nbytes = place.size() if nbytes is None else nbytes
@@ -193,6 +200,7 @@ def open_sample(path: Path | Place, nbytes: int | None = None) -> CapturedSample
         digest=said.get("xxh3_128"),
         data_begin=8 + length,
         header=raw,
+        source=source,
     )
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from finetune.data.tokens import TokenDocuments
+from finetune.data.packing import Documents
 
 # Of pickle's second protocol, what a list of integers needs; written out, since nothing here
 # unpickles.
@@ -25,25 +25,25 @@ class DraftVocab(NamedTuple):
     coverage: float
 
 
-def most_frequent(documents: TokenDocuments, count: int) -> DraftVocab:
+def most_frequent(documents: Documents, vocab_size: int, count: int) -> DraftVocab:
     """The `count` most frequent tokens; of equals, and of those that never occur, the first ids."""
-    found_V = np.zeros(documents.vocab_size, np.int64)
+    found_V = np.zeros(vocab_size, np.int64)
     for ids in _learnt(documents):
-        found_V += np.bincount(ids, minlength=documents.vocab_size)
+        found_V += np.bincount(ids, minlength=vocab_size)
     kept = np.argsort(-found_V, kind="stable")[:count]
     total = int(found_V.sum())
     coverage = float(found_V[kept].sum() / total) if total else 0.0
     return DraftVocab(tuple(kept.tolist()), coverage)
 
 
-def _learnt(documents: TokenDocuments) -> Iterator[np.ndarray]:
+def _learnt(documents: Documents) -> Iterator[np.ndarray]:
     """The tokens that count, a stretch of a document at a time."""
     for document in range(len(documents)):
-        begin: int | None = 0
-        while begin is not None:
-            tokens = documents.stretch(document, begin)
+        tokens = documents[document]
+        yield tokens.ids[tokens.loss_mask != 0]
+        while tokens.following is not None:
+            tokens = documents.stretch(document, tokens.following)
             yield tokens.ids[tokens.loss_mask != 0]
-            begin = tokens.following
 
 
 def write_token_map(file: Path, tokens: Sequence[int]) -> None:

@@ -38,7 +38,7 @@ def open_run_text(settings: RunSettings, config: ModelConfig) -> RunText:
     encoder = TextEncoder(as_place(settings.checkpoint))
     train, held_out, said = _split(settings, config.vocab_size, encoder)
     train.raise_if_idle()
-    sources = _sources(train, settings)
+    sources = weighted_sources(train.source_of_each, settings.data, settings.data_weights)
     documents = (
         TokenDocuments(each, encoder, config.vocab_size) for each in (train, held_out) if each
     )
@@ -47,8 +47,8 @@ def open_run_text(settings: RunSettings, config: ModelConfig) -> RunText:
     return RunText(
         train=train_documents,
         held_out=held_out_documents,
-        digest=_digest(train, sources),
-        description=f"{len(train)} documents to train on, {said}{_files(train)}{_mixed(sources)}"
+        digest=with_counts(train.digest, sources),
+        description=f"{len(train)} documents to train on, {said}{_files(train)}{mixed(sources)}"
         f"{_idle(train)}",
         sources=sources,
     )
@@ -124,15 +124,15 @@ def held_out_numbers(count: int, holdout_every: int) -> tuple[np.ndarray, str]:
     return chosen_N, said
 
 
-def _sources(train: Corpus, settings: RunSettings) -> tuple[DataSource, ...]:
-    """The paths of --data with their weights, () where they have none."""
-    weights = settings.data_weights
+def weighted_sources(
+    source_N: np.ndarray, paths: tuple[Path, ...], weights: tuple[float, ...]
+) -> tuple[DataSource, ...]:
+    """The paths with their weights, () where they have none; source_N: of which a document is."""
     if not weights:
         return ()
-    source_N = train.source_of_each
     sources = tuple(
         DataSource(np.flatnonzero(source_N == number), weight, shown_path(path))
-        for number, (path, weight) in enumerate(zip(settings.data, weights, strict=True))
+        for number, (path, weight) in enumerate(zip(paths, weights, strict=True))
     )
     faults = [
         f"{source.name} has a weight, but no document that is not held out: leave it out, or give "
@@ -145,15 +145,15 @@ def _sources(train: Corpus, settings: RunSettings) -> tuple[DataSource, ...]:
     return sources
 
 
-def _digest(train: Corpus, sources: tuple[DataSource, ...]) -> str:
+def with_counts(digest: str, sources: tuple[DataSource, ...]) -> str:
     """Of what is trained on; with weights it counts too which path a document is from."""
     if not sources:
-        return train.digest
+        return digest
     counts = [len(source.documents) for source in sources]
-    return xxhash.xxh3_128(f"{train.digest} {counts}".encode()).hexdigest()
+    return xxhash.xxh3_128(f"{digest} {counts}".encode()).hexdigest()
 
 
-def _mixed(sources: tuple[DataSource, ...]) -> str:
+def mixed(sources: tuple[DataSource, ...]) -> str:
     """What share of the tokens each path gives."""
     if not sources:
         return ""

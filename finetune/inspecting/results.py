@@ -28,7 +28,7 @@ KNOWN: Mapping[Kind, set[str]] = {
     "run": EVALUATION | {"step"},
     "evaluate": EVALUATION
     | {"checkpoint", "data", "sources", "controls", "draft_cost", "projected_speedup"}
-    | {"draft_vocab", "checkpoint_digest"},
+    | {"draft_vocab", "checkpoint_digest", "captured"},
     "generate": {*COUNTS, "out", "documents", "tokens"}
     | {"sampling", "temperature", "prompts", "data"},
     # What a server does not say of itself may be written beside its counts.

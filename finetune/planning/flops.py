@@ -44,16 +44,18 @@ def adapted_flops(
     rows: int,
     row_tokens: int,
     depths: int,
+    captured: bool = False,
 ) -> float:
     """The same where weights are frozen, and adapters beside them learn.
 
     A frozen weight that a gradient passes takes twice its forward pass, an adapter three times.
-    adapters: parameters by leaf; of those of routed experts a token meets a few.
+    adapters: parameters by leaf; of those of routed experts a token meets a few. captured: as in
+    model_flops.
     """
     c = config
     layers, drafts, head = _parts(config, row_tokens, depths)
     passed = 2 if part == "all" else 1
-    a_token = passed * (layers + head) + 2 * (drafts + depths * head)
+    a_token = passed * ((not captured) * layers + head) + 2 * (drafts + depths * head)
     for name, size in adapters.items():
         met = c.num_experts_per_tok / c.n_routed_experts if ".experts." in name else 1.0
         used = depths / c.num_nextn_predict_layers if name.startswith("mtp.") else 1.0

@@ -223,9 +223,10 @@ def _model(settings: PlanSettings) -> tuple[ModelConfig, dict[str, Any]]:
         dtypes = {n: jnp.bfloat16 if dtype == FP8 else dtype for n, dtype in dtypes.items()}
     if not config.num_nextn_predict_layers:
         raise SettingsError("a model without MTP modules", ["num_nextn_predict_layers is 0"])
-    if settings.captured and settings.train != "mtp":
-        found = f"--captured is given with --train {settings.train}"
-        raise SettingsError("settings that cannot be used", [f"{found}, needed --train mtp"])
+    if settings.captured and settings.part != "mtp":
+        what = "--lora.part" if settings.train == "lora" else "--train"
+        found = f"--captured is given with {what} {settings.part}"
+        raise SettingsError("settings that cannot be used", [f"{found}, needed {what} mtp"])
     if settings.train == "lora":
         raise_unless_there(settings.lora, config)
     return config, dtypes
@@ -291,7 +292,8 @@ def _compiled(settings: PlanSettings, work: Workload, place: Slice, shape: MeshS
     depths = settings.draft_tokens or work.config.num_nextn_predict_layers
     size = rows, settings.row_tokens, depths
     if settings.train == "lora":
-        formula = adapted_flops(work.config, settings.part, _sizes(step), *size)
+        what = settings.part, _sizes(step)
+        formula = adapted_flops(work.config, *what, *size, captured=settings.captured)
     else:
         formula = model_flops(work.config, settings.part, *size, captured=settings.captured)
     of_program = program_flops(step.traced.jaxpr.jaxpr)

@@ -52,9 +52,13 @@ def batches_of(checkpoint: Path, states: Path):
     return [batch for batch, _ in Packer(text.train, **SIZE, seed=3, epochs=1)]
 
 
-def learnt(checkpoint: Path, batches, scope) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def learnt(
+    checkpoint: Path, batches, scope, mode="mtp"
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Losses of batches, and the gradient of their sum."""
-    split = load_for_training(str(checkpoint), "mtp", "float32", scope=scope)
+    split = load_for_training(str(checkpoint), mode, "float32", scope=scope)
+    if mode == "lora":  # no matrix of which is zeros, as the second of each is at first
+        split = split._replace(trainable=jax.tree.map(lambda x: x + 0.05, split.trainable))
     mixture = ObjectiveSettings(ce=0.5, e2e_tv=0.5)
 
     @jax.jit
@@ -88,6 +92,15 @@ def test_losses_and_gradients_are_those_beside_the_main_model(mtp_only, beside_t
     batches, want = beside_the_main_model
     assert any(batch.segment_ids_BT.max() > 1 for batch in batches)  # documents share rows
     assert difference(learnt(mtp_only, batches, "mtp"), want) < TOLERANCE
+
+
+def test_adapters_learn_the_same_beside_the_main_model(checkpoint, mtp_only, beside_the_main_model):
+    batches, _ = beside_the_main_model
+    want = learnt(checkpoint, [b._replace(states=None) for b in batches], "all", "lora")
+    assert difference(learnt(mtp_only, batches, "mtp", "lora"), want) < TOLERANCE
+    assert all("lora_" in name for name in want[1])
+    wrong = [b._replace(states=PreNorm(np.roll(b.states.x_BTD, 1, axis=1))) for b in batches]
+    assert difference(learnt(mtp_only, wrong, "mtp", "lora"), want) > CONTROL
 
 
 MISTAKES = {

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from flax import nnx
 
 from finetune import cli
 from finetune.data.draft_vocab import most_frequent, write_token_map
-from finetune.data.tokens import TokenDocuments, Tokens
+from finetune.data.tokens import Tokens
 from finetune.objective.losses import Asked, Targets, through_head
 from finetune.run.metrics import Summary
 from finetune.run.report import reduced_sections
@@ -28,10 +28,11 @@ KEPT = (3, 17, 5, 0, 11)
 class Documents:
     """Token ids with masks, the second document in two stretches."""
 
-    vocab_size = V
-
     def __len__(self) -> int:
         return 2
+
+    def __getitem__(self, document: int) -> Tokens:
+        return self.stretch(document, 0)
 
     def stretch(self, document: int, begin: int) -> Tokens:
         stretches = {
@@ -44,11 +45,11 @@ class Documents:
 
 def test_the_most_frequent_tokens_that_are_learnt():
     """Of equals the first id: 3 three times, 1 and 9 twice, 2 once; 7 is never learnt."""
-    documents = cast(TokenDocuments, Documents())
-    assert most_frequent(documents, 2) == ((3, 1), 5 / 8)
-    assert most_frequent(documents, 3) == ((3, 1, 9), 7 / 8)
-    assert most_frequent(documents, 6) == ((3, 1, 9, 2, 0, 4), 1.0)
-    every, coverage = most_frequent(documents, 99)
+    documents = Documents()
+    assert most_frequent(documents, V, 2) == ((3, 1), 5 / 8)
+    assert most_frequent(documents, V, 3) == ((3, 1, 9), 7 / 8)
+    assert most_frequent(documents, V, 6) == ((3, 1, 9, 2, 0, 4), 1.0)
+    every, coverage = most_frequent(documents, V, 99)
     assert (sorted(every), coverage) == ([*range(V)], 1.0)
 
 

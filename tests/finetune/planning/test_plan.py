@@ -55,12 +55,14 @@ def sent_by_tokens(c: ModelConfig) -> dict:
 
 
 @pytest.mark.usefixtures("_uncompiled")
-def test_the_plan_from_captured_states_is_that_of_their_run(checkpoint, capsys):
+@pytest.mark.parametrize("mode", ["mtp", "lora"])
+def test_the_plan_from_captured_states_is_that_of_their_run(mode, checkpoint, capsys):
     """What is not loaded is not planned; what is trained is the same."""
     words = ("--checkpoint", str(checkpoint), "--row-tokens", "16", "--compute-dtype", "float32")
+    words += ("--train", mode)
     _, whole = planned(capsys, *words, "--mesh.expert", "4")
     status, found = planned(capsys, *words, "--mesh.expert", "4", "--captured")
-    split = load_for_training(str(checkpoint), "mtp", "float32", scope="mtp")
+    split = load_for_training(str(checkpoint), mode, "float32", scope="mtp")
     frozen = sum(leaf.size for leaf in jax.tree.leaves(nnx.filter_state(split.frozen, nnx.Param)))
     assert (status, found["parameters_frozen"]) == (0, frozen)
     assert frozen < whole["parameters_frozen"]
@@ -143,6 +145,10 @@ def test_the_formula_is_the_forward_pass_of_the_program(checkpoint):
         (("--checkpoint", "{}", "--topology", "v5p"), "a family: needed a slice, or --search"),
         (("--model-config", "missing.json"), "missing.json"),
         (("--checkpoint", "{}", "--captured", "--train", "all"), "needed --train mtp"),
+        (
+            ("--checkpoint", "{}", "--captured", "--train", "lora", "--lora.part", "all"),
+            "needed --lora.part mtp",
+        ),
     ],
 )
 def test_what_cannot_be_planned(words, said, checkpoint, capsys):
