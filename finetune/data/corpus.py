@@ -228,7 +228,7 @@ class _Scanner:
         if kind is None and is_named and path.exists():
             self.faults.append(f"{path} is of no kind that is read: {NAMES}")
         else:
-            self._scan_file(path, kind or FileKind("", PROSE, False), is_named)
+            self._scan_file(path, kind or FileKind("", PROSE, ""), is_named)
 
     def corpus(self) -> Corpus:
         return Corpus(

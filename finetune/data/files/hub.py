@@ -1,8 +1,10 @@
-"""Data sets on the Hub as files of this machine: hf://datasets/ORG/NAME[@REVISION][/PATH].
+"""Data sets on the Hub as files of this machine: hf://datasets/ORG/NAME[@REVISION][/PATH], or
+[:CONFIG[/SPLIT]] instead of PATH.
 
 Files of the kinds that are read are downloaded into the Hub's own cache; nothing of a data set is
-run. PATH is a file, a folder, or a pattern with *. Without one there must be no choice to make:
-text that is meant for testing is never trained on by chance.
+run. PATH is a file, a folder, or a pattern with *. CONFIG is a configuration that the data set's
+card names. Without either there must be no choice to make: text that is meant for testing is never
+trained on by chance.
 """
 
 import re
@@ -20,6 +22,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 
+from finetune.data.files.card import CARD, Configuration, choose, configurations
 from finetune.data.files.kinds import NAMES, FileError, kind_of
 from mtp_model.files.untrusted_json import shown
 
@@ -39,7 +42,8 @@ class _Asked(NamedTuple):
 
     repo: str
     revision: str | None
-    inner: str  # within the data set, "" for all of it
+    config: str | None  # of its card
+    inner: str  # within the data set, "" for all of it; of a configuration a split
 
     def __str__(self) -> str:
         at = f"@{self.revision}" if self.revision else ""
@@ -59,21 +63,26 @@ def download(path: Path) -> Downloaded:
     try:
         info = HfApi().dataset_info(asked.repo, revision=asked.revision, timeout=_TIMEOUT_S)
         names = sorted(sibling.rfilename for sibling in info.siblings or ())
-        chosen = _chosen(asked, [name for name in names if _is_data(name)])
-        files = [_file(asked.repo, name, str(info.sha)) for name in chosen]
+        commit = str(info.sha)
+        chosen, part = _chosen(asked, names, commit)
+        files = [_file(asked.repo, name, commit) for name in chosen]
     except (HfHubHTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
         raise FileError(_why(error)) from error
     except (httpx2.HTTPError, HFValidationError, OSError) as error:
         raise FileError(f"cannot be read from the Hub ({type(error).__name__})") from error
-    return Downloaded(files, f"{asked._replace(revision=str(info.sha))}")
+    return Downloaded(files, f"{asked._replace(revision=commit)}{part}")
 
 
 def _asked(path: Path) -> _Asked:
     parts = path.parts[2:]
     if len(parts) < 2:
         raise FileError("is no data set on the Hub, needed hf://datasets/ORG/NAME")
-    name, _, revision = parts[1].partition("@")
-    return _Asked(f"{parts[0]}/{name}", unquote(revision) or None, "/".join(parts[2:]))
+    place, has_config, config = parts[1].partition(":")
+    name, _, revision = place.partition("@")
+    inner = "/".join(parts[2:])
+    if has_config and (not config or len(parts) > 4):
+        raise FileError("names no configuration, needed hf://datasets/ORG/NAME:CONFIG[/SPLIT]")
+    return _Asked(f"{parts[0]}/{name}", unquote(revision) or None, unquote(config) or None, inner)
 
 
 def _is_data(name: str) -> bool:
@@ -82,13 +91,41 @@ def _is_data(name: str) -> bool:
     return inside and not name.lower().startswith("readme") and kind_of(name) is not None
 
 
-def _chosen(asked: _Asked, names: list[str]) -> list[str]:
-    """Of the files with data those that are asked for. FileError where that is not clear."""
+def _chosen(asked: _Asked, all_names: list[str], commit: str) -> tuple[list[str], str]:
+    """Of the files with data those that are asked for, and by which words of the card, if by any.
+
+    FileError where that is not clear.
+    """
+    names = [name for name in all_names if _is_data(name)]
+    if asked.inner and asked.config is None:
+        return _named(asked, names), ""
+    configs: list[Configuration] = []
+    if CARD in all_names:
+        configs = configurations(_file(asked.repo, CARD, commit).read_bytes())
+    if not configs:
+        if asked.config is not None:
+            raise FileError("names no configurations in its card: name a file, folder or pattern")
+        return _only_choice(asked, _some(names)), ""
+    config, split = choose(f"{asked}", configs, asked.config, asked.inner or None)
+    found = config.files(split or "", names)
+    if not found:
+        of = f"split {shown(split)} of its " if split else ""
+        raise FileError(
+            f"has no file that is read in {of}configuration {shown(config.name)}: {NAMES}"
+        )
+    part = f":{config.name}" + (f"/{split}" if split else "")
+    return (found if split else _only_choice(asked, found)), part
+
+
+def _some(names: list[str]) -> list[str]:
     if not names:
         raise FileError(f"has no file that is read: {NAMES}")
-    inner = asked.inner
-    if not inner:
-        return _only_choice(asked, names)
+    return names
+
+
+def _named(asked: _Asked, names: list[str]) -> list[str]:
+    """Files that a path or a pattern names."""
+    inner, names = asked.inner, _some(names)
     chosen = [name for name in names if name.startswith(f"{inner}/") or fnmatchcase(name, inner)]
     if not chosen:
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""

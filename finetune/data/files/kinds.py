@@ -23,6 +23,8 @@ _TOKEN_CELLS = {"input_ids", "loss_mask", "labels", "attention_mask"}
 LINES, ARRAY, TABLE, PROSE, PARQUET = ".jsonl", ".json", ".csv", ".txt", ".parquet"
 TOKENS, ARROW, ARRAY_RECORD = ".bin", ".arrow", ".array_record"
 _HUB = ("hf:", "datasets")  # of a Path, which has one slash where two were
+GZIP, ZSTD = ".gz", ".zst"
+PACKED = {GZIP, ZSTD}
 UNPACKED = {PARQUET, ARROW, ARRAY_RECORD}  # row by row into lines of JSON
 _KINDS = {
     ".jsonl": LINES,
@@ -40,8 +42,8 @@ _KINDS = {
     ".bin": TOKENS,
 }
 NAMES = (
-    ".jsonl, .ndjson, .json, .csv, .txt, .md, any of these with .gz, .parquet, .arrow, .feather, "
-    ".array_record, .arrayrecord, .npy, .bin"
+    ".jsonl, .ndjson, .json, .csv, .txt, .md, any of these with .gz or .zst, .parquet, .arrow, "
+    ".feather, .array_record, .arrayrecord, .npy, .bin"
 )
 
 
@@ -55,7 +57,7 @@ class FileKind:
 
     name: str  # as it stands at the end of the file's name
     form: str
-    is_packed: bool  # .gz
+    packed_as: str  # .gz, .zst, "" for one that is read as it is
 
 
 @dataclass(frozen=True)
@@ -89,12 +91,12 @@ def hub_name(path: Path) -> str:
 def kind_of(name: str) -> FileKind | None:
     """The kind that a file's name says, None for one that is not read."""
     suffixes = [each.lower() for each in PurePosixPath(name).suffixes[-2:]]
-    is_packed = suffixes[-1:] == [".gz"]
-    [suffix] = (suffixes[:-1] if is_packed else suffixes)[-1:] or [""]
+    packed_as = suffixes.pop() if suffixes and suffixes[-1] in PACKED else ""
+    suffix = suffixes[-1] if suffixes else ""
     form = _KINDS.get(suffix)
-    if form is None or (is_packed and form in UNPACKED | {TOKENS}):
+    if form is None or (packed_as and form in UNPACKED | {TOKENS}):
         return None
-    return FileKind(suffix + ".gz" * is_packed, form, is_packed)
+    return FileKind(suffix + packed_as, form, packed_as)
 
 
 def spans(form: str, file: BinaryIO, see: Callable[[bytes], None]) -> Iterator[Span | Broken]:

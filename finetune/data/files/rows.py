@@ -37,7 +37,7 @@ _LISTS = ("list", "large_list", "fixed_size_list")
 _STREAM_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 _PANDAS_INDEX = "__index_level_"  # a column that pandas writes unasked
 _ARROW_FILE = b"ARROW1"  # how Arrow's files begin that are no streams
-_EXTRA = "which is not installed: pip install 'deepseek-mtp[data]'"
+NOT_INSTALLED = "which is not installed: pip install 'deepseek-mtp[data]'"
 
 
 class Out(Protocol):
@@ -65,7 +65,7 @@ def _arrow_errors(what: str) -> Iterator[None]:
     try:
         import pyarrow as arrow
     except ImportError as error:
-        raise FileError(f"needs pyarrow, {_EXTRA}") from error
+        raise FileError(f"needs pyarrow, {NOT_INSTALLED}") from error
     try:
         yield
     except FileError:  # in words already; it is a ValueError too
@@ -256,7 +256,7 @@ def _unpack_array_record(file: BinaryIO, out: Out) -> None:
         # Compiled, without types: by its name, since what a checker says depends on what is there.
         array_record_module = importlib.import_module("array_record.python.array_record_module")
     except ImportError as error:
-        raise FileError(f"needs array-record, {_EXTRA}") from error
+        raise FileError(f"needs array-record, {NOT_INSTALLED}") from error
     reader = array_record_module.ArrayRecordReader(
         _path_of(file), "readahead_buffer_size:0,max_parallelism:0"
     )

@@ -1,11 +1,12 @@
 """Data files that can be read anywhere: as they are, or once put into a temporary file.
 
-What is packed (.gz) or made of rows (.parquet, .arrow, .array_record) cannot be read from the
+What is packed (.gz, .zst) or made of rows (.parquet, .arrow, .array_record) cannot be read from the
 middle, and what is in a bucket not without a request for each document. It is put into a file
 without a name in the folder for temporary files, which is gone when the process is.
 """
 
 import errno
+import importlib
 import os
 import resource
 import tempfile
@@ -17,8 +18,8 @@ from gzip import BadGzipFile, GzipFile
 from pathlib import Path
 from typing import BinaryIO
 
-from finetune.data.files.kinds import LINES, UNPACKED, FileError, FileKind
-from finetune.data.files.rows import unpack_rows
+from finetune.data.files.kinds import GZIP, LINES, UNPACKED, ZSTD, FileError, FileKind
+from finetune.data.files.rows import NOT_INSTALLED, unpack_rows
 from mtp_model.files.local import raise_if_full
 from mtp_model.files.place import Place
 from mtp_model.reporting import human_bytes
@@ -45,12 +46,13 @@ class StoredFile:
         if path.is_far:
             with _room(""):
                 self._temporary = _fetched(path, self._new_file(), say)
-        if kind.is_packed or kind.form in UNPACKED:
+        if kind.packed_as or kind.form in UNPACKED:
             with self.open() as packed, _room("unpacked "):
                 unpacked = self._new_file()
                 out = _Unpacked(unpacked, os.fstat(packed.fileno()).st_size)
-                if kind.is_packed:
-                    _unpack_gzip(packed, out)
+                if kind.packed_as:
+                    for block in _UNPACKING[kind.packed_as](packed):
+                        out.write(block)
                 else:
                     unpack_rows(kind.form, packed, out)
                 unpacked.flush()
@@ -140,10 +142,37 @@ class _Unpacked:
         self.file.write(block)
 
 
-def _unpack_gzip(packed: BinaryIO, out: _Unpacked) -> None:
+def _blocks_of_gzip(packed: BinaryIO) -> Iterator[bytes]:
     try:
         with GzipFile(fileobj=packed) as unpacked:
             while block := unpacked.read(_BLOCK):
-                out.write(block)
+                yield block
     except (BadGzipFile, EOFError, zlib.error) as error:
         raise FileError(f"is not a whole gzip file: {error}") from error
+
+
+def _blocks_of_zstd(packed: BinaryIO) -> Iterator[bytes]:
+    """By Python's own reader, which 3.14 has, or pyarrow's. Windows above 128 MiB are refused."""
+    unpacked, errors = _opened_zstd(packed)
+    try:
+        while block := unpacked.read(_BLOCK):
+            yield bytes(block)
+    except errors as error:
+        if isinstance(error, OSError) and error.errno:  # the system's, of a disk
+            raise
+        raise FileError(f"is not a whole zstd file: {error}") from error
+
+
+def _opened_zstd(packed: BinaryIO) -> tuple[BinaryIO, tuple[type[Exception], ...]]:
+    """What reads a file, and what it raises for one that is damaged or cut short."""
+    with suppress(ImportError):
+        own = importlib.import_module("compression.zstd")
+        return own.ZstdFile(packed), (own.ZstdError, EOFError)
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise FileError(f"needs pyarrow, {NOT_INSTALLED}") from error
+    return pyarrow.CompressedInputStream(packed, "zstd"), (OSError, pyarrow.ArrowException)
+
+
+_UNPACKING = {GZIP: _blocks_of_gzip, ZSTD: _blocks_of_zstd}

@@ -1,5 +1,6 @@
 """Kinds of data files: each gives the same documents, whatever holds them, in bounded memory."""
 
+import base64
 import csv
 import errno
 import gzip
@@ -88,6 +89,16 @@ def as_array_record(records: list[bytes]) -> bytes:
         return file.read()
 
 
+def as_zstd(content: str | bytes) -> bytes:
+    raw = content.encode() if isinstance(content, str) else content
+    return arrow.Codec("zstd").compress(raw, asbytes=True)
+
+
+# Of the program `zstd`, whose files have a checksum, as pyarrow's have not.
+ZSTD_LINE = "words that were packed by another program, and are packed here\n"
+ZSTD_TEXT = base64.b64decode(
+    "KLUv/WT4AM0BAFJDCxGwuQFHsUEhQXJZspNko+miIOD08LZzB3Mlqch6uHnuJWxXxpFPT3mP62SaKgIAtkJQGgysoF0k4hA="
+)
 WRITTEN = {
     "a.jsonl": as_lines(RECORDS),
     "b.ndjson": as_lines(RECORDS, ensure_ascii=False),
@@ -104,6 +115,10 @@ WRITTEN = {
     "m.csv": "\ufeff" + as_csv(RECORDS),
     "n.jsonl.gz": gzip.compress(as_lines(RECORDS[:9]).encode())
     + gzip.compress(as_lines(RECORDS[9:]).encode()),
+    "t.jsonl.zst": as_zstd(as_lines(RECORDS)),
+    "u.json.zst": as_zstd(json.dumps(RECORDS)),
+    "v.csv.zst": as_zstd(as_csv(RECORDS)),
+    "w.jsonl.ZST": as_zstd(as_lines(RECORDS[:9])) + as_zstd(as_lines(RECORDS[9:])),
     "o.arrow": as_arrow(RECORDS),
     "p.feather": as_arrow(RECORDS, is_stream=False),
 }
@@ -133,11 +148,11 @@ def test_every_kind_gives_the_same_documents(tmp_path, name):
     assert read_all(corpus) == [Exchange(**record) for record in RECORDS]
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.txt.gz", "a.md.gz"])
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.txt.gz", "a.md.gz", "a.txt.zst", "a.md.zst"])
 def test_prose_is_one_document(tmp_path, name):
     text = "\n".join(TEXTS * 5000)
     content = text.encode("utf-8-sig")
-    packed = gzip.compress(content) if name.endswith(".gz") else content
+    packed = {".gz": gzip.compress, ".zst": as_zstd}.get(Path(name).suffix, bytes)(content)
     corpus = scan([write(tmp_path, name, packed)], VOCAB)
     assert read_all(corpus) == [Text(text=text)]
 
@@ -226,6 +241,11 @@ FAULTS = {
     "cell.csv": ("input_ids\n[1\n", ":2 has a cell that is not JSON"),
     "short.txt.gz": (gzip.compress(b"abc" * 999)[:-9], "is not a whole gzip file"),
     "plain.txt.gz": ("abc", "is not a whole gzip file"),
+    "short.txt.zst": (as_zstd(b"abc" * 999)[:-1], "is not a whole zstd file"),
+    "second.txt.zst": (as_zstd(b"abc") + as_zstd(b"abc")[:-1], "is not a whole zstd file"),
+    "plain.txt.zst": ("abc", "is not a whole zstd file"),
+    "flipped.txt.zst": (ZSTD_TEXT[:40] + b"\x00" + ZSTD_TEXT[41:], "is not a whole zstd file"),
+    "key.jsonl.zst": (as_zstd(b'{"text": 1, "text": 2}'), ":1 has the key text twice"),
     "plain.parquet": ("abc", "is not a parquet file that can be read"),
     "columns.parquet": (as_parquet([{"a": 1, "b": 2}]), "has the columns a, b, needed one of"),
     "bytes.parquet": (as_parquet([{"text": b"a"}]), "record 1 text is dict, needed a string"),
@@ -239,6 +259,9 @@ FAULTS = {
     "words": ("words", "is of no kind that is read"),
     "a.gz": ("words", "is of no kind that is read"),
     "a.parquet.gz": ("words", "is of no kind that is read"),
+    "a.zst": ("words", "is of no kind that is read"),
+    "a.npy.zst": ("words", "is of no kind that is read"),
+    "a.jsonl.zst.gz": ("words", "is of no kind that is read"),
 }
 
 
@@ -449,13 +472,37 @@ def test_a_large_file_is_not_held_in_memory(tmp_path, name):
     assert most < 24e6
 
 
-def test_what_unpacks_without_end_is_refused_before_it_fills_the_disk(tmp_path, monkeypatch):
-    path = write(tmp_path, "zeros.txt.gz", gzip.compress(bytes(3_000_000)))
+def test_a_large_zstd_file_is_not_held_in_memory(tmp_path):
+    """96 MB, and what Python holds at most while it is unpacked and read."""
+    path = write(tmp_path, "a.txt.zst", as_zstd("a word or two " * 7_200_000))
+    tracemalloc.start()
+    try:
+        corpus = scan([path], VOCAB)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert corpus.nbytes_N.sum() > 90e6
+    assert most < 24e6
+
+
+def test_what_the_program_zstd_packed_is_read_and_its_checksum_compared(tmp_path):
+    path = write(tmp_path, "a.txt.zst", ZSTD_TEXT)
+    assert read_all(scan([path], VOCAB)) == [Text(text=ZSTD_LINE * 8)]
+    write(tmp_path, "a.txt.zst", ZSTD_TEXT[:-1] + bytes([ZSTD_TEXT[-1] ^ 1]))
+    with pytest.raises(DataError, match=r"a.txt.zst is not a whole zstd file: .*checksum"):
+        scan([path], VOCAB)
+
+
+@pytest.mark.parametrize(("name", "pack"), [(".gz", gzip.compress), (".zst", as_zstd)])
+def test_what_unpacks_without_end_is_refused_before_it_fills_the_disk(
+    tmp_path, monkeypatch, name, pack
+):
+    path = write(tmp_path, f"zeros.txt{name}", pack(bytes(3_000_000)))
     assert len(scan([path], VOCAB)) == 1
     monkeypatch.setattr(stored, "_ALWAYS_UNPACKED_BYTES", 1_000_000)
     with pytest.raises(DataError, match=r"200 times larger unpacked.*unpack it yourself"):
         scan([path], VOCAB)
-    unpacked = write(tmp_path, "zeros.txt", gzip.decompress(path.read_bytes()))
+    unpacked = write(tmp_path, "zeros.txt", bytes(3_000_000))
     assert len(scan([unpacked], VOCAB)) == 1
 
 
@@ -465,19 +512,22 @@ def test_no_room_to_unpack_is_said(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(stored, "_unpack_gzip", full)
+    monkeypatch.setitem(stored._UNPACKING, ".gz", full)
     with pytest.raises(DataError, match=r"does not fit unpacked into .* or set TMPDIR"):
         scan([path], VOCAB)
 
 
 @pytest.mark.parametrize(
     ("name", "package"),
-    [("a.parquet", "pyarrow"), ("a.arrow", "pyarrow"), ("a.array_record", "array-record")],
+    [
+        *(("a.parquet", "pyarrow"), ("a.arrow", "pyarrow"), ("a.array_record", "array-record")),
+        ("a.jsonl.zst", "pyarrow"),
+    ],
 )
 def test_what_a_package_is_missing_for_says_how_to_get_it(tmp_path, monkeypatch, name, package):
     path = write(tmp_path, name, b"anything")
     records = ("array_record", "array_record.python", "array_record.python.array_record_module")
-    for module in ("pyarrow", *records):
+    for module in ("pyarrow", "compression.zstd", *records):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(DataError, match=rf"needs {package}.*pip install 'deepseek-mtp\[data\]'"):
         scan([path], VOCAB)

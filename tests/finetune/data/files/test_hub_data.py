@@ -50,8 +50,9 @@ def test_files_with_data_are_downloaded_once_and_nothing_else(hub):
     for _ in range(2):
         assert texts(SET) == ["data/train-0.jsonl", "data/train-1.jsonl"]
     fetched = [str(seen) for seen in hub.requests("^GET .*resolve")]
-    assert len(fetched) == 2
-    assert not any("README" in each or "run.py" in each for each in fetched)
+    assert len(fetched) == 3
+    assert sum("README" in each for each in fetched) == 1  # which names no configuration
+    assert not any("run.py" in each for each in fetched)
 
 
 @pytest.mark.parametrize(
@@ -137,3 +138,123 @@ def test_offline_is_said(hub, monkeypatch):
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set: unset it, or give a folder" in fault(SET)
+
+
+# --- configurations
+
+
+def with_card(hub: HubServer, card: str, *names: str) -> None:
+    """A data set of files that each hold their own name, with YAML in its card."""
+    files = {name: lines(name) for name in names}
+    hub.add("datasets/org/texts", files | {"README.md": f"---\n{card}\n---\nwords\n".encode()})
+
+
+FILES = (
+    *("en/train-0.jsonl", "en/train-1.jsonl", "en/deep/train-2.jsonl", "en/test-0.jsonl"),
+    *("odd/x.jsonl", "extra.jsonl"),
+)
+TWO = """
+license: mit
+configs:
+- config_name: english
+  data_files:
+  - split: train
+    path: "en/train-*"
+  - split: test
+    path: ["en/test-0.jsonl"]
+- config_name: odd one
+  default: true
+  data_files: odd
+"""
+
+
+@pytest.mark.parametrize(
+    ("asked", "wanted"),
+    [
+        (":english/train", ["en/train-0.jsonl", "en/train-1.jsonl"]),
+        (":english/test", ["en/test-0.jsonl"]),
+        (":odd one", ["odd/x.jsonl"]),
+        (":odd%20one/train", ["odd/x.jsonl"]),
+        ("/en/train*", ["en/train-0.jsonl", "en/train-1.jsonl"]),  # paths know of no card
+    ],
+)
+def test_a_configuration_of_the_card_is_chosen_by_name(hub, asked, wanted):
+    with_card(hub, TWO, *FILES)
+    assert texts(SET + asked) == wanted
+
+
+def test_of_several_configurations_and_splits_the_user_chooses(hub):
+    with_card(hub, TWO, *FILES)
+    told = fault(SET)
+    assert f"{SET} has the configurations english, odd one (default): name one, as " in told
+    assert f"{SET}:english; {SET}/* is all files" in told
+    told = fault(f"{SET}:english")
+    assert f"has the splits train, test in its configuration english: name one, as {SET}:" in told
+    assert f"{SET}:english/train" in told
+    assert "has no configuration none in its card; there are english, odd" in fault(f"{SET}:none")
+    assert "has no split dev in its configuration english; there are train, test" in fault(
+        f"{SET}:english/dev"
+    )
+    assert "names no configuration, needed hf://datasets/ORG/NAME:CONFIG[" in fault(f"{SET}:")
+    assert len(texts(f"{SET}/*")) == len(FILES)
+
+
+@pytest.mark.parametrize(
+    ("entry", "wanted"),
+    [
+        ("data_files: en/**/train-*", ["en/deep/train-2.jsonl", "en/train-0.jsonl"]),
+        ("data_files: ['en/train-?.jsonl', ./extra.jsonl]", ["en/train-0.jsonl", "extra.jsonl"]),
+        ("data_files: [{split: dev, path: odd/}]", ["odd/x.jsonl"]),
+        ("data_files: en/*", ["en/test-0.jsonl", "en/train-0.jsonl"]),
+        ("data_files: '**/**/x.[j]sonl'", ["odd/x.jsonl"]),
+        ("{data_dir: odd}", ["odd/x.jsonl"]),
+        ("{data_dir: en, data_files: 'test*'}", ["en/test-0.jsonl"]),
+    ],
+)
+def test_the_only_configuration_is_read_whatever_else_is_there(hub, entry, wanted):
+    """Paths of every form that cards have; without a card all of these files are a choice."""
+    names = [name for name in FILES if name != "en/train-1.jsonl"]
+    inner = entry.strip("{}")
+    with_card(hub, f"configs: [{{config_name: one, {inner}}}]", *names)
+    assert texts(SET) == wanted
+    add(hub, *names)
+    assert "has several parts" in fault(SET)
+
+
+def test_a_run_says_which_configuration_it_read(hub):
+    with_card(hub, TWO, *FILES)
+    files = {name: lines(name) for name in ("odd/x.jsonl", "odd/y.jsonl")}
+    card = f"---{TWO}---\n".encode()
+    commit = hub.models["datasets/org/texts"].commit(files | {"README.md": card})
+    corpus = scan([Path(f"{SET}:odd one")], VOCAB)
+    assert corpus.from_hub == (f"{SET}@{commit}:odd one/train",)
+    assert len(texts(f"{SET}@{commit}:odd one")) == 2
+
+
+@pytest.mark.parametrize(
+    ("card", "told"),
+    [
+        ("configs: [", "has a card whose YAML cannot be read"),
+        ("configs: words", "has a card whose configs are no list"),
+        ("configs: [{data_files: a}]", "a configuration without config_name"),
+        ("configs: [{config_name: a}, {config_name: a}]", "two configurations a"),
+        ("configs: [{config_name: a, data_files: 7}]", "data_files is int, needed paths"),
+        ("configs: [{config_name: a, data_files: [{path: x}]}]", "needed paths; name its files"),
+        ("configs: [{config_name: a, data_dir: [x]}]", "data_dir is list, needed paths"),
+        ("configs: [{config_name: a, data_files: ../b}]", "needed files of the data set itself"),
+        ("configs: [{config_name: a, data_files: 'https://x/y'}]", "needed files of the data set"),
+        ("configs: [{config_name: a, data_files: none-*}]", "has no file that is read in split"),
+        ("configs: " + "[" * 5000, "has a card whose YAML cannot be read"),
+    ],
+)
+def test_a_card_that_cannot_be_understood_is_said_and_a_path_helps(hub, card, told):
+    with_card(hub, card, "a.jsonl", "b.jsonl")
+    assert told in fault(SET)
+    assert texts(f"{SET}/b.jsonl") == ["b.jsonl"]
+
+
+@pytest.mark.parametrize("card", ["license: mit", "configs: []", "- words"])
+def test_a_card_without_configurations_changes_nothing(hub, card):
+    with_card(hub, card, "a.jsonl", "b.jsonl")
+    assert texts(SET) == ["a.jsonl", "b.jsonl"]
+    assert "names no configurations in its card: name a file" in fault(f"{SET}:a")
