@@ -81,6 +81,7 @@ MEASURES = (
     Measure("target, K = 5", "sampled", "target", 5),
     Measure("rejection, K = 5", "sampled", "rejection", 5),
     Measure("rejection, K = 5, code", "sampled-code", "rejection", 5),
+    Measure("greedy, K = 3, code", "greedy-code", "greedy", 3),
 )
 # (this one, less that one): are they apart?
 PAIRS = (
@@ -124,10 +125,14 @@ class Measured:
         lines = path.read_text().splitlines() if path.exists() else []
         self._of = {(row["variant"], row["seed"]): row for row in map(json.loads, lines)}
 
-    def has(self, name: str, seed: int) -> bool:
-        return (name, seed) in self._of
+    def lacks(self, name: str, seed: int) -> list[Measure]:
+        """What is still to be measured."""
+        done = self._of.get((name, seed), {"lengths": {}})["lengths"]
+        return [each for each in MEASURES if each.title not in done]
 
     def add(self, name: str, seed: int, lengths: dict[str, float], step_s: float | None) -> None:
+        """Put beside what was measured earlier of the same."""
+        lengths = self._of.get((name, seed), {"lengths": {}})["lengths"] | lengths
         row = {"variant": name, "seed": seed, "lengths": lengths, "step_s": step_s}
         self._of[name, seed] = row
         with self._path.open("a") as file:
@@ -135,7 +140,8 @@ class Measured:
 
     def lengths(self, name: str, title: str) -> dict[int, float]:
         """By seed."""
-        return {seed: row["lengths"][title] for (of, seed), row in self._of.items() if of == name}
+        rows = {seed: row["lengths"] for (of, seed), row in self._of.items() if of == name}
+        return {seed: lengths[title] for seed, lengths in rows.items() if title in lengths}
 
     def seeds(self, name: str) -> list[int]:
         return sorted(seed for of, seed in self._of if of == name)
@@ -157,25 +163,38 @@ def measure_all(arguments: argparse.Namespace, measured: Measured) -> None:
         ("greedy", "prose-held-out", 0.0),
         ("sampled", "prose-held-out", 1.0),
         ("sampled-code", "code-held-out", 1.0),
+        ("greedy-code", "code-held-out", 0.0),
     ):
         generate(checkpoint, text / f"{asked}.jsonl", out / f"{name}.jsonl", temperature, 400)
-    if not measured.has("nothing", 0):
-        measured.add("nothing", 0, all_lengths(checkpoint, out), None)
+    if lacking := measured.lacks("nothing", 0):
+        measured.add("nothing", 0, lengths_of(checkpoint, out, lacking), None)
     for each, seed in itertools.product(VARIANTS[: arguments.variants], range(arguments.seeds)):
-        if measured.has(each.name, seed):
+        if not (lacking := measured.lacks(each.name, seed)):
             continue
         run = out / f"{each.name}-{seed}"
-        finetune(
-            *("train", "--checkpoint", checkpoint, "--out", run, "--steps", arguments.steps),
-            *("--data", answers if each.own_answers else foreign, "--seed", seed),
-            *("--batch.rows", 16, "--batch.row-tokens", 128, "--draft-tokens", each.drafts),
-            *(f"--objective.{each.objective.replace('_', '-')}", 1),
-            *("--optimizer.learning-rate", arguments.learning_rate),
-            *("--evaluation.holdout-every", 0, "--checkpoints.every", arguments.steps),
-        )
+        if not (run / "final").exists():
+            tune(arguments, checkpoint, answers if each.own_answers else foreign, each, seed, run)
         lines = (run / "metrics.jsonl").read_text().splitlines()
         seconds = statistics.median(json.loads(line)["step_s"] for line in lines)
-        measured.add(each.name, seed, all_lengths(run / "final", out), seconds)
+        measured.add(each.name, seed, lengths_of(run / "final", out, lacking), seconds)
+
+
+def tune(
+    arguments: argparse.Namespace,
+    checkpoint: Path,
+    data: Path,
+    variant: Variant,
+    seed: int,
+    run: Path,
+) -> None:
+    finetune(
+        *("train", "--checkpoint", checkpoint, "--out", run, "--steps", arguments.steps),
+        *("--data", data, "--seed", seed),
+        *("--batch.rows", 16, "--batch.row-tokens", 128, "--draft-tokens", variant.drafts),
+        *(f"--objective.{variant.objective.replace('_', '-')}", 1),
+        *("--optimizer.learning-rate", arguments.learning_rate),
+        *("--evaluation.holdout-every", 0, "--checkpoints.every", arguments.steps),
+    )
 
 
 def generate(checkpoint: Path, prompts: Path, out: Path, temperature: float, count: int) -> Path:
@@ -189,10 +208,10 @@ def generate(checkpoint: Path, prompts: Path, out: Path, temperature: float, cou
     return out
 
 
-def all_lengths(checkpoint: Path, out: Path) -> dict[str, float]:
+def lengths_of(checkpoint: Path, out: Path, measures: list[Measure]) -> dict[str, float]:
     return {
         each.title: length(checkpoint, out / f"{each.answers}.jsonl", each.rule, each.drafts)
-        for each in MEASURES
+        for each in measures
     }
 
 
@@ -212,7 +231,7 @@ def print_tables(measured: Measured) -> None:
     titles = [each.title for each in MEASURES]
     table = [("tuned by", *titles, "s a step"), ("---",) * (len(titles) + 2)]
     for name, title in (("nothing", "nothing"), *((each.name, each.title) for each in VARIANTS)):
-        if measured.lengths(name, titles[0]):
+        if measured.seeds(name):
             cells = (mean_with_interval(measured.lengths(name, each).values()) for each in titles)
             seconds = measured.step_s(name)
             table.append((title, *cells, f"{seconds:.2f}" if seconds else ""))
