@@ -268,8 +268,8 @@ def draw(axes: Any, out: Path, measured: Measured) -> None:
     """By step, how much of the main model's distribution draft 1 has on its own answers: means of
     ten steps and of all seeds, and what lies between the least and the greatest of the seeds."""
     for each in filter(lambda each: each.own_answers, VARIANTS):
-        runs = [overlaps(out / f"{each.name}-{seed}") for seed in measured.seeds(each.name)]
-        if not runs:
+        found = (overlaps(out / f"{each.name}-{seed}") for seed in measured.seeds(each.name))
+        if not (runs := [run for run in found if run.size]):
             continue
         steps = np.arange(runs[0].size) * SMOOTHED + SMOOTHED
         (line,) = axes.plot(steps, np.mean(runs, axis=0), label=each.title.replace("`", ""))
@@ -284,9 +284,9 @@ def draw(axes: Any, out: Path, measured: Measured) -> None:
 
 
 def overlaps(run: Path) -> np.ndarray:
-    """Sum of min(p, q) of draft 1, in groups of steps."""
+    """Sum of min(p, q) of draft 1, in groups of steps; of `ce`, which sees no p, none."""
     rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    values = np.array([row["overlap"][0] for row in rows])
+    values = np.array([row["overlap"][0] for row in rows if "overlap" in row])
     return values[: len(values) // SMOOTHED * SMOOTHED].reshape(-1, SMOOTHED).mean(axis=1)
 
 
