@@ -1,10 +1,20 @@
-"""States of another main model are told from those of this one."""
+"""States of another main model, or of both kinds, are told from those of this one."""
 
 from pathlib import Path
 
 import numpy as np
+import pytest
+from advice import follows
 
-from finetune.captured.sample import is_same_main_model, main_model_digest
+from finetune.captured.documents import open_samples
+from finetune.captured.sample import (
+    Content,
+    StateName,
+    is_same_main_model,
+    main_model_digest,
+    write_sample,
+)
+from finetune.data.records import DataError
 from mtp_model.checkpoint.derived import ChangedLeaf, write_derived
 from mtp_model.checkpoint.directory import open_checkpoint
 
@@ -30,3 +40,19 @@ def test_states_of_an_adapted_main_model_are_of_another(checkpoint, tmp_path: Pa
     assert is_same_main_model(norm, whole)
     assert is_same_main_model(adapted, norm)
     assert not is_same_main_model(changed("norm.weight"), norm)
+
+
+@follows("pre_norm and post_norm samples together: give one kind of them")
+def test_states_of_two_kinds_are_not_one_text(checkpoint, tmp_path: Path):
+    base = open_checkpoint(checkpoint)
+    states_TD = np.ones((4, base.config.hidden_size), np.float32)
+    content = Content(np.arange(4), np.ones(4), states_TD)
+    kinds: tuple[StateName, ...] = ("pre_norm", "post_norm")
+    for kind in kinds:
+        (tmp_path / kind).mkdir()
+        sample = tmp_path / kind / "a.safetensors"
+        write_sample(sample, content, kind, main_model_digest(base), "float32")
+    folders = [tmp_path / kind for kind in kinds]
+    with pytest.raises(DataError, match="pre_norm and post_norm samples together"):
+        open_samples(folders, base, "float32", None)
+    assert len(open_samples(folders[:1], base, "float32", None)) == 1
