@@ -129,8 +129,11 @@ def memory_in(error: Exception) -> tuple[int | None, int | None]:
 
 def refusal(place: Slice, error: Exception) -> UserError:
     """What the compiler says of a step that it cannot compile at all."""
-    said = " ".join(str(error).split())[:_MOST_SAID]
-    return UserError(f"{place.name}: the compiler refuses the step, not for want of HBM: {said}")
+    said = " ".join(str(error).split())
+    words = f"the compiler refuses the step, not for want of HBM: {said[:_MOST_SAID]}"
+    if "ScopedVmemOom" in said:  # of 32 MB for a kernel, also where a core has more (v6e)
+        words += "; set LIBTPU_INIT_ARGS=--xla_tpu_scoped_vmem_limit_kib=98304 and run it again"
+    return UserError(f"{place.name}: {words}")
 
 
 def _gibibytes(found: re.Match[str] | None) -> int | None:

@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
+from advice import follows
 from flax import nnx
 from jax.sharding import PartitionSpec
 
@@ -175,6 +176,15 @@ def test_the_compilers_words_are_read():
         "here: the compiler refuses the step, not for want of HBM: E1001"
     )
     assert len(str(refused)) < 1000
+    assert "LIBTPU" not in str(refused)
+
+
+@follows("; set LIBTPU_INIT_ARGS=--xla_tpu_scoped_vmem_limit_kib=98304 and run it again")
+def test_want_of_vmem_is_told_with_the_flag_that_helped():
+    """It did for V3 from captured states on v6e:2x4 (docs/performance.md); CI has no libtpu."""
+    said = "RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom:\nRan out of memory\n" * 99
+    refused = str(slices.refusal(slices.open_slice(slices.HERE), RuntimeError(said)))
+    assert refused.endswith("=--xla_tpu_scoped_vmem_limit_kib=98304 and run it again")
 
 
 def test_a_config_alone_says_what_is_stored_in_fp8(checkpoint, tmp_path, capsys):
