@@ -141,8 +141,7 @@ def _read(path: StoredObject) -> dict[str, Any] | None:
 def _all_gone(rivals: Callable[[], list[StoredObject]], *, delete: bool = True) -> bool:
     """Whether the processes of all locks are gone: known to be, or silent, all watched at once.
 
-    Those that are gone are deleted, so that nobody watches them again. Who came while we watched
-    has seen ours, or is there still.
+    Those that are gone are deleted, so that nobody watches them again.
     """
     watched = {path: seen for path in rivals() if (seen := path.generation())}
     states = {path: _state(r) for path in watched if (r := _read(path)) is not None}
@@ -158,7 +157,12 @@ def _all_gone(rivals: Callable[[], list[StoredObject]], *, delete: bool = True) 
         return True
     for path, seen in watched.items():
         path.write_if(None, seen)
-    return not any(path.generation() for path in rivals())
+    deadline = time.monotonic() + _RENEWED_S
+    while any(path.generation() for path in rivals()):  # newcomers, who see ours and leave
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_S)
+    return True
 
 
 def _state(record: dict[str, Any]) -> Literal["gone", "there", "unknown"]:

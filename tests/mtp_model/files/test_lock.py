@@ -39,7 +39,7 @@ def test_who_watches_silent_locks_is_not_taken_for_silent(lock: ObjectPlace, gcs
 
     def exclusive() -> None:
         began = time.monotonic()
-        with lock.locked() as got:
+        with lock.locked(wait=True) as got:
             assert got
             assert time.monotonic() - began < 1.9  # watched at once, not one after the other
             inside.append("exclusive")
@@ -55,6 +55,7 @@ def test_who_watches_silent_locks_is_not_taken_for_silent(lock: ObjectPlace, gcs
     while "exclusive" not in inside or tried < 3:
         with lock.locked(shared=True) as got:
             assert not got
+        time.sleep(0.1)  # as who waits does: ours is seen by the other one while we ask
         tried += 1
         assert time.monotonic() < deadline
     ended.set()
