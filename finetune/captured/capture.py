@@ -152,7 +152,7 @@ def _claimed(out: Place, inputs: dict[str, Any], held: contextlib.ExitStack) -> 
     """How far a capture to this folder is, which is held against others until the stack ends."""
     out.make_folder()
     if not held.enter_context((out / LOCK).locked()):
-        who = f" ({holder})" if (holder := (out / LOCK).holder()) else ""
+        who = (out / LOCK).holder()
         raise CaptureError(f"another process captures to {out}{who}; wait or end it")
     at = _begun(out, inputs)
     if not (out / PROGRESS_FILE).is_file():

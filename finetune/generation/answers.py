@@ -175,10 +175,9 @@ def opened(path: Path, made_by: dict[str, Any], overwrite: bool = False) -> Iter
         lock = _beside(path, ".lock")
         lock.parent.make_folder()
         if not held.enter_context(lock.locked()):
-            who = f" ({holder})" if (holder := lock.holder()) else ""
+            place = f"{written(path)}{lock.holder()}"
             raise AnswersError(
-                f"another process writes {written(path)}{who}; wait for it, end it, or give "
-                "another --out"
+                f"another process writes {place}; wait for it, end it, or give another --out"
             )
         return answers.begin(overwrite)
 

@@ -197,9 +197,7 @@ class RunDirectory:
         self.place.make_folder()
         with self.lock.locked() as got:
             if not got:
-                holder = self.lock.holder()
-                who = f" ({holder})" if holder else ""
-                where = f"{self.place}{who}"
+                where = f"{self.place}{self.lock.holder()}"
                 raise RunError(f"another process is training in {where}; wait for it or end it")
             self.fetch()  # another process may have gone on with it just before
             if overwrite:

@@ -38,8 +38,7 @@ def held(dst: str | Path | Place, *, shared: bool = False) -> Iterator[None]:
     unfinished.make_folder(marked=True)
     with (unfinished / LOCK).locked(shared=shared) as got:
         if not got:
-            holder = (unfinished / LOCK).holder()
-            who = f" ({holder})" if holder else ""
+            who = (unfinished / LOCK).holder()
             raise CheckpointError(
                 f"another process is writing {dst}{who}; wait for it, or end it and run this again"
             )

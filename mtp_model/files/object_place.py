@@ -123,7 +123,7 @@ class ObjectPlace(StoredObject):
         return object_locked(self, shared=shared, wait=wait)
 
     def holder(self) -> str:
-        return holder(self)
+        return f" ({holder(self)})"
 
     def lines(self) -> "ObjectLines":
         return ObjectLines(self)

@@ -221,7 +221,7 @@ class Place(Protocol):
         ...
 
     def holder(self) -> str:
-        """Who holds this lock, and what to do when it is gone; "" where nobody can tell."""
+        """` (who holds this lock; what to do when it is gone)`; "" where nobody can tell."""
         ...
 
     def lines(self) -> Lines:
