@@ -222,7 +222,7 @@ def length(checkpoint: Path, data: Path, rule: str, drafts: int) -> float:
             *("--sampling", rule, "--draft-tokens", drafts, "--rows", 16, "--row-tokens", 128),
         )
     )
-    console.print(f"{checkpoint} {rule} K={drafts}: {found['mean_accepted_length']:.3f}")
+    console.print(f"{checkpoint} {rule} K={drafts}: {found['mean_accepted_length']}")
     return found["mean_accepted_length"]
 
 

@@ -68,7 +68,10 @@ class DocumentCounts:
 
 
 def _resampled(counts_N2K: np.ndarray) -> np.ndarray:
-    """Acceptance by position [R, K] of documents drawn with replacement; nan: nothing reached."""
+    """Acceptance by position [R, K] of documents drawn with replacement; nan: nothing reached.
+
+    Behind a position where nothing is accepted it is 0: nothing can reach what follows.
+    """
     rng, num_documents = np.random.default_rng(0), len(counts_N2K)
     flat_NC = counts_N2K.reshape(num_documents, -1).astype(np.float64)
     at_once = max(1, AT_ONCE // num_documents)
@@ -78,7 +81,10 @@ def _resampled(counts_N2K: np.ndarray) -> np.ndarray:
         times_RN = rng.multinomial(num_documents, np.full(num_documents, 1 / num_documents), number)
         reached_RK, accepted_RK = np.split(times_RN @ flat_NC, 2, axis=1)
         with np.errstate(invalid="ignore"):
-            found.append(np.cumprod(accepted_RK / reached_RK, axis=1))
+            rates_RK = accepted_RK / reached_RK
+        known_RK = np.logical_and.accumulate(~np.isnan(rates_RK), axis=1)
+        product_RK = np.nancumprod(rates_RK, axis=1)
+        found.append(np.where(known_RK | (product_RK == 0), product_RK, np.nan))
     return np.concatenate(found)
 
 

@@ -226,11 +226,13 @@ def _rates(parts: Any, wholes: Any) -> list[float | None]:
 
 
 def _products(rates: list[float | None]) -> list[float | None]:
-    """Running products; None from the first unknown rate on."""
+    """Running products; None from the first unknown rate on, but 0 behind a rate of 0: drafts that
+    none can reach are not accepted."""
     found: list[float | None] = []
     product: float | None = 1.0
     for rate in rates:
-        product = None if product is None or rate is None else product * rate
+        if product != 0:
+            product = None if product is None or rate is None else product * rate
         found.append(product)
     return found
 

@@ -149,6 +149,21 @@ def test_acceptance_is_the_product_of_conditional_rates():
     assert shorter.mean_accepted_length == pytest.approx(1.9)
 
 
+def test_behind_a_position_where_nothing_is_accepted_acceptance_is_zero():
+    """Not unknown, though no draft reaches it: the mean accepted length would be unknown too."""
+    measured = measured_of([0.0] * 4, [0] * 4)
+    counts = measured.acceptance._replace(
+        reached_K=np.array([100, 40, 0]),
+        accepted_K=np.array([60, 0, 0]),
+        compared_K=np.array([200, 200, 200]),
+        agreed_K=np.array([100, 80, 60]),
+    )
+    summary = summarise(jax.device_get(measured._replace(acceptance=counts)))
+    assert summary.conditional == [0.6, 0.0, None]
+    assert summary.acceptance == [0.6, 0.0, 0.0]
+    assert summary.mean_accepted_length == pytest.approx(1.6)
+
+
 def test_sums_of_batches_add_up():
     first, second = measured_of([8.0, 9.0], [4, 3]), measured_of([2.0, 1.0], [1, 2])
     total = add_up([first, second])

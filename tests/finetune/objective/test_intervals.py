@@ -87,3 +87,12 @@ def test_a_draft_that_hardly_any_document_reaches_has_no_interval():
     assert length is None
     assert first is not None
     assert second is None
+
+
+def test_drafts_that_none_can_reach_are_never_accepted():
+    counts = DocumentCounts(2)
+    reached = np.ones((3, 5), np.int32)
+    counts.add(rounds_of(reached, 0 * reached), np.ones((3, 5), np.int32), [[0], [1], [2]])
+    length, by_position = counts.intervals()
+    assert length == (1.0, 1.0)
+    assert by_position == [(0.0, 0.0)] * 2
