@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from mtp_model.config import ModelConfig
 from mtp_model.context import Context, KeysValues, LatentCache
 from mtp_model.layers import Linear, RMSNorm
+from mtp_model.products import product
 from mtp_model.rope import rotate, softmax_scale
 from mtp_model.sharding import BATCH_AXES, axis_size
 
@@ -36,18 +37,18 @@ def _attend_chunk(q_BNTH, keys: KeysValues, own: KeysValues | None, places, scal
     and each key belongs to, and the rows of the sequence that the queries are.
     """
     segments_BT, key_segments_BS, rows_T = places
-    scores = jnp.einsum("bnth,bnsh->bnts", q_BNTH, keys[0], preferred_element_type=jnp.float32)
+    scores = product("bnth,bnsh->bnts", q_BNTH, keys[0], dtype=jnp.float32)
     same = segments_BT[:, :, None] == key_segments_BS[:, None, :]
     causal = rows_T[:, None] >= jnp.arange(key_segments_BS.shape[1])[None, :]
     scores = jnp.where((same & causal[None])[:, None], scores * scale, -jnp.inf)
     if own is None:
         weights = jax.nn.softmax(scores, axis=-1).astype(q_BNTH.dtype)
-        return jnp.einsum("bnts,bnsg->btng", weights, keys[1])
-    own_scores = jnp.einsum("bnth,btjnh->bntj", q_BNTH, own[0], preferred_element_type=jnp.float32)
+        return product("bnts,bnsg->btng", weights, keys[1])
+    own_scores = product("bnth,btjnh->bntj", q_BNTH, own[0], dtype=jnp.float32)
     both = jnp.concatenate([scores, own_scores * scale], axis=-1)
     weights = jax.nn.softmax(both, axis=-1).astype(q_BNTH.dtype)
     of_keys, of_own = jnp.split(weights, [scores.shape[-1]], axis=-1)
-    return jnp.einsum("bnts,bnsg->btng", of_keys, keys[1]) + jnp.einsum(
+    return product("bnts,bnsg->btng", of_keys, keys[1]) + product(
         "bntj,btjng->btng", of_own, own[1]
     )
 
@@ -185,16 +186,16 @@ class MultiHeadLatentAttention(nnx.Module):
         up_NHC = up.reshape(c.num_attention_heads, -1, c.kv_lora_rank)
         w_k_NHC, w_v_NGC = jnp.split(up_NHC, [c.qk_nope_head_dim], axis=1)
         latent_BSC, rope_BSR = cache
-        q_BTNC = jnp.einsum("btnh,nhc->btnc", nope_BTNH, w_k_NHC)
-        scores = jnp.einsum(
-            "btnc,bsc->bnts", q_BTNC, latent_BSC, preferred_element_type=jnp.float32
-        ) + jnp.einsum("btnr,bsr->bnts", rope_BTNR, rope_BSR, preferred_element_type=jnp.float32)
+        q_BTNC = product("btnh,nhc->btnc", nope_BTNH, w_k_NHC)
+        scores = product("btnc,bsc->bnts", q_BTNC, latent_BSC, dtype=jnp.float32) + product(
+            "btnr,bsr->bnts", rope_BTNR, rope_BSR, dtype=jnp.float32
+        )
         slots_S = jnp.arange(latent_BSC.shape[1])
         seen_BTS = slots_S[None, None] <= slots_BT[:, :, None]
         scores = jnp.where(seen_BTS[:, None], scores * softmax_scale(c), -jnp.inf)
         weights = jax.nn.softmax(scores, axis=-1).astype(latent_BSC.dtype)
-        of_latent = jnp.einsum("bnts,bsc->btnc", weights, latent_BSC)
-        return jnp.einsum("btnc,ngc->btng", of_latent, w_v_NGC)
+        of_latent = product("bnts,bsc->btnc", weights, latent_BSC)
+        return product("btnc,ngc->btng", of_latent, w_v_NGC)
 
 
 def _written(cache: LatentCache, latents: LatentCache, slots_BT) -> LatentCache:

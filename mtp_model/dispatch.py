@@ -23,6 +23,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from mtp_model.narrow import scan_parts
+from mtp_model.products import product
 from mtp_model.rows import gather_or_zero, inverse_permutation
 
 CAPACITY = 1.25  # slots a peer in one round, relative to a balanced load
@@ -138,12 +139,8 @@ def _sum_choices(x_MD, slot_of_row_TK, weights_TK) -> jax.Array:
 
     def of_tokens(args):
         slots_CK, weights_CK = args
-        return jnp.einsum(
-            "tkd,tk->td",
-            gather_or_zero(x_MD, slots_CK),
-            weights_CK.astype(x_MD.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        rows_CKD = gather_or_zero(x_MD, slots_CK)
+        return product("tkd,tk->td", rows_CKD, weights_CK.astype(x_MD.dtype), jnp.float32)
 
     num_tokens = slot_of_row_TK.shape[0]
     if num_tokens <= TOKENS_AT_A_TIME or num_tokens % TOKENS_AT_A_TIME:

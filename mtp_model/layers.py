@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from mtp_model.config import ModelConfig
+from mtp_model.products import product
 from mtp_model.sharding import BATCH_AXES, RULES, Axes, active_mesh, gather_for_use, placement
 
 INIT_STD = 0.02
@@ -99,7 +100,7 @@ class Weight(nnx.Module):
         """The weight ready for a product in `dtype`: dequantised, gathered over storage axes, with
         what an adapter adds to it."""
         weight, _, a, b = self.dequantised(dtype)
-        return weight if a is None else weight + b @ a
+        return weight if a is None else weight + product("...or,...ri->...oi", b, a)
 
     def dequantised(self, dtype: jnp.dtype) -> Gathered:
         """The weight in `dtype`, gathered over storage axes, and the adapter apart."""
@@ -145,10 +146,10 @@ class Linear(Weight):
 
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         weight, _, a, b = self.dequantised(x.dtype)
-        y = jnp.einsum("...i,oi->...o", x, weight)
+        y = product("...i,oi->...o", x, weight)
         if a is None:
             return y
-        return y + jnp.einsum("...r,or->...o", jnp.einsum("...i,ri->...r", x, a), b)
+        return y + product("...r,or->...o", product("...i,ri->...r", x, a), b)
 
 
 class Embedding(Weight):
@@ -192,9 +193,7 @@ class Embedding(Weight):
 
     def logits(self, h: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Float32 logits over the vocabulary."""
-        return jnp.einsum(
-            "...d,vd->...v", h, self.dense(h.dtype), preferred_element_type=jnp.float32
-        )
+        return product("...d,vd->...v", h, self.dense(h.dtype), jnp.float32)
 
 
 class RMSNorm(nnx.Module):

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from mtp_model.config import ModelConfig
 from mtp_model.dispatch import Served, through_experts
-from mtp_model.grouped import Adapted, Projection, expert_ffn, expert_ffn_gradient
+from mtp_model.grouped import expert_ffn, expert_ffn_gradient
 from mtp_model.layers import (
     Gathered,
     Linear,
@@ -24,7 +24,9 @@ from mtp_model.layers import (
     dequantise,
     init_normal,
 )
+from mtp_model.products import product
 from mtp_model.sharding import BATCH_AXES, active_mesh, axis_size, gather_for_use
+from mtp_model.swiglu import Adapted, Projection
 
 
 class Routing(NamedTuple):
@@ -39,7 +41,7 @@ def count_load(
 ) -> Float[Array, "E"]:
     """How many counted tokens chose each expert (what router-bias balancing needs)."""
     chosen = jax.nn.one_hot(choices_BTK, num_experts, dtype=jnp.float32)
-    return jnp.einsum("btke,bt->e", chosen, counted_BT.astype(jnp.float32))
+    return product("btke,bt->e", chosen, counted_BT.astype(jnp.float32))
 
 
 class Router(nnx.Module):
@@ -66,7 +68,7 @@ class Router(nnx.Module):
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Routing:
         c = self.config
         weight_ED = gather_for_use(self.weight[...], self.axes).astype(jnp.float32)
-        logits_BTE = jnp.einsum("btd,ed->bte", x_BTD.astype(jnp.float32), weight_ED)
+        logits_BTE = product("btd,ed->bte", x_BTD.astype(jnp.float32), weight_ED)
         scores_BTE = jax.nn.sigmoid(logits_BTE)
         bias_E = jax.lax.stop_gradient(self.e_score_correction_bias[...])
         selectable = self._selectable(scores_BTE + bias_E[None, None])

@@ -70,8 +70,8 @@ def rotate(
     alike, so their products do not change.
     """
     frequencies = jnp.asarray(inverse_frequencies(config), jnp.float32)
-    angles = jnp.einsum("bt,r->btr", positions_BT.astype(jnp.float32), frequencies)
-    angles = jnp.expand_dims(angles, 2)  # one angle for all heads
+    # One angle for all heads. Not a product of matrices, whose inputs an accelerator may round.
+    angles = positions_BT.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     if config.rope_interleave:
         first, second = x[..., ::2], x[..., 1::2]

@@ -25,7 +25,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 CHECKED_MODULES = [
     *(f"mtp_model.{name}" for name in ("attention", "block", "context", "dispatch")),
-    *(f"mtp_model.{name}" for name in ("grouped", "layers", "model", "moe", "mtp", "rope", "rows")),
+    *(f"mtp_model.{name}" for name in ("batched", "grouped", "layers", "looped", "model", "moe")),
+    *(f"mtp_model.{name}" for name in ("mtp", "rope", "rows", "swiglu")),
     *("finetune.objective.losses", "finetune.objective.acceptance"),
 ]
 if TYPE_CHECKING:

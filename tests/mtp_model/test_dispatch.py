@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from mtp_model import dispatch, grouped
+from mtp_model import batched, dispatch, grouped
+from mtp_model.batched import batched_ffn, batched_gradient, rows_together
 from mtp_model.dispatch import Served, through_experts
-from mtp_model.grouped import Adapted, block_rows, expert_ffn, expert_ffn_gradient
+from mtp_model.grouped import expert_ffn, expert_ffn_gradient
+from mtp_model.looped import block_rows, looped_ffn, looped_gradient
 from mtp_model.rows import move_rows
 from mtp_model.sharding import make_mesh
+from mtp_model.swiglu import Adapted
 
 T, K, E, D, F = 24, 3, 8, 10, 6  # tokens, choices, experts, hidden, expert hidden
 LOADS = ["even", "one expert takes all it can", "random"]
@@ -141,24 +144,34 @@ def adapted_weights(rank: int = 2):
     )
 
 
-@pytest.mark.parametrize("make", [weights, adapted_weights])
-def test_ragged_and_looped_products_agree(make):
-    """TPU takes `ragged_dot`, everything else a loop: same values, and the gradients that JAX finds
-    of the first. What stands beside an adapter has none."""
+EXPERT_OF_ROW = {
     # More rows of expert 0 than are computed at a time, none of 2, 4 and 6.
-    expert = jnp.asarray([3, 0, 0, 8, 7, 3, 3, 1, 8, 5, *[0] * 10], jnp.int32)
+    "busy": [3, 0, 0, 8, 7, 3, 3, 1, 8, 5, *[0] * 10],
+    "balanced": [0, 1, 2, 3, 4, 5, 6, 7, 8, 7, 6, 5, 4, 3, 2, 1, 0],
+    "fewer than experts": [5, 8, 5, 0],
+}
+
+
+@pytest.mark.parametrize("load", EXPERT_OF_ROW)
+@pytest.mark.parametrize("make", [weights, adapted_weights])
+def test_every_way_to_compute_experts_gives_the_same(make, load, monkeypatch):
+    """Those of TPUs, GPUs and CPUs, and the gradients that JAX finds of the first. What stands
+    beside an adapter has none."""
+    monkeypatch.setattr(batched, "BLOCK", 3)
+    expert = jnp.asarray(EXPERT_OF_ROW[load], jnp.int32)
     rng = np.random.default_rng(3)
-    rows, target = (jnp.asarray(rng.normal(size=(20, D)), jnp.float32) for _ in range(2))
-    scale = jnp.asarray(rng.uniform(size=20), jnp.float32)
+    rows, target = (jnp.asarray(rng.normal(size=(len(expert), D)), jnp.float32) for _ in range(2))
+    scale = jnp.asarray(rng.uniform(size=len(expert)), jnp.float32)
 
     def loss(rows, scale, *w):
         out = grouped._ragged_ffn(rows, expert, *w)
         return jnp.sum(out * target * scale[:, None]), out
 
     of_jax, out = jax.grad(loss, argnums=range(5), has_aux=True)(rows, scale, *make())
-    assert_same([grouped._looped_ffn(rows, expert, *make())], [out])
+    for ffn in (looped_ffn, batched_ffn):
+        assert_same([ffn(rows, expert, *make())], [out])
     want = (of_jax[0], of_jax[1], of_jax[2:])
-    for gradient in (grouped._looped_gradient, grouped._ragged_gradient):
+    for gradient in (grouped._ragged_gradient, looped_gradient, batched_gradient):
         got = gradient(target, rows, scale, expert, *make())
         if make is adapted_weights:
             assert not any(np.any(each.weight_LOI) for each in (*got[2], *want[2]))
@@ -168,6 +181,24 @@ def test_ragged_and_looped_products_agree(make):
             assert_same(jax.tree.leaves(got), jax.tree.leaves(beside))
         else:
             assert_same(jax.tree.leaves(got), jax.tree.leaves(want))
+
+
+def test_without_blocks_a_busy_expert_would_lose_rows(monkeypatch):
+    """Negative control: the batched product alone does not serve all of its rows."""
+    expert = jnp.asarray(EXPERT_OF_ROW["busy"], jnp.int32)
+    rows = jnp.asarray(np.random.default_rng(3).normal(size=(20, D)), jnp.float32)
+    want = looped_ffn(rows, expert, *weights())
+    monkeypatch.setattr("mtp_model.batched.lax.while_loop", lambda _more, _body, start: start)
+    with pytest.raises(AssertionError, match="relative error"):
+        assert_same([batched_ffn(rows, expert, *weights())], [want])
+
+
+@pytest.mark.parametrize(
+    ("rows", "experts", "together"),
+    [(40960, 256, 240), (17, 8, 8), (4, 8, 0), (8, 8, 8), (1000, 10, 152)],
+)
+def test_rows_in_a_batched_product_follow_the_load(rows, experts, together):
+    assert rows_together(rows, experts) == together
 
 
 def residual_bytes(function) -> int:

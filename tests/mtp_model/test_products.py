@@ -1,0 +1,89 @@
+"""Every product of float32 arrays is made in float32, on accelerators too.
+
+Seen in the traced program, for a CPU computes the same whatever the precision.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from imported import import_tiny
+from jax.extend import core
+from stepping import SMOOTH, make_batches
+from trained import SIZES
+
+from finetune.optimizer import make_optimizer
+from finetune.settings import LoraSettings, RunSettings
+from finetune.state import make_train_step, start
+from finetune.weights import load_for_training
+from mtp_model.decode import draft, empty_caches, feed
+from mtp_model.load import load
+
+EXACT = (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
+
+
+@pytest.fixture(scope="module", params=["fp8", "bf16"])
+def checkpoint(request, tmp_path_factory):
+    return import_tiny(tmp_path_factory.mktemp("tiny"), dtype=request.param, sizes=SIZES)
+
+
+def products(program: Any) -> Iterator[Any]:
+    """The equations that multiply matrices, of what a program calls too."""
+    for equation in program.eqns:
+        if equation.primitive.name in ("dot_general", "ragged_dot_general"):
+            yield equation
+        for value in equation.params.values():
+            for each in value if isinstance(value, tuple | list) else (value,):
+                if isinstance(each, core.ClosedJaxpr | core.Jaxpr):
+                    yield from products(getattr(each, "jaxpr", each))
+
+
+def rounded(program: Any) -> list[str]:
+    """Products of float32 arrays whose values an accelerator would round."""
+    return [
+        str(equation)
+        for equation in products(program)
+        if all(x.aval.dtype == jnp.float32 for x in equation.invars[:2])
+        and equation.params["precision"] != EXACT
+    ]
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mode", ["mtp", "all", "lora"])
+def test_a_training_step_rounds_nothing(checkpoint, mode, compute_dtype):
+    settings = RunSettings(
+        checkpoint=str(checkpoint), data=(), out=checkpoint, train=mode, draft_tokens=2, **SMOOTH
+    )
+    optimizer = make_optimizer(settings.optimizer, 10, lambda _: True)
+    split = load_for_training(str(checkpoint), mode, compute_dtype, lora=LoraSettings(part="all"))
+    step = make_train_step(split.graphdef, optimizer, settings)
+    program = step.trace(start(split, optimizer), split.frozen, make_batches()[0]).jaxpr.jaxpr
+    assert len(list(products(program))) > 50
+    assert rounded(program) == []
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+def test_decoding_rounds_nothing(checkpoint, compute_dtype):
+    model = load(checkpoint, compute_dtype=compute_dtype)
+    tokens = jnp.ones((2, 1), jnp.int32)
+
+    def decode(tokens):
+        fed = feed(model, tokens, tokens, empty_caches(model, 2, 8))
+        drafted = draft(model, fed.state_BTD, tokens, tokens, fed.caches)
+        return model.lm_head.logits(fed.hidden_BTD), model.lm_head.logits(drafted.state_BTD)
+
+    program = jax.make_jaxpr(decode)(tokens).jaxpr
+    assert len(list(products(program))) > 20
+    assert rounded(program) == []
+
+
+def test_a_product_without_a_precision_is_seen():
+    """Negative control: also inside of what a program calls."""
+
+    def careless(x):
+        return jax.lax.map(lambda row: jnp.einsum("i,oi->o", row, x), x)
+
+    (found,) = rounded(jax.make_jaxpr(jax.jit(careless))(jnp.ones((3, 3))).jaxpr)
+    assert "dot_general" in found
