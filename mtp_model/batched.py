@@ -20,7 +20,7 @@ from mtp_model.rows import gather_or_zero, inverse_permutation
 from mtp_model.swiglu import num_experts, swiglu
 
 BLOCK = 128
-TOGETHER = 1.5  # rows of each expert in the batched product, relative to a balanced load
+TOGETHER = 2.0  # rows of each expert in the batched product, relative to a balanced load
 FEWEST_TOGETHER = 8
 
 

@@ -1,9 +1,10 @@
 """Bringing each token to its experts and back: dropless, static shapes, with or without a mesh.
 
 Tokens are sorted by expert. The experts of a device are served in groups, one after the other, so
-that rows and weights exist for a group at a time. Under an expert axis every peer is sent a fixed
-number of rows by one all-to-all, and rounds are repeated until the fullest peer is served. The
-caller chooses the experts of each token, and says what an expert computes (`Served`).
+that the rows that peers send, and weights once they are dequantised, exist for a group at a time.
+Under an expert axis every peer is sent a fixed number of rows by one all-to-all, and rounds are
+repeated until the fullest peer is served. The caller chooses the experts of each token, and says
+what an expert computes (`Served`).
 
 The gradient is written out: no round's rows and weights are kept for it, and rows are moved by
 gathers only, which a scatter is slower than.
@@ -80,10 +81,12 @@ class _Seats(NamedTuple):
     slot_of_row_TK: jax.Array
 
 
-def _make_shape(choices_TK, num_experts: int, num_peers: int, axis: str | None) -> _Shape:
+def _make_shape(
+    choices_TK, num_experts: int, num_peers: int, axis: str | None, in_groups: bool
+) -> _Shape:
     num_tokens, num_choices = choices_TK.shape
     per_peer = num_experts // num_peers
-    wanted = min(max(1, num_tokens * num_choices // GROUP_ROWS), per_peer)
+    wanted = min(max(1, num_tokens * num_choices // GROUP_ROWS), per_peer) if in_groups else 1
     num_groups = next(count for count in range(wanted, 0, -1) if per_peer % count == 0)
     group = per_peer // num_groups
     balanced = math.ceil(num_tokens * num_choices / (num_peers * num_groups) * CAPACITY)
@@ -259,5 +262,7 @@ def through_experts(
     weights: what `served` needs of the experts of this device, their number the leading dimension
     of each array. With `axis`, call inside shard_map over that axis of `num_peers`.
     """
-    shape = _make_shape(choices_TK, num_experts, num_peers, axis)
+    # Without peers and with nothing to dequantise a group would be a copy of its weights.
+    in_groups = num_peers > 1 or any(x.dtype != x_TD.dtype for x in jax.tree.leaves(weights))
+    shape = _make_shape(choices_TK, num_experts, num_peers, axis, in_groups)
     return _through(shape, served, _make_plan(shape, choices_TK), x_TD, weights_TK, weights)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
+from mtp_model.narrow import scan_parts
 from mtp_model.products import product
 from mtp_model.rows import inverse_permutation
 from mtp_model.swiglu import num_experts, swiglu
@@ -93,7 +94,7 @@ def looped_ffn(rows_MD, expert_M, *weights):
         return blocks.over_blocks(start, end, of_block, out_SD), None
 
     each = (blocks.where.start_L, blocks.where.end_L, weights)
-    return blocks.back(lax.scan(of_expert, jnp.zeros_like(rows_SD), each)[0])
+    return blocks.back(scan_parts(of_expert, jnp.zeros_like(rows_SD), each)[0])
 
 
 def looped_gradient(d_out_MD, rows_MD, scale_M, expert_M, *weights):
@@ -126,5 +127,5 @@ def looped_gradient(d_out_MD, rows_MD, scale_M, expert_M, *weights):
 
     each = (blocks.where.start_L, blocks.where.end_L, weights)
     nothing = jax.tree.map(jnp.zeros_like, given[:2])
-    (d_rows_SD, d_scale_S), d_weights = lax.scan(of_expert, nothing, each)
+    (d_rows_SD, d_scale_S), d_weights = scan_parts(of_expert, nothing, each)
     return blocks.back(d_rows_SD), blocks.back(d_scale_S), d_weights

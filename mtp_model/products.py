@@ -5,6 +5,7 @@ GPU to TF32 (on an H200 logits of a float32 model were wrong by 2e-3 of their no
 precision below). Every product of the network is made here, or given this precision.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -19,5 +20,28 @@ def precision_of(*operands: jax.Array) -> lax.Precision | None:
 
 
 def product(subscripts: str, x: jax.Array, y: jax.Array, dtype: Any = None) -> jax.Array:
-    """`jnp.einsum` of two arrays. dtype: of the result where it is not theirs (of the sums too)."""
-    return jnp.einsum(subscripts, x, y, precision=precision_of(x, y), preferred_element_type=dtype)
+    """`jnp.einsum` of two arrays.
+
+    dtype: of the result and its sums, where it is wider than theirs. The gradient of such a result
+    is rounded to their dtype: a product with it would else widen what it is multiplied with.
+    """
+    if dtype is None or dtype == x.dtype:
+        return jnp.einsum(subscripts, x, y, precision=precision_of(x, y))
+    return _widened(subscripts, dtype, x, y)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _widened(subscripts: str, dtype: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.einsum(subscripts, x, y, preferred_element_type=dtype)
+
+
+def _widened_forward(subscripts: str, dtype: Any, x: jax.Array, y: jax.Array) -> Any:
+    return _widened(subscripts, dtype, x, y), (x, y)
+
+
+def _widened_backward(subscripts: str, _dtype: Any, residuals: Any, gradient: jax.Array) -> Any:
+    narrow = functools.partial(jnp.einsum, subscripts)
+    return jax.vjp(narrow, *residuals)[1](gradient.astype(residuals[0].dtype))
+
+
+_widened.defvjp(_widened_forward, _widened_backward)

@@ -5,8 +5,8 @@
 The step of `train --states` with `--objective.ce 1`, parameters and moments bfloat16: 11.6 billion
 parameters of DeepSeek-V3's module, weights random. Beside it Transformers' module of the same sizes
 with the same loss, gradients clipped, fused AdamW, run eagerly with its grouped product of experts.
-Each in a process of its own, whose memory the other then has. Tokens a second, and the operations of
-the model by formula (no recomputation) relative to the highest speed that is stated for the card.
+Each in a process of its own, whose memory the other then has. Tokens a second, and the operations
+of the model by formula (no recomputation) relative to the highest speed stated for the card.
 """
 
 import argparse

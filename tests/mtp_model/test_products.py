@@ -4,10 +4,12 @@ Seen in the traced program, for a CPU computes the same whatever the precision.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from imported import import_tiny
 from jax.extend import core
@@ -20,6 +22,7 @@ from finetune.state import make_train_step, start
 from finetune.weights import load_for_training
 from mtp_model.decode import draft, empty_caches, feed
 from mtp_model.load import load
+from mtp_model.products import product
 
 EXACT = (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
 
@@ -50,16 +53,22 @@ def rounded(program: Any) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("mode", ["mtp", "all", "lora"])
-def test_a_training_step_rounds_nothing(checkpoint, mode, compute_dtype):
+def training_step(checkpoint: Path, mode: Any, compute_dtype: str) -> Any:
+    """What a step of `train` computes."""
     settings = RunSettings(
         checkpoint=str(checkpoint), data=(), out=checkpoint, train=mode, draft_tokens=2, **SMOOTH
     )
     optimizer = make_optimizer(settings.optimizer, 10, lambda _: True)
-    split = load_for_training(str(checkpoint), mode, compute_dtype, lora=LoraSettings(part="all"))
+    everywhere = LoraSettings(part="all")
+    split = load_for_training(str(checkpoint), mode, compute_dtype, lora=everywhere)
     step = make_train_step(split.graphdef, optimizer, settings)
-    program = step.trace(start(split, optimizer), split.frozen, make_batches()[0]).jaxpr.jaxpr
+    return step.trace(start(split, optimizer), split.frozen, make_batches()[0]).jaxpr.jaxpr
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mode", ["mtp", "all", "lora"])
+def test_a_training_step_rounds_nothing(checkpoint, mode, compute_dtype):
+    program = training_step(checkpoint, mode, compute_dtype)
     assert len(list(products(program))) > 50
     assert rounded(program) == []
 
@@ -77,6 +86,28 @@ def test_decoding_rounds_nothing(checkpoint, compute_dtype):
     program = jax.make_jaxpr(decode)(tokens).jaxpr
     assert len(list(products(program))) > 20
     assert rounded(program) == []
+
+
+@pytest.mark.parametrize("mode", ["mtp", "all"])
+def test_a_training_step_in_bfloat16_widens_nothing(checkpoint, mode):
+    """The gradient of float32 logits, or scores, is rounded before it is multiplied: a product of
+    float32 with bfloat16 would widen the head to float32, for each part of the sequence."""
+    program = training_step(checkpoint, mode, "bfloat16")
+    dtypes = [{x.aval.dtype for x in equation.invars[:2]} for equation in products(program)]
+    assert all(len(each) == 1 for each in dtypes)
+
+
+def test_a_gradient_of_wider_results_is_that_of_plain_products():
+    rng = np.random.default_rng(0)
+    x, y, given = (jnp.asarray(rng.normal(size=(4, 4)), jnp.bfloat16) for _ in range(3))
+
+    def gradients(make):
+        return jax.vjp(make, x, y)[1](given.astype(jnp.float32))
+
+    got = gradients(lambda x, y: product("ab,cb->ac", x, y, jnp.float32))
+    want = gradients(lambda x, y: jnp.einsum("ab,cb->ac", *(z.astype(jnp.float32) for z in (x, y))))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(*(z.astype(jnp.float32) for z in (a, b)), rtol=2**-7, atol=1e-2)
 
 
 def test_a_product_without_a_precision_is_seen():
