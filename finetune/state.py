@@ -28,7 +28,7 @@ from finetune.objective.losses import (
     targets_by_depth,
 )
 from finetune.objective.objectives import lambdas, objective
-from finetune.optimizer import advance, averaged, initial, steps_taken
+from finetune.optimizer import abstract_initial, advance, averaged, initial, steps_taken
 from finetune.settings import Kept, Part, RunSettings, TrainMode
 from mtp_model import DeepSeekV3, RouterBias
 from mtp_model.sharding import BATCH_AXES, active_mesh, everywhere, placement
@@ -157,6 +157,17 @@ def make_train_step(
         return _placed((_where(learnt & finite, moved, state), result))
 
     return jax.jit(step, donate_argnums=0)
+
+
+def traced_step(
+    split: Split, optimizer: optax.GradientTransformation, settings: RunSettings, batch: Batch
+) -> tuple[TrainState, jax.stages.Traced]:
+    """The step of `make_train_step` of parts without memory, and the state that it begins with."""
+    kept = settings.optimizer.parameters
+    trainable, opt_state = abstract_initial(optimizer, split.trainable, kept)
+    state = TrainState(trainable, split.biases, opt_state)
+    step = make_train_step(split.graphdef, optimizer, settings)
+    return state, step.trace(state, split.frozen, batch)
 
 
 def _accumulated(

@@ -5,6 +5,7 @@ Read it from top to bottom; loading, packing, the step and the logs have files o
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -47,10 +48,11 @@ from finetune.state import (
     as_served,
     asked_by,
     make_measure_step,
-    make_train_step,
     start,
+    traced_step,
 )
 from finetune.weights import (
+    abstract_for_training,
     compute_dtype,
     final_bytes,
     keep_adapters,
@@ -94,7 +96,7 @@ class _Job:
     base: Checkpoint
     text: RunText
     split: Split
-    train_step: jax.stages.Wrapped
+    compiled: Callable[[], tuple[Callable[..., Any], dict[str, float]]]  # the step; for the log
     measure_step: Callable[..., Any]
     held_out: list[tuple[Batch, list[list[int]]]]
     held_out_digest: str
@@ -178,11 +180,24 @@ def _prepare(
     stopping: Stopping,
 ) -> _Job:
     held_out = held_out_batches(text.held_out, settings) if text.held_out else []
-    remat = recomputes_layers(settings, base.config)
-    how = settings.checkpoint, settings.train, computed_in, remat, mesh
-    split = load_for_training(*how, settings.lora, settings.seed, settings.scope)
-    raise_unless_finite(split, settings.checkpoint)
     optimizer = make_optimizer(settings.optimizer, settings.steps, matrices(base))
+    remat = recomputes_layers(settings, base.config)
+    how = settings.train, computed_in, remat, mesh, settings.lora
+
+    @functools.cache
+    def compiled() -> tuple[Callable[..., Any], dict[str, float]]:
+        began, batch = time.perf_counter(), settings.batch
+        split = abstract_for_training(base.config, base.dtypes, *how, settings.scope)
+        rows = abstract_batch(batch.rows, batch.row_tokens, mesh, text.states)
+        with progress("compile the step", "steps"):
+            step = traced_step(split, optimizer, settings, rows)[1].lower().compile()
+        give_back_freed()
+        return step, {"compile_s": time.perf_counter() - began}
+
+    if settings.steps not in saved_steps(run.checkpoints):
+        compiled()  # before hours of reading what may not fit, and before memory is full of it
+    split = load_for_training(settings.checkpoint, *how, settings.seed, settings.scope)
+    raise_unless_finite(split, settings.checkpoint)
     asked = asked_by(settings)
     return _Job(
         settings=settings,
@@ -193,7 +208,7 @@ def _prepare(
         base=base,
         text=text,
         split=split,
-        train_step=make_train_step(split.graphdef, optimizer, settings),
+        compiled=compiled,
         measure_step=make_measure_step(split.graphdef, asked),
         held_out=held_out,
         held_out_digest=digest_of(batch for batch, _ in held_out),
@@ -231,7 +246,7 @@ def _loop(job: _Job, profiled: int) -> TrainState:
             _evaluate(job, log, state, at.step, stop_if_asked)
         if at.step == settings.steps:  # only the result is still to be written
             return state
-        train_step, compiled = _compiled(job, state)
+        train_step, compiled = job.compiled()
         stack.enter_context(stopping.after_the_step())
         for step in _traced(range(at.step + 1, settings.steps + 1), profiled, run.profile):
             began = time.perf_counter()
@@ -269,16 +284,6 @@ def _traced(steps: range, count: int, folder: Path) -> Iterator[int]:
         yield step
         if traced and step == traced[-1]:
             jax.profiler.stop_trace()
-
-
-def _compiled(job: _Job, state: TrainState) -> tuple[Callable[..., Any], dict[str, float]]:
-    """The step, compiled before the first one is timed, and what that took, for the log."""
-    batch = job.settings.batch
-    began = time.perf_counter()
-    abstract = abstract_batch(batch.rows, batch.row_tokens, job.mesh, job.text.states)
-    step = job.train_step.lower(state, job.split.frozen, abstract).compile()
-    give_back_freed()
-    return step, {"compile_s": time.perf_counter() - began}
 
 
 def _raise_unless_room(job: _Job) -> None:

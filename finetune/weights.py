@@ -32,7 +32,7 @@ from mtp_model.checkpoint.directory import Checkpoint, CheckpointError, open_che
 from mtp_model.files.open import absolute, as_place
 from mtp_model.files.place import Place
 from mtp_model.load import cast_weights, load
-from mtp_model.lora import fresh
+from mtp_model.lora import fresh, without_memory
 from mtp_model.model import Scope, abstract_model, leaf_name, leaves_by_name
 from mtp_model.sharding import collected
 
@@ -165,6 +165,29 @@ def load_for_training(
     if mode == "lora":
         add_adapters(model, lora or LoraSettings(), fresh(seed, mesh))
     cast_weights(model, jnp.float32, only=TRAINABLE[mode])
+    return Split.of(model, mode)
+
+
+def abstract_for_training(
+    config: ModelConfig,
+    dtypes: Mapping[str, Any],
+    mode: TrainMode,
+    dtype: str,
+    remat: bool = True,
+    mesh: Mesh | None = None,
+    lora: LoraSettings | None = None,
+    scope: Scope = "all",
+) -> Split:
+    """What `load_for_training` gives, without memory: to compile a step before anything is read.
+
+    dtypes: of stored leaves, by path.
+    """
+    state = nnx.state(abstract_model(config, scope), TRAINABLE[mode])
+    trained = {leaf_name(path): jnp.dtype("float32") for path, _ in nnx.to_flat_state(state)}
+    model = abstract_model(config, scope, {**dtypes, **trained}, mesh, jnp.dtype(dtype))
+    model.remat = remat
+    if mode == "lora":
+        add_adapters(model, lora or LoraSettings(), without_memory(mesh))
     return Split.of(model, mode)
 
 

@@ -108,13 +108,13 @@ def their_step(values: Mapping[str, Any], rows: int, row_tokens: int) -> Step:
     from torch.nn.functional import cross_entropy
     from transformers.modeling_layers import MtpModel
 
-    known = {key: value for key, value in values.items() if key != "quantization_config"}
+    known: Any = {key: value for key, value in values.items() if key != "quantization_config"}
     config = transformers.DeepseekV3Config(**known | {"num_hidden_layers": 1})
     config._experts_implementation = "grouped_mm"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_default_dtype(torch.bfloat16)
     with device:
-        main = transformers.DeepseekV3ForCausalLM(config)
+        main: Any = transformers.DeepseekV3ForCausalLM(config)
         main.model.layers[0].mlp = None  # the module alone is trained
         mtp = MtpModel(main, 1)
     mtp.config._experts_implementation = "grouped_mm"

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from finetune.adapters import add_adapters, raise_unless_there
+from finetune.adapters import raise_unless_there
 from finetune.data.packing import PostNorm
 from finetune.devices import (
     MeshShape,
@@ -31,7 +31,7 @@ from finetune.devices import (
     possible_shapes,
     stored_bytes,
 )
-from finetune.optimizer import abstract_initial, make_optimizer
+from finetune.optimizer import make_optimizer
 from finetune.planning.collectives import Sent, collectives_of
 from finetune.planning.estimate import terms_of
 from finetune.planning.flops import adapted_flops, model_flops, program_flops
@@ -55,12 +55,12 @@ from finetune.settings import (
     TrainMode,
     part_of,
 )
-from finetune.state import TRAINABLE, Split, TrainState, make_train_step, num_parameters
+from finetune.state import Split, TrainState, num_parameters, traced_step
+from finetune.weights import abstract_for_training
 from mtp_model import ModelConfig, make_mesh
 from mtp_model.checkpoint.directory import open_checkpoint
 from mtp_model.files.untrusted_json import parse
 from mtp_model.layers import FP8
-from mtp_model.lora import without_memory
 from mtp_model.model import Scope, abstract_model, leaf_name
 from mtp_model.problems import UserError
 from mtp_model.progress import progress
@@ -347,15 +347,9 @@ def _compile(lowered: jax.stages.Lowered, place: Slice) -> tuple[Any, dict[str, 
 
 def _step(settings: PlanSettings, work: Workload, mesh: Mesh, rows: int) -> _Step:
     """The step of a run, traced with arrays that have a place and no memory."""
-    computed_in = jnp.dtype(
-        settings.compute_dtype if settings.compute_dtype != "auto" else "bfloat16"
-    )
-    dtypes = _as_trained(work, settings.train)
-    model = abstract_model(work.config, work.scope, dtypes, mesh, computed_in)
-    model.remat = settings.remat == "layer"
-    if settings.train == "lora":
-        add_adapters(model, settings.lora, without_memory(mesh))
-    split = Split.of(model, settings.train)
+    computed_in = settings.compute_dtype
+    how = settings.train, computed_in, settings.remat == "layer", mesh, settings.lora
+    split = abstract_for_training(work.config, work.dtypes, *how, work.scope)
     run = RunSettings(
         checkpoint="",
         data=(),
@@ -369,25 +363,15 @@ def _step(settings: PlanSettings, work: Workload, mesh: Mesh, rows: int) -> _Ste
         optimizer=settings.optimizer,
     )
     optimizer = make_optimizer(run.optimizer, run.steps, lambda _: True)
-    kept = settings.optimizer.parameters
-    trainable, opt_state = abstract_initial(optimizer, split.trainable, kept)
-    state = TrainState(trainable, split.biases, opt_state)
-    step = make_train_step(split.graphdef, optimizer, run)
     states = None
     if settings.captured:  # as `capture` keeps them
         states = PostNorm(np.zeros((0, work.config.hidden_size), jnp.bfloat16))
     batch = abstract_batch(rows, settings.row_tokens, mesh, states)
-    return _Step(split=split, state=state, traced=step.trace(state, split.frozen, batch))
+    state, traced = traced_step(split, optimizer, run, batch)
+    return _Step(split=split, state=state, traced=traced)
 
 
 def _sizes(step: _Step) -> dict[str, int]:
     """Parameters of each trained leaf."""
     flat = nnx.to_flat_state(step.split.trainable)
     return {leaf_name(path): math.prod(leaf.shape) for path, leaf in flat}
-
-
-def _as_trained(work: Workload, mode: TrainMode) -> dict[str, Any]:
-    """The dtypes that leaves have in a run: float32 where they are trained."""
-    state = nnx.state(abstract_model(work.config, work.scope), TRAINABLE[mode])
-    trained = {leaf_name(path): jnp.dtype("float32") for path, _ in nnx.to_flat_state(state)}
-    return {**work.dtypes, **trained}
