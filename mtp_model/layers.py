@@ -13,7 +13,15 @@ from jaxtyping import Array, Float, Int
 
 from mtp_model.config import ModelConfig
 from mtp_model.products import product
-from mtp_model.sharding import BATCH_AXES, RULES, Axes, active_mesh, gather_for_use, placement
+from mtp_model.sharding import (
+    BATCH_AXES,
+    RULES,
+    Axes,
+    active_mesh,
+    copies_for_rows,
+    gather_for_use,
+    placement,
+)
 
 INIT_STD = 0.02
 FP8 = jnp.float8_e4m3fn
@@ -193,7 +201,31 @@ class Embedding(Weight):
 
     def logits(self, h: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Float32 logits over the vocabulary."""
-        return product("...d,vd->...v", h, self.dense(h.dtype), jnp.float32)
+        return _logits(h, self.dense(h.dtype))
+
+    def ready(self) -> "Head":
+        """The head for many products, of a loop: gathered here, and not again in each of them."""
+        return Head(copies_for_rows(self.dense(self.weight[...].dtype), self.axes))
+
+
+class Head(NamedTuple):
+    """An output head, gathered: a copy for each group G of rows.
+
+    As it is stored, and cast in the product: so gradients of many products add up in that dtype.
+    """
+
+    weight_GVD: Float[Array, "G V D"]
+
+    def logits(self, h: Float[Array, "B *positions D"]) -> Float[Array, "B *positions V"]:
+        """Float32 logits over the vocabulary."""
+        groups, vocab_size, _ = self.weight_GVD.shape
+        rows = h.reshape(groups, h.shape[0] // groups, *h.shape[1:])
+        logits = jax.vmap(_logits)(rows, self.weight_GVD.astype(h.dtype))
+        return logits.reshape(*h.shape[:-1], vocab_size)
+
+
+def _logits(h: Float[Array, "*batch D"], weight_VD: jax.Array) -> Float[Array, "*batch V"]:
+    return product("...d,vd->...v", h, weight_VD, jnp.float32)
 
 
 class RMSNorm(nnx.Module):

@@ -155,6 +155,23 @@ def _gathered_backward(axes: Axes, _: None, gradient: jax.Array) -> tuple[jax.Ar
 _gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
+def copies_for_rows(weight: jax.Array, axes: Axes) -> jax.Array:
+    """A copy [G, ...] of a gathered weight for each group of rows that devices hold; without a
+    mesh there is one.
+
+    What a loop adds to the gradient of its own copy stays on a device; the sum over all copies is
+    taken once, after the loop.
+    """
+    mesh = active_mesh()
+    if mesh is None:
+        return weight[None]
+    gathered = placement(axes, weight.shape, mesh, GATHERED).spec
+    own = PartitionSpec(BATCH_AXES, *gathered)
+    return jax.shard_map(
+        lambda weight: weight[None], in_specs=gathered, out_specs=own, check_vma=False
+    )(weight)
+
+
 def _constrained(weight: jax.Array, axes: Axes, rules: Rules) -> jax.Array:
     mesh = active_mesh()
     assert mesh is not None

@@ -25,7 +25,7 @@ from finetune.objective.acceptance import (
     is_learnt,
 )
 from mtp_model import Context, DeepSeekV3, MainStates, make_context
-from mtp_model.layers import Embedding
+from mtp_model.layers import Embedding, Head
 from mtp_model.mtp import shift_left
 from mtp_model.sharding import BATCH_AXES, axis_size
 
@@ -137,6 +137,7 @@ def through_head(
     num_logits = len(hidden) + 2 * asked.distributions
     chunk = chunk_length(rows, length, lm_head.weight.shape[0], num_logits)
     count = -(-length // chunk)
+    head = lm_head.ready()
 
     def behind_chunks(x_BTD):
         """The `depths` rows behind each chunk, where the targets of its last rows are predicted."""
@@ -145,7 +146,7 @@ def through_head(
         return jnp.stack([padded[:, end : end + depths] for end in ends])
 
     def of_chunk(args):
-        return _of_chunk(lm_head, *args, temperature=asked.temperature, drafted=asked.drafted)
+        return _of_chunk(head, *args, temperature=asked.temperature, drafted=asked.drafted)
 
     behind = behind_chunks(jax.lax.stop_gradient(hidden[0])) if asked.distributions else None
     chunks = (*jax.tree.map(lambda x: _in_chunks(x, chunk), (hidden, target)), behind)
@@ -169,7 +170,7 @@ def _joined(x_NBC, length: int):
 
 
 def _of_chunk(
-    lm_head: Embedding,
+    head: Head,
     hidden,
     target,
     behind_BKD,
@@ -181,10 +182,10 @@ def _of_chunk(
 
     Losses and KL are of the whole head whatever may be drafted: of a part they would be infinite.
     """
-    logits_BCV = lm_head.logits(hidden[0])
+    logits_BCV = head.logits(hidden[0])
     log_p = None
     if behind_BKD is not None:
-        further = jnp.concatenate([logits_BCV, lm_head.logits(behind_BKD)], axis=1)
+        further = jnp.concatenate([logits_BCV, head.logits(behind_BKD)], axis=1)
         log_p = jax.nn.log_softmax(jax.lax.stop_gradient(further) / temperature, axis=-1)
     nll, kl, overlap = [], [], []
     greedy, log_prob = [], []
@@ -192,7 +193,7 @@ def _of_chunk(
     product_BC = jnp.ones(logits_BCV.shape[:2], jnp.float32)
     joint_BC = jnp.zeros_like(product_BC)
     for k, (h_BCD, target_k) in enumerate(zip(hidden, target, strict=True)):
-        logits_BCV = lm_head.logits(h_BCD) if k else logits_BCV
+        logits_BCV = head.logits(h_BCD) if k else logits_BCV
         log_q = jax.nn.log_softmax(logits_BCV, axis=-1)
         nll.append(-_sum_where(target_k.valid_BT, _at(log_q, target_k.tokens_BT)))
         if temperature != 1.0:
@@ -325,8 +326,8 @@ def _likeliest(lm_head: Embedding, h_BTD: Float[Array, "B T D"]) -> Int[Array, "
     """The token with the largest logit at each position; no gradient goes through the choice."""
     rows, length, _ = h_BTD.shape
     chunk = chunk_length(rows, length, lm_head.weight.shape[0], 1)
-    chunks = _in_chunks(jax.lax.stop_gradient(h_BTD), chunk)
-    tokens = jax.lax.map(lambda h_BCD: _largest(lm_head.logits(h_BCD)), chunks)
+    chunks, head = _in_chunks(jax.lax.stop_gradient(h_BTD), chunk), lm_head.ready()
+    tokens = jax.lax.map(lambda h_BCD: _largest(head.logits(h_BCD)), chunks)
     return _joined(tokens, length)
 
 

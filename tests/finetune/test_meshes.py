@@ -17,7 +17,7 @@ import pytest
 import released
 from jax.sharding import Mesh
 from rich.console import Console
-from stepping import KINDS, SMOOTH, TOLERANCE, make_batches, store, three_steps, worst
+from stepping import KINDS, SMOOTH, TOLERANCE, make_batches, sent, store, three_steps, worst
 from trained import read_rows, unfinished_copy
 
 from finetune import cli
@@ -25,6 +25,8 @@ from finetune.captured.sample import open_sample
 from finetune.data.packing import Batch
 from finetune.devices import Workload, choose_shape
 from finetune.evaluate import EvaluateSettings, evaluate
+from finetune.objective import losses
+from finetune.planning.collectives import Sent
 from finetune.settings import (
     BatchSettings,
     MeshSettings,
@@ -34,7 +36,9 @@ from finetune.settings import (
 from finetune.train import train
 from mtp_model import ModelConfig, dispatch, make_mesh, moe
 from mtp_model.checkpoint.directory import open_checkpoint
+from mtp_model.layers import Embedding, Head
 from mtp_model.model import abstract_model, leaves_by_name
+from mtp_model.sharding import gather_for_use
 
 CASES = [
     ("mtp, FP8", {"data": 8}),
@@ -44,6 +48,8 @@ CASES = [
     ("all, bf16", {"data": 2, "expert": 2, "tensor": 2}),
     ("all, bf16", {"fsdp": 2, "expert": 4}),
 ]
+# Of the float32 logits of a row: the main model's, a depth's, and two distributions, of 384 tokens.
+ONE_POSITION = 4 * 4 * 384
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +80,39 @@ def mesh_of(axes: dict[str, int]) -> Mesh:
 def test_three_steps_on_a_mesh_equal_three_on_one_device(
     kind, axes, on_one_device, batches, monkeypatch
 ):
-    """With so few slots a round that several rounds are needed; of one kind, rows in two parts."""
+    """With so few slots a round that several rounds are needed, and several chunks of the
+    sequence; of one kind, rows in two parts."""
     monkeypatch.setattr(dispatch, "CAPACITY", 0.1)
+    monkeypatch.setattr(losses, "LOGITS_BYTES", 5 * ONE_POSITION)
     run, checkpoint, want = on_one_device[kind]
     if kind == "all, bf16" and "tensor" in axes:
         run = dataclasses.replace(run, batch=BatchSettings(rows=8, accumulation=2))
     assert worst(three_steps(run, checkpoint, batches, mesh_of(axes)), want) <= TOLERANCE
+
+
+def test_a_head_is_gathered_once_however_many_chunks(on_one_device, batches, monkeypatch):
+    """And its gradient summed once, where it is trained: by a chunk more, devices send each other
+    that chunk's loss and the like alone. Negative control: a head that each product gathers.
+    """
+    run, checkpoint, _ = on_one_device["all, bf16"]
+
+    def in_chunks(length: int) -> dict[str, Sent]:
+        monkeypatch.setattr(losses, "LOGITS_BYTES", length * ONE_POSITION)
+        return sent(run, checkpoint, batches[0], mesh_of({"fsdp": 2, "expert": 4}))
+
+    two, six = in_chunks(6), in_chunks(2)
+    assert six["all-gather"] == two["all-gather"]
+    assert six["all-reduce"].received_bytes - two["all-reduce"].received_bytes < 4 * 100
+
+    def gathering(head: Head, h_BCD: jax.Array) -> jax.Array:
+        weight_VD = gather_for_use(head.weight_GVD[0], ("vocab", "hidden"))
+        return jnp.einsum("bcd,vd->bcv", h_BCD, weight_VD)
+
+    monkeypatch.setattr(Embedding, "ready", lambda stored: Head(stored.weight[...][None]))
+    monkeypatch.setattr(Head, "logits", gathering)
+    unready = in_chunks(2)
+    assert unready["all-gather"].count >= two["all-gather"].count + 6 - 1
+    assert unready["all-reduce"].received_bytes > 2 * two["all-reduce"].received_bytes
 
 
 @pytest.fixture(scope="module")
@@ -180,8 +213,8 @@ def test_a_run_goes_on_upon_a_mesh(finished_and_log, settings, tmp_path):
         ).summary
         for chosen in (mesh, MeshSettings())
     ]
-    losses = [[each.main_loss, *each.mtp_loss] for each in measured]
-    np.testing.assert_allclose(*losses, rtol=1e-5)
+    of_texts = [[each.main_loss, *each.mtp_loss] for each in measured]
+    np.testing.assert_allclose(*of_texts, rtol=1e-5)
     assert measured[0].reached == measured[1].reached
 
 

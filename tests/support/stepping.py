@@ -4,13 +4,16 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from flax import nnx
 from imported import import_tiny
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from trained import SIZES
 
 from finetune.data.packing import Batch
 from finetune.devices import on_mesh, spread
 from finetune.optimizer import make_optimizer
+from finetune.planning.collectives import Sent, collectives_of
 from finetune.settings import ObjectiveSettings, OptimizerSettings, RunSettings
 from finetune.state import TrainState, make_train_step, start
 from finetune.weights import load_for_training
@@ -54,18 +57,32 @@ def make_batches() -> list[Batch]:
 
 def three_steps(settings: RunSettings, checkpoint: Path, batches: list[Batch], mesh=None):
     """Losses of the steps, and the trained leaves after them."""
-    optimizer = make_optimizer(settings.optimizer, 10, lambda _: True)
     losses = []
     with on_mesh(mesh):
-        split = load_for_training(str(checkpoint), settings.train, "float32", mesh=mesh)
-        step = make_train_step(split.graphdef, optimizer, settings)
-        state = start(split, optimizer)
+        step, state, frozen = _first_step(settings, checkpoint, mesh)
         for batch in batches:
-            state, result = step(state, split.frozen, spread(batch, mesh))
+            state, result = step(state, frozen, spread(batch, mesh))
             losses.append(float(result.loss))
-    assert isinstance(state, TrainState)
     leaves = jax.tree_util.tree_leaves_with_path((state.trainable, state.biases))
     return np.array(losses), {jax.tree_util.keystr(path): _whole(x) for path, x in leaves}
+
+
+def sent(settings: RunSettings, checkpoint: Path, batch: Batch, mesh: Mesh) -> dict[str, Sent]:
+    """What devices send each other in a step."""
+    with on_mesh(mesh):
+        step, state, frozen = _first_step(settings, checkpoint, mesh)
+        compiled = step.lower(state, frozen, spread(batch, mesh)).compile()
+    return collectives_of(compiled.as_text() or "")
+
+
+def _first_step(
+    settings: RunSettings, checkpoint: Path, mesh: Mesh | None
+) -> tuple[jax.stages.Wrapped, TrainState, nnx.State]:
+    """What takes it, and the state and frozen weights that it takes."""
+    optimizer = make_optimizer(settings.optimizer, 10, lambda _: True)
+    split = load_for_training(str(checkpoint), settings.train, "float32", mesh=mesh)
+    step = make_train_step(split.graphdef, optimizer, settings)
+    return step, start(split, optimizer), split.frozen
 
 
 def _whole(x: jax.Array) -> np.ndarray:
