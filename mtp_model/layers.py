@@ -204,14 +204,14 @@ class Embedding(Weight):
         return _logits(h, self.dense(h.dtype))
 
     def ready(self) -> "Head":
-        """The head for many products, of a loop: gathered here, and not again in each of them."""
+        """The head for the products of a loop: gathered once, before it."""
         return Head(copies_for_rows(self.dense(self.weight[...].dtype), self.axes))
 
 
 class Head(NamedTuple):
-    """An output head, gathered: a copy for each group G of rows.
+    """An output head, gathered: a copy for each of the G parts that a batch is spread in.
 
-    As it is stored, and cast in the product: so gradients of many products add up in that dtype.
+    In the dtype in which it is stored, and so the gradients of many products add up in that one.
     """
 
     weight_GVD: Float[Array, "G V D"]

@@ -156,11 +156,11 @@ _gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
 def copies_for_rows(weight: jax.Array, axes: Axes) -> jax.Array:
-    """A copy [G, ...] of a gathered weight for each group of rows that devices hold; without a
-    mesh there is one.
+    """A gathered weight as [G, ...]: a copy for each of the G parts that a batch is spread in, one
+    without a mesh.
 
-    What a loop adds to the gradient of its own copy stays on a device; the sum over all copies is
-    taken once, after the loop.
+    It takes no more memory: a device has its own copy. Gradients that a loop adds up there stay
+    there, and are summed over all copies once, behind the loop.
     """
     mesh = active_mesh()
     if mesh is None:
