@@ -13,15 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from mtp_model.config import ModelConfig
 from mtp_model.products import product
-from mtp_model.sharding import (
-    BATCH_AXES,
-    RULES,
-    Axes,
-    active_mesh,
-    copies_for_rows,
-    gather_for_use,
-    placement,
-)
+from mtp_model.sharding import BATCH_AXES, RULES, Axes, active_mesh, gather_for_use, placement
 
 INIT_STD = 0.02
 FP8 = jnp.float8_e4m3fn
@@ -201,31 +193,21 @@ class Embedding(Weight):
 
     def logits(self, h: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Float32 logits over the vocabulary."""
-        return _logits(h, self.dense(h.dtype))
+        return self.ready(h.dtype).logits(h)
 
-    def ready(self) -> "Head":
-        """The head for the products of a loop: gathered once, before it."""
-        return Head(copies_for_rows(self.dense(self.weight[...].dtype), self.axes))
+    def ready(self, dtype: jnp.dtype) -> "Head":
+        """The head for many products in `dtype`: gathered here, and not again in each of them."""
+        return Head(self.dense(dtype))
 
 
 class Head(NamedTuple):
-    """An output head, gathered: a copy for each of the G parts that a batch is spread in.
+    """An output head as products take it."""
 
-    In the dtype in which it is stored, and so the gradients of many products add up in that one.
-    """
+    weight_VD: Float[Array, "V D"]
 
-    weight_GVD: Float[Array, "G V D"]
-
-    def logits(self, h: Float[Array, "B *positions D"]) -> Float[Array, "B *positions V"]:
+    def logits(self, h: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Float32 logits over the vocabulary."""
-        groups, vocab_size, _ = self.weight_GVD.shape
-        rows = h.reshape(groups, h.shape[0] // groups, *h.shape[1:])
-        logits = jax.vmap(_logits)(rows, self.weight_GVD.astype(h.dtype))
-        return logits.reshape(*h.shape[:-1], vocab_size)
-
-
-def _logits(h: Float[Array, "*batch D"], weight_VD: jax.Array) -> Float[Array, "*batch V"]:
-    return product("...d,vd->...v", h, weight_VD, jnp.float32)
+        return product("...d,vd->...v", h, self.weight_VD, jnp.float32)
 
 
 class RMSNorm(nnx.Module):

@@ -155,23 +155,6 @@ def _gathered_backward(axes: Axes, _: None, gradient: jax.Array) -> tuple[jax.Ar
 _gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
-def copies_for_rows(weight: jax.Array, axes: Axes) -> jax.Array:
-    """A gathered weight as [G, ...]: a copy for each of the G parts that a batch is spread in, one
-    without a mesh.
-
-    It takes no more memory: a device has its own copy. Gradients that a loop adds up there stay
-    there, and are summed over all copies once, behind the loop.
-    """
-    mesh = active_mesh()
-    if mesh is None:
-        return weight[None]
-    gathered = placement(axes, weight.shape, mesh, GATHERED).spec
-    own = PartitionSpec(BATCH_AXES, *gathered)
-    return jax.shard_map(
-        lambda weight: weight[None], in_specs=gathered, out_specs=own, check_vma=False
-    )(weight)
-
-
 def _constrained(weight: jax.Array, axes: Axes, rules: Rules) -> jax.Array:
     mesh = active_mesh()
     assert mesh is not None

@@ -43,6 +43,7 @@ class Asked(NamedTuple):
     own_tokens: bool = False  # depths from 2 on are fed what the one before drafts, not the text
     shifted: bool = False  # a control: what is drafted for a place is measured one place before it
     drafted: tuple[int, ...] = ()  # the only tokens that a draft may be; none: all of them
+    head_learns: bool = False  # a gradient is asked of the head
 
 
 ONE_DRAFT_EACH = Asked()
@@ -137,7 +138,8 @@ def through_head(
     num_logits = len(hidden) + 2 * asked.distributions
     chunk = chunk_length(rows, length, lm_head.weight.shape[0], num_logits)
     count = -(-length // chunk)
-    head = lm_head.ready()
+    # Gradients of a head that is gathered once would add up on each device, as large as the head.
+    head = lm_head if asked.head_learns else lm_head.ready(hidden[0].dtype)
 
     def behind_chunks(x_BTD):
         """The `depths` rows behind each chunk, where the targets of its last rows are predicted."""
@@ -170,7 +172,7 @@ def _joined(x_NBC, length: int):
 
 
 def _of_chunk(
-    head: Head,
+    head: Head | Embedding,
     hidden,
     target,
     behind_BKD,
@@ -326,14 +328,15 @@ def _likeliest(lm_head: Embedding, h_BTD: Float[Array, "B T D"]) -> Int[Array, "
     """The token with the largest logit at each position; no gradient goes through the choice."""
     rows, length, _ = h_BTD.shape
     chunk = chunk_length(rows, length, lm_head.weight.shape[0], 1)
-    chunks, head = _in_chunks(jax.lax.stop_gradient(h_BTD), chunk), lm_head.ready()
+    chunks, head = _in_chunks(jax.lax.stop_gradient(h_BTD), chunk), lm_head.ready(h_BTD.dtype)
     tokens = jax.lax.map(lambda h_BCD: _largest(head.logits(h_BCD)), chunks)
     return _joined(tokens, length)
 
 
 def main_nll(model: DeepSeekV3, batch: Batch, main: MainStates) -> jax.Array:
     """Negative log-likelihood of the text under the main model alone, summed over its targets."""
-    sums, _ = through_head(model.lm_head, (main.hidden_BTD,), (targets(batch, 0),), ONE_DRAFT_EACH)
+    asked = Asked(head_learns=True)
+    sums, _ = through_head(model.lm_head, (main.hidden_BTD,), (targets(batch, 0),), asked)
     return sums.nll_K1[0]
 
 
