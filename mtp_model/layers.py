@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from mtp_model.config import ModelConfig
-from mtp_model.products import product
+from mtp_model.products import float32_product, product
 from mtp_model.sharding import BATCH_AXES, RULES, Axes, active_mesh, gather_for_use, placement
 
 INIT_STD = 0.02
@@ -207,7 +207,7 @@ class Head(NamedTuple):
 
     def logits(self, h: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Float32 logits over the vocabulary."""
-        return product("...d,vd->...v", h, self.weight_VD, jnp.float32)
+        return float32_product("...d,vd->...v", h, self.weight_VD)
 
 
 class RMSNorm(nnx.Module):

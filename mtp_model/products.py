@@ -20,27 +20,32 @@ def precision_of(*operands: jax.Array) -> lax.Precision | None:
 
 
 def product(subscripts: str, x: jax.Array, y: jax.Array, dtype: Any = None) -> jax.Array:
-    """`jnp.einsum` of two arrays.
+    """`jnp.einsum` of two arrays. dtype: of the result and its sums, where it is not theirs."""
+    return jnp.einsum(subscripts, x, y, precision=precision_of(x, y), preferred_element_type=dtype)
 
-    dtype: of the result and its sums, where it is wider than theirs. The gradient of such a result
-    is rounded to their dtype: a product with it would else widen what it is multiplied with.
+
+def float32_product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """`product` with a float32 result, whose gradient is rounded to the dtype of x and y.
+
+    A product of a float32 gradient with y would widen y: all of the head, for each part of a
+    sequence. For scores of attention, whose keys are small, XLA takes more memory so on TPUs.
     """
-    if dtype is None or dtype == x.dtype:
-        return jnp.einsum(subscripts, x, y, precision=precision_of(x, y))
-    return _widened(subscripts, dtype, x, y)
+    if x.dtype == jnp.float32:
+        return product(subscripts, x, y)
+    return _widened(subscripts, x, y)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _widened(subscripts: str, dtype: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.einsum(subscripts, x, y, preferred_element_type=dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _widened(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    return product(subscripts, x, y, jnp.float32)
 
 
-def _widened_forward(subscripts: str, dtype: Any, x: jax.Array, y: jax.Array) -> Any:
-    return _widened(subscripts, dtype, x, y), (x, y)
+def _widened_forward(subscripts: str, x: jax.Array, y: jax.Array) -> Any:
+    return _widened(subscripts, x, y), (x, y)
 
 
-def _widened_backward(subscripts: str, _dtype: Any, residuals: Any, gradient: jax.Array) -> Any:
-    narrow = functools.partial(jnp.einsum, subscripts)
+def _widened_backward(subscripts: str, residuals: Any, gradient: jax.Array) -> Any:
+    narrow = functools.partial(product, subscripts)
     return jax.vjp(narrow, *residuals)[1](gradient.astype(residuals[0].dtype))
 
 
