@@ -147,9 +147,11 @@ def test_steps_in_halves_are_the_steps(settings):
     (whole, expected), (in_halves, moved), (_, alone) = (
         moved_by(settings, kept, batch) for kept in ("float32", "halves", "bfloat16")
     )
-    assert in_halves == pytest.approx(whole, rel=1e-6)
+    # Programs of their own: where one rounds a gradient to bfloat16 the other way, the loss after
+    # it differs by 1e-6, and 0.002 of what AdamW moves; what bfloat16 alone loses is 1.4.
+    assert in_halves == pytest.approx(whole, rel=1e-5)
     length = np.linalg.norm(expected)
-    assert np.linalg.norm(moved - expected) < 1e-3 * length
+    assert np.linalg.norm(moved - expected) < 0.01 * length
     assert np.linalg.norm(alone - expected) > 0.1 * length
 
 

@@ -45,7 +45,8 @@ CASES: dict[str, Edit] = {
 
 
 def make_case(folder: Path, case: str) -> Path:
-    return make_edited(folder, CASES[case], num_mtp=2, sizes=SIZES)
+    # With seed 0 rounding alone, which differs by processor, is 0.99e-5 to 1.08e-5 at depth 2.
+    return make_edited(folder, CASES[case], num_mtp=2, sizes=SIZES, seed=1)
 
 
 @pytest.mark.parametrize("case", CASES)
