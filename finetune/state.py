@@ -115,8 +115,10 @@ def make_train_step(
 ) -> jax.stages.Wrapped:
     """The jitted step: (state, frozen, batch) -> (state, what was measured); donates the state."""
     part, mixture = settings.part, settings.objective.or_default(settings.part)
-    own_tokens = settings.draft_input == "own"
-    asked = asked_by(settings)._replace(own_tokens=own_tokens, head_learns=part == "all")
+    asked = asked_by(settings)._replace(
+        own_tokens=settings.draft_input == "own",
+        head_learns=part == "all" and not settings.detach_main,
+    )
     mtp_lambda = lambdas(settings)
 
     def step(state: TrainState, frozen: nnx.State, batch: Batch):

@@ -17,7 +17,7 @@ from jaxtyping import Array, Int
 from mtp_model.looped import SortedRows, by_matrix
 from mtp_model.products import product
 from mtp_model.rows import gather_or_zero, inverse_permutation
-from mtp_model.swiglu import num_experts, swiglu
+from mtp_model.swiglu import num_experts, swiglu, swiglu_gradient
 
 BLOCK = 128
 TOGETHER = 2.0  # rows of each expert in the batched product, relative to a balanced load
@@ -70,12 +70,13 @@ class _Seats(NamedTuple):
         """step(rows of a block, the expert, its matrices, total) for each; rows M are nobody's."""
         num_rows = self.where.order_M.shape[0]
         first_L = self.where.start_L + self.row_of_slot_LC.shape[1]
+        blocks_before_L = jnp.pad(self.end_of_blocks_L[:-1], (1, 0))
 
         def body(state):
             block, total = state
             expert = jnp.searchsorted(self.end_of_blocks_L, block, side="right")
-            before = jnp.where(expert > 0, self.end_of_blocks_L[jnp.maximum(expert - 1, 0)], 0)
-            sorted_B = first_L[expert] + (block - before) * BLOCK + jnp.arange(BLOCK)
+            of_expert = block - blocks_before_L[expert]
+            sorted_B = first_L[expert] + of_expert * BLOCK + jnp.arange(BLOCK)
             row_B = self.where.order_M[jnp.minimum(sorted_B, num_rows - 1)]
             row_B = jnp.where(sorted_B < self.where.end_L[expert], row_B, num_rows)
             own = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, expert, 0, False), weights)
@@ -87,13 +88,6 @@ class _Seats(NamedTuple):
 
 def _by_stack(rows_LCI, weight_LOI):
     return product("lci,loi->lco", rows_LCI, weight_LOI)
-
-
-def _scaled(by_expert):
-    def scaled(rows, scale, weights):
-        return swiglu(by_expert, rows, *weights, scale=scale)
-
-    return scaled
 
 
 def _write(x_M, row_B, x_B):
@@ -121,8 +115,7 @@ def batched_gradient(d_out_MD, rows_MD, scale_M, expert_M, *weights):
     def of_block(row_B, expert, own, total):
         d_rows_MD, d_scale_M1, d_weights = total
         rows, scale, d_out = (gather_or_zero(x, row_B) for x in (rows_MD, scale_M1, d_out_MD))
-        backward = jax.vjp(_scaled(by_matrix), rows, scale[:, 0], own)[1]
-        d_rows, d_scale, d_own = backward(d_out)
+        d_rows, d_scale, d_own = swiglu_gradient(by_matrix, d_out, rows, scale[:, 0], own)
         return (
             _write(d_rows_MD, row_B, d_rows),
             _write(d_scale_M1, row_B, d_scale[:, None]),
@@ -131,8 +124,7 @@ def batched_gradient(d_out_MD, rows_MD, scale_M, expert_M, *weights):
 
     if seats.row_of_slot_LC.size:
         rows, scale, d_out = map(seats.together, (rows_MD, scale_M1, d_out_MD))
-        backward = jax.vjp(_scaled(_by_stack), rows, scale[..., 0], weights)[1]
-        d_rows, d_scale, d_weights = backward(d_out)
+        d_rows, d_scale, d_weights = swiglu_gradient(_by_stack, d_out, rows, scale[..., 0], weights)
         start = seats.back(d_rows), seats.back(d_scale[..., None]), d_weights
     else:
         start = jax.tree.map(jnp.zeros_like, (rows_MD, scale_M1, weights))

@@ -13,7 +13,7 @@ from jaxtyping import Array, Int
 from mtp_model.narrow import scan_parts
 from mtp_model.products import product
 from mtp_model.rows import inverse_permutation
-from mtp_model.swiglu import num_experts, swiglu
+from mtp_model.swiglu import num_experts, swiglu, swiglu_gradient
 
 LARGEST_BLOCK = 128
 SMALLEST_BLOCK = 8
@@ -111,10 +111,7 @@ def looped_gradient(d_out_MD, rows_MD, scale_M, expert_M, *weights):
             inside = first + jnp.arange(blocks.size) < end
             d_out = jnp.where(inside[:, None], d_out, jnp.zeros((), d_out.dtype))
 
-            def scaled(rows, scale, own):
-                return swiglu(by_matrix, rows, *own, scale=scale)
-
-            d_rows, d_scale, d_more = jax.vjp(scaled, rows, scale, own)[1](d_out)
+            d_rows, d_scale, d_more = swiglu_gradient(by_matrix, d_out, rows, scale, own)
             written = (
                 lax.dynamic_update_slice_in_dim(d_rows_SD, d_rows, first, 0),
                 lax.dynamic_update_slice_in_dim(d_scale_S, d_scale, first, 0),

@@ -48,3 +48,12 @@ def swiglu(by_expert: ByExpert, rows, gate, up, down, scale=None):
     if scale is not None:
         inner = (inner.astype(jnp.float32) * jnp.expand_dims(scale, -1)).astype(inner.dtype)
     return _through(by_expert, inner, down)
+
+
+def swiglu_gradient(by_expert: ByExpert, d_out, rows, scale, weights):
+    """Gradients of rows, scale and weights (gate, up, down)."""
+
+    def scaled(rows, scale, weights):
+        return swiglu(by_expert, rows, *weights, scale=scale)
+
+    return jax.vjp(scaled, rows, scale, weights)[1](d_out)

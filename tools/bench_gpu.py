@@ -33,21 +33,17 @@ def our_step(values: Mapping[str, Any], rows: int, row_tokens: int, remat: bool)
     from flax import nnx
 
     from finetune.data.packing import Batch, PostNorm
-    from finetune.optimizer import abstract_initial, make_optimizer
+    from finetune.optimizer import make_optimizer
     from finetune.settings import ObjectiveSettings, OptimizerSettings, RunSettings
-    from finetune.state import Split, TrainState, make_train_step, num_parameters
+    from finetune.state import TrainState, num_parameters, traced_step
+    from finetune.weights import abstract_for_training
     from mtp_model import ModelConfig
     from mtp_model.model import abstract_model, leaf_name
 
     config = ModelConfig.from_dict(values)
     weights = nnx.to_flat_state(nnx.state(abstract_model(config, "mtp"), nnx.Param))
-    stored = {  # what is trained comes as float32, and is kept as the optimizer's settings say
-        leaf_name(path): jnp.dtype("float32" if "mtp" in path else "bfloat16")
-        for path, _ in weights
-    }
-    model = abstract_model(config, "mtp", stored, compute_dtype=jnp.dtype("bfloat16"))
-    model.remat = remat
-    split = Split.of(model, "mtp")
+    stored = {leaf_name(path): jnp.dtype("bfloat16") for path, _ in weights}
+    split = abstract_for_training(config, stored, "mtp", "bfloat16", remat, scope="mtp")
     optimizer = OptimizerSettings(
         schedule="constant", warmup_fraction=0.0, parameters="bfloat16", moments="bfloat16"
     )
@@ -60,7 +56,6 @@ def our_step(values: Mapping[str, Any], rows: int, row_tokens: int, remat: bool)
         router_bias_rate=0.0,
     )
     moved = make_optimizer(optimizer, run.steps, lambda name: "norm" not in name)
-    trainable, opt_state = abstract_initial(moved, split.trainable, "bfloat16")
     keys = iter(jax.random.split(jax.random.key(0), 1000))
     make = jax.jit(
         lambda key, shape, dtype: jax.random.normal(key, shape, dtype) * 0.02,
@@ -75,8 +70,6 @@ def our_step(values: Mapping[str, Any], rows: int, row_tokens: int, remat: bool)
     def nothing(tree: Any) -> Any:
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
 
-    state = TrainState(jax.tree.map(filled, trainable), nothing(split.biases), nothing(opt_state))
-    frozen = jax.tree.map(filled, split.frozen)
     rng = np.random.default_rng(0)
     shape = rows, row_tokens
     ones = np.ones(shape, np.int32)
@@ -89,8 +82,12 @@ def our_step(values: Mapping[str, Any], rows: int, row_tokens: int, remat: bool)
     )
     print(f"{num_parameters(split.trainable):,} parameters are trained")
     began = time.perf_counter()
-    step = make_train_step(split.graphdef, moved, run).lower(state, frozen, batch).compile()
+    shapes, traced = traced_step(split, moved, run, batch)
+    step = traced.lower().compile()
     print(f"compiled in {time.perf_counter() - began:.1f} s", flush=True)
+    weights = jax.tree.map(filled, shapes.trainable)
+    state = TrainState(weights, nothing(shapes.biases), nothing(shapes.opt_state))
+    frozen = jax.tree.map(filled, split.frozen)
 
     def once() -> float:
         nonlocal state

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from finetune.objective.acceptance import Rounds
 
@@ -21,6 +22,17 @@ class Interval(NamedTuple):
 
     low: float
     high: float
+
+
+def acceptance_by_position(rates_K: Float[np.ndarray, "*R K"]) -> Float[np.ndarray, "*R K"]:
+    """The probability that the first k drafts of a round are all accepted, by k.
+
+    rates: of those that are reached, nan where none is. The result is nan from there on; but behind
+    a position where nothing is accepted it is 0, for nothing can reach what follows.
+    """
+    known_K = np.logical_and.accumulate(~np.isnan(rates_K), axis=-1)
+    product_K = np.nancumprod(rates_K, axis=-1)
+    return np.where(known_K | (product_K == 0), product_K, np.nan)
 
 
 class DocumentCounts:
@@ -68,10 +80,7 @@ class DocumentCounts:
 
 
 def _resampled(counts_N2K: np.ndarray) -> np.ndarray:
-    """Acceptance by position [R, K] of documents drawn with replacement; nan: nothing reached.
-
-    Behind a position where nothing is accepted it is 0: nothing can reach what follows.
-    """
+    """Acceptance by position [R, K] of documents drawn with replacement."""
     rng, num_documents = np.random.default_rng(0), len(counts_N2K)
     flat_NC = counts_N2K.reshape(num_documents, -1).astype(np.float64)
     at_once = max(1, AT_ONCE // num_documents)
@@ -82,9 +91,7 @@ def _resampled(counts_N2K: np.ndarray) -> np.ndarray:
         reached_RK, accepted_RK = np.split(times_RN @ flat_NC, 2, axis=1)
         with np.errstate(invalid="ignore"):
             rates_RK = accepted_RK / reached_RK
-        known_RK = np.logical_and.accumulate(~np.isnan(rates_RK), axis=1)
-        product_RK = np.nancumprod(rates_RK, axis=1)
-        found.append(np.where(known_RK | (product_RK == 0), product_RK, np.nan))
+        found.append(acceptance_by_position(rates_RK))
     return np.concatenate(found)
 
 

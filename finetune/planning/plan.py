@@ -347,8 +347,7 @@ def _compile(lowered: jax.stages.Lowered, place: Slice) -> tuple[Any, dict[str, 
 
 def _step(settings: PlanSettings, work: Workload, mesh: Mesh, rows: int) -> _Step:
     """The step of a run, traced with arrays that have a place and no memory."""
-    computed_in = settings.compute_dtype
-    how = settings.train, computed_in, settings.remat == "layer", mesh, settings.lora
+    how = settings.train, settings.compute_dtype, settings.remat == "layer", mesh, settings.lora
     split = abstract_for_training(work.config, work.dtypes, *how, work.scope)
     run = RunSettings(
         checkpoint="",

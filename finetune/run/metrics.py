@@ -5,6 +5,7 @@ text; TensorBoard has both.
 """
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -17,7 +18,7 @@ import numpy as np
 
 from finetune.data.packing import Batch
 from finetune.objective.acceptance import Rounds, Rule
-from finetune.objective.intervals import DocumentCounts, Interval
+from finetune.objective.intervals import DocumentCounts, Interval, acceptance_by_position
 from finetune.objective.losses import ONE_DRAFT_EACH, Asked, Measured
 
 Row = dict[str, Any]
@@ -165,7 +166,7 @@ class SourceAcceptance:
     @classmethod
     def of(cls, source: str, counts: DocumentCounts) -> "SourceAcceptance":
         documents, reached_K, accepted_K = counts.totals()
-        acceptance = _products(_rates(accepted_K, reached_K))
+        acceptance = _acceptance(_rates(accepted_K, reached_K))
         known = [rate for rate in acceptance if rate is not None]
         length, by_position = counts.intervals()
         return cls(
@@ -189,7 +190,7 @@ def summarise(measured: Measured, asked: Asked = ONE_DRAFT_EACH) -> Summary:
         tokens=int(measured.num_tokens),
         main_loss=main_loss,
         mtp_loss=mtp_loss,
-        acceptance=_products(conditional),
+        acceptance=_acceptance(conditional),
         conditional=conditional,
         agreement=_rates(counts.agreed_K, counts.compared_K),
         reached=_numbers(counts.reached_K, asked),
@@ -225,16 +226,10 @@ def _rates(parts: Any, wholes: Any) -> list[float | None]:
     return [float(part / whole) if whole else None for part, whole in pairs]
 
 
-def _products(rates: list[float | None]) -> list[float | None]:
-    """Running products; None from the first unknown rate on, but 0 behind a rate of 0: drafts that
-    none can reach are not accepted."""
-    found: list[float | None] = []
-    product: float | None = 1.0
-    for rate in rates:
-        if product != 0:
-            product = None if product is None or rate is None else product * rate
-        found.append(product)
-    return found
+def _acceptance(rates: list[float | None]) -> list[float | None]:
+    """By position, of the rates of drafts that are reached; None where nothing says what it is."""
+    found_K = acceptance_by_position(np.array(rates, np.float64))
+    return [None if math.isnan(each) else float(each) for each in found_K]
 
 
 class RunLog:

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from imported import import_tiny
-from jax.extend import core
 from stepping import SMOOTH, make_batches
 from trained import SIZES
 
 from finetune.optimizer import make_optimizer
+from finetune.planning import flops
 from finetune.settings import LoraSettings, RunSettings
 from finetune.state import make_train_step, start
 from finetune.weights import load_for_training
@@ -36,12 +36,10 @@ def checkpoint(request, tmp_path_factory):
 def products(program: Any) -> Iterator[Any]:
     """The equations that multiply matrices, of what a program calls too."""
     for equation in program.eqns:
-        if equation.primitive.name in ("dot_general", "ragged_dot_general"):
+        if equation.primitive.name in ("dot_general", *flops._RAGGED):
             yield equation
-        for value in equation.params.values():
-            for each in value if isinstance(value, tuple | list) else (value,):
-                if isinstance(each, core.ClosedJaxpr | core.Jaxpr):
-                    yield from products(getattr(each, "jaxpr", each))
+        for inner in flops._inner(equation.params):
+            yield from products(inner)
 
 
 def rounded(program: Any) -> list[str]:

@@ -112,8 +112,7 @@ class JaxParts:
 
     def _computed(self, run: Callable[..., jax.Array], module: Any, *of_rows: Any) -> np.ndarray:
         """What a function gives of a module and of arrays whose leading dimension is the batch."""
-        with jax.default_matmul_precision("highest"):
-            return np.asarray(run(module, *jax.tree.map(jnp.asarray, of_rows)))
+        return np.asarray(run(module, *jax.tree.map(jnp.asarray, of_rows)))
 
     def _repeated(self, ids: np.ndarray, x: np.ndarray) -> np.ndarray:
         return np.tile(ids, (len(x) // len(ids), 1))
@@ -130,11 +129,10 @@ class JaxParts:
             _block(layer).mlp.experts = None
         self._exported.put_into(layer, stack, [(index,)])
         routed = jnp.zeros(x.shape, jnp.float32)
-        with jax.default_matmul_precision("highest"):
-            out, needed = _run_around(layer, routed, jnp.asarray(x), *others)
-            if needed is not None:
-                experts = RoutedExperts(self._checkpoint, stack, index, self._exported)
-                out, _ = _run_around(layer, experts(*needed), jnp.asarray(x), *others)
+        out, needed = _run_around(layer, routed, jnp.asarray(x), *others)
+        if needed is not None:
+            experts = RoutedExperts(self._checkpoint, stack, index, self._exported)
+            out, _ = _run_around(layer, experts(*needed), jnp.asarray(x), *others)
         return np.asarray(out)
 
 
@@ -174,7 +172,7 @@ class MeshParts(JaxParts):
         repeated = np.arange(-(-rows // devices) * devices) % rows
         where = NamedSharding(self._mesh, PartitionSpec(BATCH_AXES))
         spread = jax.tree.map(lambda x: jax.device_put(np.asarray(x)[repeated], where), of_rows)
-        with jax.set_mesh(self._mesh), jax.default_matmul_precision("highest"):
+        with jax.set_mesh(self._mesh):
             return np.asarray(run(module, *spread))[:rows]
 
 

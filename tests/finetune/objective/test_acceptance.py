@@ -130,19 +130,26 @@ def test_a_perfect_drafter_is_always_accepted():
     assert refused.to_json()["num_draft_tokens"] == 30  # all that were drafted
 
 
-def test_acceptance_is_the_product_of_conditional_rates():
+def measured_with(reached: list[int], accepted: list[int]):
+    """A batch of three depths with so many drafts reached and accepted in rounds."""
     measured = measured_of([0.0] * 4, [0] * 4)
     counts = measured.acceptance._replace(
-        reached_K=np.array([100, 40, 0]),
-        accepted_K=np.array([60, 20, 0]),
+        reached_K=np.array(reached),
+        accepted_K=np.array(accepted),
         compared_K=np.array([200, 200, 200]),
         agreed_K=np.array([100, 80, 60]),
     )
-    summary = summarise(jax.device_get(measured._replace(acceptance=counts)))
+    return measured._replace(acceptance=counts)
+
+
+def test_acceptance_is_the_product_of_conditional_rates():
+    measured = measured_with([100, 40, 0], [60, 20, 0])
+    summary = summarise(jax.device_get(measured))
     assert summary.conditional == [0.6, 0.5, None]
     assert summary.acceptance == [0.6, 0.3, None]
     assert summary.agreement == [0.5, 0.4, 0.3]
     assert summary.mean_accepted_length is None
+    counts = measured.acceptance
     by_depth = [name for name in counts._fields if name.endswith("_K")]
     two = counts._replace(**{name: getattr(counts, name)[:2] for name in by_depth})
     shorter = summarise(jax.device_get(measured._replace(acceptance=two)))
@@ -151,14 +158,7 @@ def test_acceptance_is_the_product_of_conditional_rates():
 
 def test_behind_a_position_where_nothing_is_accepted_acceptance_is_zero():
     """Not unknown, though no draft reaches it: the mean accepted length would be unknown too."""
-    measured = measured_of([0.0] * 4, [0] * 4)
-    counts = measured.acceptance._replace(
-        reached_K=np.array([100, 40, 0]),
-        accepted_K=np.array([60, 0, 0]),
-        compared_K=np.array([200, 200, 200]),
-        agreed_K=np.array([100, 80, 60]),
-    )
-    summary = summarise(jax.device_get(measured._replace(acceptance=counts)))
+    summary = summarise(jax.device_get(measured_with([100, 40, 0], [60, 0, 0])))
     assert summary.conditional == [0.6, 0.0, None]
     assert summary.acceptance == [0.6, 0.0, 0.0]
     assert summary.mean_accepted_length == pytest.approx(1.6)
