@@ -13,7 +13,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from finetune.adapters import add_adapters
 from finetune.data.packing import Batch, PostNorm, PreNorm
-from finetune.settings import LoraSettings, MeshSettings, SettingsError, TrainMode, option
+from finetune.optimizer import abstract_initial, make_optimizer
+from finetune.settings import (
+    LoraSettings,
+    MeshSettings,
+    OptimizerSettings,
+    SettingsError,
+    TrainMode,
+    option,
+)
 from finetune.state import TRAINABLE
 from mtp_model import ModelConfig, cluster, make_mesh
 from mtp_model.checkpoint.directory import Checkpoint
@@ -22,7 +30,6 @@ from mtp_model.model import Scope, abstract_model
 from mtp_model.sharding import (
     BATCH_AXES,
     MESH_AXES,
-    STORED,
     AnyMesh,
     Axes,
     abstract_mesh,
@@ -34,12 +41,19 @@ from mtp_model.sharding import (
 
 T = TypeVar("T")
 
-# Of a device's memory, what weights, gradients and moments may take where a mesh is chosen; the
-# rest is for activations, and for weights while they are used.
+# Of a device's memory, what weights, gradients and the optimizer's state may take where a mesh is
+# chosen; the rest is for activations, and for weights while they are used.
 _FOR_STATE = 0.6
-_BYTES_TRAINED = 3 * 4  # a float32 parameter and two moments
 
 MeshShape = dict[str, int]  # devices along each axis of MESH_AXES
+
+
+class Trained(NamedTuple):
+    """What learns, and how it is kept."""
+
+    mode: TrainMode
+    optimizer: OptimizerSettings
+    lora: LoraSettings  # the adapters, where these are trained
 
 
 class Workload(NamedTuple):
@@ -47,22 +61,20 @@ class Workload(NamedTuple):
 
     config: ModelConfig
     dtypes: Mapping[str, Any]  # of stored leaves, by path
-    trained: TrainMode | None  # None: nothing is
+    trained: Trained | None  # None: nothing is
     rows: int  # in a batch
     scope: Scope = "all"  # the part of the model that is loaded
-    lora: LoraSettings | None = None  # the adapters, where these are trained
 
     @classmethod
     def of(
         cls,
         checkpoint: Checkpoint,
-        trained: TrainMode | None,
+        trained: Trained | None,
         rows: int,
         scope: Scope = "all",
-        lora: LoraSettings | None = None,
     ) -> "Workload":
         """What a checkpoint is to be used for."""
-        return cls(checkpoint.config, checkpoint.dtypes, trained, rows, scope, lora)
+        return cls(checkpoint.config, checkpoint.dtypes, trained, rows, scope)
 
 
 def devices_for(settings: MeshSettings, workload: Workload) -> Mesh | None:
@@ -90,9 +102,9 @@ def choose_shape(
 ) -> MeshShape:
     """Devices along each axis: those asked for, the others so that all devices are used.
 
-    Of the meshes whose weights fit in `memory` bytes a device (any, where that is None), the one
-    that sends least: fewest parts by tensor, then by fsdp, then by expert. Where none fits, the one
-    with the fewest bytes a device.
+    Of the meshes on which what is stored leaves room in `memory` bytes a device (of all, where that
+    is None), the one that sends least: fewest parts by tensor, then by fsdp, then by expert. Where
+    there is none, the one with the fewest bytes a device.
     """
     shapes = possible_shapes(settings, workload, num_devices)
 
@@ -121,42 +133,49 @@ def possible_shapes(
 
 
 def stored_bytes(workload: Workload, shapes: Sequence[MeshShape]) -> list[int]:
-    """For each mesh, the bytes of weights and moments that one of its devices holds."""
-    leaves, found = _leaves(workload), []
-    for mesh in (abstract_mesh(**shape) for shape in shapes):
-        sizes = (
-            leaf.size_on(mesh, STORED) * (_BYTES_TRAINED if leaf.trained else leaf.itemsize)
-            for leaf in leaves
-        )
-        found.append(sum(sizes))
-    return found
+    """For each mesh, the bytes that one of its devices holds: weights, and of those that are
+    trained a gradient and the optimizer's state."""
+    leaves = _leaves(workload)
+    meshes = (abstract_mesh(**shape) for shape in shapes)
+    return [sum(leaf.bytes_on(mesh) for leaf in leaves) for mesh in meshes]
 
 
 class _Leaf(NamedTuple):
-    """A weight as a mesh is chosen for it."""
+    """An array as a mesh is chosen for it."""
 
     axes: Axes
     shape: tuple[int, ...]
     itemsize: int
-    trained: bool
 
-    def size_on(self, mesh: AnyMesh, rules: Mapping[str, Any]) -> int:
-        """Elements on one device."""
-        return math.prod(placement(self.axes, self.shape, mesh, rules).shard_shape(self.shape))
+    def bytes_on(self, mesh: AnyMesh) -> int:
+        """Bytes on one device."""
+        where = placement(self.axes, self.shape, mesh)
+        return math.prod(where.shard_shape(self.shape)) * self.itemsize
 
 
 def _leaves(workload: Workload) -> list[_Leaf]:
     model = abstract_model(workload.config, workload.scope, workload.dtypes)
-    if workload.trained == "lora":
-        assert workload.lora is not None
-        add_adapters(model, workload.lora, without_memory(None))
-    state = nnx.state(model)
-    moved = nnx.filter_state(state, TRAINABLE[workload.trained] if workload.trained else ())
-    trained = {path for path, _ in nnx.to_flat_state(moved)}
-    return [
-        _Leaf(leaf.get_metadata("out_sharding"), leaf.shape, leaf.dtype.itemsize, path in trained)
-        for path, leaf in nnx.to_flat_state(state)
-    ]
+    if workload.trained is None:
+        return [*_arrays(nnx.state(model))]
+    mode, settings, lora = workload.trained
+    if mode == "lora":
+        add_adapters(model, lora, without_memory(None))
+    trainable, frozen = nnx.state(model, TRAINABLE[mode], ...)
+    whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float32), trainable)
+    optimizer = make_optimizer(settings, 1, lambda _: True)
+    kept, opt_state = abstract_initial(optimizer, whole, settings.parameters)
+    gradients = kept  # as large as what they are of
+    return [*_arrays((kept, opt_state, gradients, frozen))]
+
+
+def _arrays(tree: Any) -> Iterator[_Leaf]:
+    """Of a tree without memory. What an optimizer keeps narrower than a parameter, and counts, are
+    whole on each device."""
+    for leaf in jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)):
+        axes = leaf.get_metadata("out_sharding") if isinstance(leaf, nnx.Variable) else ()
+        for value in jax.tree.leaves(leaf):  # of another optimizer's parameter there is none
+            split = axes if len(axes) == value.ndim else (None,) * value.ndim
+            yield _Leaf(split, value.shape, value.dtype.itemsize)
 
 
 def describe_mesh(mesh: Mesh | None) -> str:

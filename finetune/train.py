@@ -21,7 +21,7 @@ from rich.console import Console
 from finetune.captured.documents import open_text
 from finetune.data.packing import Batch, Packer, Position
 from finetune.data.run_text import RunText, digest_of, held_out_batches
-from finetune.devices import Workload, abstract_batch, devices_for, on_mesh, spread
+from finetune.devices import Trained, Workload, abstract_batch, devices_for, on_mesh, spread
 from finetune.objective.losses import Asked
 from finetune.objective.objectives import forgets
 from finetune.optimizer import learning_rates, make_optimizer
@@ -139,8 +139,8 @@ def _train(
     computed_in = begun_in or compute_dtype(settings.compute_dtype)
     base, config = open_trainable(settings.checkpoint, captured=bool(settings.states))
     raise_unless_fitting(settings, config)
-    of_what = settings.train, settings.batch.rows_at_once, settings.scope, settings.lora
-    work = Workload.of(base, *of_what)
+    trained = Trained(settings.train, settings.optimizer, settings.lora)
+    work = Workload.of(base, trained, settings.batch.rows_at_once, settings.scope)
     mesh = devices_for(settings.mesh, work)
     text = open_text(settings, base, computed_in, console.print)
     console.print(text.description)

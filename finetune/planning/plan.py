@@ -23,6 +23,7 @@ from finetune.adapters import raise_unless_there
 from finetune.data.packing import PostNorm
 from finetune.devices import (
     MeshShape,
+    Trained,
     Workload,
     abstract_batch,
     axes_in_words,
@@ -66,7 +67,7 @@ from mtp_model.problems import UserError
 from mtp_model.progress import progress
 
 _MOST_MESHES = 4  # that --search compiles for a slice
-_MOST_OF_MEMORY = 0.97  # of a device, for weights and moments: more is not worth compiling
+_MOST_OF_MEMORY = 0.97  # of a device, for what is stored: more is not worth compiling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,7 +260,8 @@ def _workload(
 ) -> Workload:
     rows = settings.rows or len(place.devices)
     scope: Scope = "mtp" if settings.captured else "all"
-    return Workload(config, dtypes, settings.train, rows, scope, settings.lora)
+    trained = Trained(settings.train, settings.optimizer, settings.lora)
+    return Workload(config, dtypes, trained, rows, scope)
 
 
 def _compiled(settings: PlanSettings, work: Workload, place: Slice, shape: MeshShape) -> Plan:

@@ -22,7 +22,7 @@ from trained import QUIET, assert_same_result, read_rows, unfinished_copy
 from converters.exporting.exporter import export_checkpoint
 from finetune import cli
 from finetune.adapters import add_adapters
-from finetune.devices import Workload, choose_shape, on_mesh, stored_bytes
+from finetune.devices import Trained, Workload, choose_shape, on_mesh, stored_bytes
 from finetune.planning.flops import adapted_flops, model_flops
 from finetune.settings import (
     BatchSettings,
@@ -30,6 +30,7 @@ from finetune.settings import (
     EvaluationSettings,
     LoraSettings,
     MeshSettings,
+    OptimizerSettings,
     RunSettings,
     SettingsError,
 )
@@ -44,6 +45,7 @@ from mtp_model.sharding import MESH_AXES, placement
 
 EVERYWHERE = LoraSettings(part="all", rank=3, alpha=6.0)
 SCALE = 2.0
+COUNTS = 8  # bytes of AdamW's two counts of steps
 TOKENS = np.random.default_rng(0).integers(3, 300, (4, 8)).astype(np.int32)
 
 
@@ -167,14 +169,16 @@ def test_on_a_mesh_the_gradients_are_the_same(checkpoint, found):
 
 
 def test_the_mesh_is_chosen_for_the_adapters_too(checkpoint):
-    """Their parameters and moments: where only the frozen model fits on each device, not `data`."""
+    """Their parameters, moments and gradients: where only the frozen model fits on each device, not
+    `data`."""
     lora = LoraSettings(part="all", rank=64)
-    work = Workload.of(open_checkpoint(checkpoint), "lora", 2, lora=lora)
+    trained = Trained("lora", OptimizerSettings(), lora)
+    work = Workload.of(open_checkpoint(checkpoint), trained, 2)
     frozen, one = work._replace(trained=None), dict.fromkeys(MESH_AXES, 1)
     split = load_for_training(str(checkpoint), "lora", "float32", lora=lora)
     size = sum(leaf.size for leaf in jax.tree.leaves(split.trainable))
     (alone,), (both,) = (stored_bytes(each, [one]) for each in (frozen, work))
-    assert both - alone == 12 * size
+    assert both - alone == 16 * size + COUNTS
     memory = int(alone / 0.5)
     shapes = [choose_shape(MeshSettings(), each, 2, memory) for each in (frozen, work)]
     assert [shape["data"] for shape in shapes] == [2, 1]

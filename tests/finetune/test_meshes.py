@@ -23,16 +23,21 @@ from trained import read_rows, unfinished_copy
 from finetune import cli
 from finetune.captured.sample import open_sample
 from finetune.data.packing import Batch
-from finetune.devices import Workload, choose_shape
+from finetune.devices import Trained, Workload, choose_shape, on_mesh, stored_bytes
 from finetune.evaluate import EvaluateSettings, evaluate
 from finetune.objective import losses
+from finetune.optimizer import make_optimizer
 from finetune.settings import (
     BatchSettings,
+    LoraSettings,
     MeshSettings,
+    OptimizerSettings,
     SettingsError,
     TrainMode,
 )
+from finetune.state import start
 from finetune.train import train
+from finetune.weights import load_for_training
 from mtp_model import ModelConfig, dispatch, make_mesh, moe
 from mtp_model.checkpoint.directory import open_checkpoint
 from mtp_model.layers import Embedding, Head
@@ -210,14 +215,18 @@ def test_a_run_goes_on_upon_a_mesh(finished_and_log, settings, tmp_path):
     assert measured[0].reached == measured[1].reached
 
 
-def v3(rows: int, mode: TrainMode = "mtp") -> Workload:
-    """DeepSeek-V3 with an FP8 main model."""
+def v3(rows: int, optimizer: OptimizerSettings | None = None) -> Workload:
+    """The MTP module of DeepSeek-V3 is trained beside an FP8 main model."""
     config = ModelConfig.from_dict(released.CONFIG)
     leaves = leaves_by_name(abstract_model(config))
     dtypes = dict.fromkeys(leaves, np.float32) | {
         name: jnp.float8_e4m3fn for name in leaves if name.endswith("_proj.weight")
     }
-    return Workload(config, dtypes, mode, rows)
+    return Workload(config, dtypes, learning(optimizer or OptimizerSettings()), rows)
+
+
+def learning(optimizer: OptimizerSettings, mode: TrainMode = "mtp") -> Trained:
+    return Trained(mode, optimizer, LoraSettings())
 
 
 @pytest.mark.parametrize(
@@ -236,6 +245,53 @@ def test_the_mesh_that_is_chosen(devices, gigabytes, asked, chosen):
     assert tuple(shape.values()) == chosen
 
 
+KEPT = {
+    "adamw": OptimizerSettings(),
+    "a mean": OptimizerSettings(ema=0.999),
+    "short moments": OptimizerSettings(moments="bfloat16"),
+    "halves": OptimizerSettings(parameters="halves"),
+    "bfloat16": OptimizerSettings(parameters="bfloat16", moments="bfloat16"),
+    "muon": OptimizerSettings(name="muon"),
+    "adafactor": OptimizerSettings(name="adafactor"),
+}
+
+
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize(("mode", "dtype"), KINDS.values())
+def test_what_is_stored_is_what_a_run_stores(stored, kept: str, mode: TrainMode, dtype: str):
+    """On each device of a mesh: weights and the optimizer's state as a run begins with them."""
+    optimizer, mesh = KEPT[kept], make_mesh(fsdp=2, expert=2, tensor=2)
+    with on_mesh(mesh):
+        split = load_for_training(str(stored[dtype]), mode, "float32", mesh=mesh)
+        state = start(split, make_optimizer(optimizer, 10, lambda _: True), optimizer.parameters)
+    held = (state, split.frozen, state.trainable)  # and gradients, as large as the parameters
+    first = mesh.devices.flat[0]
+    here = [
+        next(shard.data.nbytes for shard in array.addressable_shards if shard.device == first)
+        for array in jax.tree.leaves(held)
+    ]
+    work = Workload.of(open_checkpoint(stored[dtype]), learning(optimizer, mode), 8)
+    assert stored_bytes(work, [dict(mesh.shape)]) == [sum(here)]
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "kept", "experts"),
+    [
+        (165, "adamw", 16),
+        (165, "short moments", 16),
+        (165, "bfloat16", 8),
+        (165, "adafactor", 8),
+        (183, "adamw", 8),
+        (183, "a mean", 16),
+    ],
+)
+def test_the_mesh_follows_the_optimizer(gigabytes: int, kept: str, experts: int):
+    """As few parts as what is kept of a parameter has room for: of devices with the same memory,
+    another one than for AdamW in float32."""
+    shape = choose_shape(MeshSettings(), v3(64, KEPT[kept]), 64, gigabytes * 10**9)
+    assert tuple(shape.values()) == (64 // experts, 1, experts, 1)
+
+
 @pytest.mark.parametrize(
     ("asked", "rows", "said"),
     [
@@ -251,6 +307,6 @@ def test_meshes_that_cannot_be_are_refused(asked, rows, said):
 
 
 def test_a_mesh_that_splits_an_expert_model_unevenly_is_refused(checkpoint):
-    work = Workload.of(open_checkpoint(checkpoint), "mtp", 8)
+    work = Workload.of(open_checkpoint(checkpoint), learning(OptimizerSettings()), 8)
     with pytest.raises(SettingsError, match=r"--mesh.expert is 8, needed a divisor of the 12"):
         choose_shape(MeshSettings(expert=8), work, 8, None)
