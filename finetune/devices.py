@@ -1,9 +1,8 @@
 """The devices of a command: which mesh they form for a model, and batches spread over it."""
 
 import contextlib
-import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -26,26 +25,15 @@ from finetune.state import TRAINABLE
 from mtp_model import ModelConfig, cluster, make_mesh
 from mtp_model.checkpoint.directory import Checkpoint
 from mtp_model.lora import without_memory
+from mtp_model.meshes import MeshShape, StoredArray, bytes_on, fitting, sent, shapes_of, stored_in
 from mtp_model.model import Scope, abstract_model
-from mtp_model.sharding import (
-    BATCH_AXES,
-    MESH_AXES,
-    AnyMesh,
-    Axes,
-    abstract_mesh,
-    everywhere,
-    memory_of,
-    placement,
-    unsplittable,
-)
+from mtp_model.sharding import BATCH_AXES, MESH_AXES, everywhere, memory_of, unsplittable
 
 T = TypeVar("T")
 
 # Of a device's memory, what weights, gradients and the optimizer's state may take where a mesh is
 # chosen; the rest is for activations, and for weights while they are used.
 _FOR_STATE = 0.6
-
-MeshShape = dict[str, int]  # devices along each axis of MESH_AXES
 
 
 class Trained(NamedTuple):
@@ -106,19 +94,11 @@ def choose_shape(
     is None), the one that sends least: fewest parts by tensor, then by fsdp, then by expert. Where
     there is none, the one with the fewest bytes a device.
     """
-    shapes = possible_shapes(settings, workload, num_devices)
-
-    def sent(shape: MeshShape) -> tuple[int, ...]:
-        return shape["tensor"], shape["fsdp"], shape["expert"]
-
+    shapes = sorted(possible_shapes(settings, workload, num_devices), key=sent)
     if memory is None or len(shapes) == 1:
-        return min(shapes, key=sent)
+        return shapes[0]
     sizes = stored_bytes(workload, shapes)
-    fitting = [s for s, size in zip(shapes, sizes, strict=True) if size <= memory * _FOR_STATE]
-    if fitting:
-        return min(fitting, key=sent)
-    by_size = sorted(zip(sizes, map(sent, shapes), range(len(shapes)), strict=True))
-    return shapes[by_size[0][2]]
+    return fitting(shapes, sizes, memory * _FOR_STATE) or shapes[sizes.index(min(sizes))]
 
 
 def possible_shapes(
@@ -126,7 +106,7 @@ def possible_shapes(
 ) -> list[MeshShape]:
     """Meshes with the axes asked for that fit model and batch; SettingsError where none does."""
     asked = _asked(settings)
-    shapes = [shape for shape in _shapes(asked, num_devices) if not _faults(shape, workload)]
+    shapes = [shape for shape in shapes_of(asked, num_devices) if not _faults(shape, workload)]
     if not shapes:
         raise SettingsError("a mesh that cannot be used", _why_none(asked, workload, num_devices))
     return shapes
@@ -135,28 +115,14 @@ def possible_shapes(
 def stored_bytes(workload: Workload, shapes: Sequence[MeshShape]) -> list[int]:
     """For each mesh, the bytes that one of its devices holds: weights, and of those that are
     trained a gradient and the optimizer's state."""
-    leaves = _leaves(workload)
-    meshes = (abstract_mesh(**shape) for shape in shapes)
-    return [sum(leaf.bytes_on(mesh) for leaf in leaves) for mesh in meshes]
+    arrays = _stored(workload)
+    return [bytes_on(shape, arrays) for shape in shapes]
 
 
-class _Leaf(NamedTuple):
-    """An array as a mesh is chosen for it."""
-
-    axes: Axes
-    shape: tuple[int, ...]
-    itemsize: int
-
-    def bytes_on(self, mesh: AnyMesh) -> int:
-        """Bytes on one device."""
-        where = placement(self.axes, self.shape, mesh)
-        return math.prod(where.shard_shape(self.shape)) * self.itemsize
-
-
-def _leaves(workload: Workload) -> list[_Leaf]:
+def _stored(workload: Workload) -> list[StoredArray]:
     model = abstract_model(workload.config, workload.scope, workload.dtypes)
     if workload.trained is None:
-        return [*_arrays(nnx.state(model))]
+        return [*stored_in(nnx.state(model))]
     mode, settings, lora = workload.trained
     if mode == "lora":
         add_adapters(model, lora, without_memory(None))
@@ -165,29 +131,7 @@ def _leaves(workload: Workload) -> list[_Leaf]:
     optimizer = make_optimizer(settings, 1, lambda _: True)
     kept, opt_state = abstract_initial(optimizer, whole, settings.parameters)
     gradients = kept  # as large as what they are of
-    return [*_arrays((kept, opt_state, gradients, frozen))]
-
-
-def _arrays(tree: Any) -> Iterator[_Leaf]:
-    """Of a tree without memory. What an optimizer keeps narrower than a parameter, and counts, are
-    whole on each device."""
-    for leaf in jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)):
-        axes = leaf.get_metadata("out_sharding") if isinstance(leaf, nnx.Variable) else ()
-        for value in jax.tree.leaves(leaf):  # of another optimizer's parameter there is none
-            split = axes if len(axes) == value.ndim else (None,) * value.ndim
-            yield _Leaf(split, value.shape, value.dtype.itemsize)
-
-
-def describe_mesh(mesh: Mesh | None) -> str:
-    """Devices and axes in a few words: `8 devices: expert 4, tensor 2`."""
-    if mesh is None:
-        return f"1 device ({jax.devices()[0].platform})"
-    return f"{mesh.size} devices ({mesh.devices.flat[0].platform}): {axes_in_words(mesh.shape)}"
-
-
-def axes_in_words(shape: Mapping[str, int]) -> str:
-    """The axes that split something, `expert 4, tensor 2`."""
-    return ", ".join(f"{name} {size}" for name, size in shape.items() if size > 1) or "1 device"
+    return [*stored_in((kept, opt_state, gradients, frozen))]
 
 
 def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
@@ -243,19 +187,6 @@ def _asked(settings: MeshSettings) -> MeshShape:
     return {name: size for name, size in sizes.items() if size}
 
 
-def _shapes(asked: MeshShape, num_devices: int) -> Iterator[MeshShape]:
-    """Every mesh of all devices with the axes asked for; of fewer where all axes are asked for."""
-    if len(asked) == len(MESH_AXES):
-        if math.prod(asked.values()) <= num_devices:
-            yield asked
-        return
-    divisors = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
-    choices = ([asked[name]] if name in asked else divisors for name in MESH_AXES)
-    for sizes in itertools.product(*choices):
-        if math.prod(sizes) == num_devices:
-            yield dict(zip(MESH_AXES, sizes, strict=True))
-
-
 def _faults(shape: MeshShape, workload: Workload) -> list[str]:
     """Why a model or a batch cannot be split so."""
     faults = unsplittable(shape, workload.config)
@@ -271,7 +202,7 @@ def _faults(shape: MeshShape, workload: Workload) -> list[str]:
 
 def _why_none(asked: MeshShape, workload: Workload, num_devices: int) -> list[str]:
     """What stands in the way of the meshes that were asked for."""
-    shapes = list(_shapes(asked, num_devices))
+    shapes = list(shapes_of(asked, num_devices))
     if shapes:
         return min((_faults(shape, workload) for shape in shapes), key=len)
     product = math.prod(asked.values())

@@ -26,8 +26,8 @@ MAY_USE = {  # verifying proves what export writes, and nothing else of its floo
     "verifying": {"exporting", "format", "sources"},
 }
 NETWORK = (
-    "attention batched block config context dispatch families grouped layers looped model moe mtp "
-    "products rope rows sharding swiglu"
+    "attention batched block config context dispatch families grouped layers looped meshes model "
+    "moe mtp products rope rows sharding swiglu"
 ).split()
 ONLY_IN = {
     "torch": ("converters/verifying/logits/torch_",),

@@ -27,6 +27,7 @@ _Ckpt = Annotated[
     Positional[str], arg(metavar="CKPT", help="checkpoint directory, local or gs://bucket/folder")
 ]
 _Workers = Annotated[int, arg(metavar="N", help="threads; memory grows with their number")]
+_Axis = Annotated[int | None, arg(metavar="N")]
 _Json = Annotated[bool, arg(help="print JSON instead of tables")]
 _Overwrite = Annotated[bool, arg(help="replace what DST holds, if this toolkit wrote it")]
 _FollowLinks = Annotated[
@@ -120,16 +121,22 @@ class Export:
 
 @dataclass(frozen=True, kw_only=True)
 class Axes:
-    """For --logits: devices that hold the whole checkpoint, as in finetune-deepseek; all 1: one."""
+    """For --logits: devices that hold the whole checkpoint, as in finetune-deepseek. Without any, a
+    mesh of all GPUs or TPUs is chosen if the model fits; all 1: one device, a layer at a time."""
 
-    data: int = 1
+    data: _Axis = None
     """parts of the batch"""
-    fsdp: int = 1
+    fsdp: _Axis = None
     """parts of the batch, and of stored weights"""
-    expert: int = 1
+    expert: _Axis = None
     """parts of the batch, and of the routed experts"""
-    tensor: int = 1
+    tensor: _Axis = None
     """parts of heads, feed-forward width and vocabulary"""
+
+    @property
+    def asked(self) -> dict[str, int]:
+        """The axes that are given."""
+        return {name: size for name, size in asdict(self).items() if size is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,10 +249,10 @@ def _usage_fault(command: Command) -> str | None:
 
 
 def _mesh_fault(command: Verify) -> str | None:
-    axes = asdict(command.mesh)
+    axes = command.mesh.asked
     if wrong := next((name for name, size in axes.items() if size < 1), None):
         return f"--mesh.{wrong} is {axes[wrong]}, needed 1 or more"
-    if command.mesh != Axes() and not command.logits:
+    if axes and not command.logits:
         return "--mesh is what --logits runs on: needed both, or neither"
     return None
 

@@ -1,15 +1,16 @@
 """`convert-deepseek verify`: whether an export would give a source's bytes and its logits; and what
 differs between any two checkpoints."""
 
-from dataclasses import asdict
+import sys
 from pathlib import Path
 
-from converters.cli.arguments import Axes, Verify
+from converters.cli.arguments import Verify
 from converters.cli.common import any_source, checkpoint_of, is_directory, print_result
 from converters.format.listing import SourceCheckpoint
 from converters.verifying.compare import compare, open_side
 from converters.verifying.digests import check_digests
 from converters.verifying.logits.check import LogitsCheck, check_logits
+from converters.verifying.logits.devices import devices_for
 from converters.verifying.logits.layers import UNFINISHED
 from converters.verifying.report import clear_report, comparison, verification, write_report
 from converters.verifying.verify import Verification, check_storage
@@ -74,8 +75,9 @@ def _compare(command: Verify, a: str, b: str) -> int:
 def _logits(source: SourceCheckpoint, checkpoint: Checkpoint, command: Verify) -> LogitsCheck:
     """The comparison of logits; with a report's folder, one that was stopped there goes on."""
     saved = Path(command.report) / UNFINISHED if command.report else None
-    mesh = None if command.mesh == Axes() else asdict(command.mesh)
-    how = {"text": command.text, "saved": saved, "mesh": mesh}
+    devices = devices_for(checkpoint, command.mesh.asked)
+    print(f"logits on {devices.said}", file=sys.stderr)
+    how = {"text": command.text, "saved": saved, "devices": devices}
     with progress("logits", unit="layers") as report:
         return check_logits(source, checkpoint, **how, progress=report)
 

@@ -175,6 +175,7 @@ def verification(found: Verification) -> Iterator[Section]:
         if found.storage.files:
             yield problem_report(found.source or found.checkpoint, found.storage.files)
     if found.logits:
+        yield Facts([("logits on", found.logits.devices)])
         yield from logits_sections(found.logits)
     yield Facts([("result", "; ".join(_verdicts(found)))])
 

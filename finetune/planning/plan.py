@@ -22,11 +22,9 @@ from jax.sharding import Mesh
 from finetune.adapters import raise_unless_there
 from finetune.data.packing import PostNorm
 from finetune.devices import (
-    MeshShape,
     Trained,
     Workload,
     abstract_batch,
-    axes_in_words,
     choose_shape,
     on_mesh,
     possible_shapes,
@@ -62,6 +60,7 @@ from mtp_model import ModelConfig, make_mesh
 from mtp_model.checkpoint.directory import open_checkpoint
 from mtp_model.files.untrusted_json import parse
 from mtp_model.layers import FP8
+from mtp_model.meshes import MeshShape, axes_in_words
 from mtp_model.model import Scope, abstract_model, leaf_name
 from mtp_model.problems import UserError
 from mtp_model.progress import progress

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from finetune.devices import axes_in_words
 from finetune.planning.estimate import LINKS, MATRIX_UNITS, MEMORY
 from finetune.planning.plan import Plan
+from mtp_model.meshes import axes_in_words
 from mtp_model.reporting import Facts, Grid, Section
 
 

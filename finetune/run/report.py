@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 from jax.sharding import Mesh
 
-from finetune.devices import describe_mesh
 from finetune.generation.answers import Counts
 from finetune.objective.intervals import Interval
 from finetune.run.metrics import SourceAcceptance, Summary
 from finetune.settings import ComputeDtype, RunSettings
 from finetune.state import Split, num_parameters
+from mtp_model.meshes import describe_mesh
 from mtp_model.reporting import Grid, Section
 
 GREEDY_TEXT = 0.99  # with this share of greedy tokens a text is the main model's own

@@ -4,7 +4,6 @@ Both run in float32 on the same tokens, a layer at a time (layers.py): one layer
 experts is in memory, and a few of these, whatever the size of the model.
 """
 
-import math
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -12,9 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from converters.exporting.encode import Encoder, held_slots
 from converters.exporting.plan import make_plan
@@ -23,6 +20,7 @@ from converters.format.listing import SourceCheckpoint
 from converters.format.mapping import Slot
 from converters.verifying.fetched import fetched_by_part
 from converters.verifying.logits.depths import TOLERANCE, DepthCheck, compare_depths
+from converters.verifying.logits.devices import Devices, by_layer
 from converters.verifying.logits.jax_parts import (
     EXPERTS_BYTES,
     ExportedLeaves,
@@ -42,11 +40,9 @@ from converters.verifying.logits.layers import (
 from converters.verifying.logits.text import text_problem, tokens_of_text
 from mtp_model.checkpoint.directory import Checkpoint, CheckpointError, digest_of_json
 from mtp_model.config import ModelConfig
-from mtp_model.model import Scope, abstract_model, leaves_by_name
-from mtp_model.problems import UserError
+from mtp_model.model import Scope
 from mtp_model.progress import OnProgress
 from mtp_model.reporting import human_bytes, plural
-from mtp_model.sharding import make_mesh, memory_of, unsplittable
 
 if TYPE_CHECKING:
     from converters.verifying.logits.torch_reference import Get
@@ -67,6 +63,8 @@ class LogitsCheck:
     """All depths that the checkpoint directory holds, and every part of the network on the way."""
 
     tolerance: float
+    devices: str
+    """Where our side ran, and whether whole or a layer at a time."""
     text: str | None
     """What was given to both; None for the built-in tokens."""
     tokens: int
@@ -92,7 +90,7 @@ def check_logits(
     spot: bool = False,
     seed: int = SEED,
     saved: Path | None = None,
-    mesh: Mapping[str, int] | None = None,
+    devices: Devices | None = None,
     progress: OnProgress | None = None,
 ) -> LogitsCheck:
     """Compare main model and every MTP depth, as far as the checkpoint directory holds them.
@@ -101,8 +99,8 @@ def check_logits(
     text: what is compared on, by the source's tokenizer; None: built-in tokens. spot: of the main
     model's layers run only those of _spot_layers, on few tokens, and read no others. seed: of the
     built-in tokens. saved: a file that is written after each layer, from which the same comparison
-    goes on, and which is gone once it has ended. mesh: devices by axis, over which our side is
-    loaded whole, as training and answers have it; None: on one, a layer at a time.
+    goes on, and which is gone once it has ended. devices: where our side runs; on a mesh it is
+    loaded whole, as training and answers have it. None: on one, a layer at a time.
     Raises CheckpointError where the machine has too little memory, or room for what is fetched,
     ProblemsError for a text that is none of this model's, UserError without torch.
     """
@@ -125,12 +123,13 @@ def check_logits(
     )
     exported = ExportedLeaves(Encoder(checkpoint, held, dtypes), finer)
     batch = tokens, segments
-    if mesh is None:
+    where = devices or by_layer()
+    if where.mesh is None:
         ours = JaxParts(checkpoint, exported, *batch)
     else:
-        ours = MeshParts(checkpoint, exported, *batch, _mesh_of(mesh, checkpoint))
+        ours = MeshParts(checkpoint, exported, *batch, where.mesh)
     theirs = torch_reference.TorchParts(reference, *batch)
-    kept = SavedWalk(saved, (_identity(source, checkpoint, tokens), mesh)) if saved else None
+    kept = SavedWalk(saved, (_identity(source, checkpoint, tokens), where.shape)) if saved else None
     begun = (kept and kept.read()) or Walk()
     layers = _spot_layers(config, scope) if spot else range(config.num_hidden_layers)
     parts = {**modules_of_parts(config, scope, layers), _HEAD: (_HEAD,)}
@@ -156,6 +155,7 @@ def check_logits(
         saved.unlink(missing_ok=True)
     return LogitsCheck(
         tolerance=TOLERANCE,
+        devices=where.said,
         text=text,
         tokens=int(np.count_nonzero(segments)),
         depths=depths,
@@ -164,29 +164,6 @@ def check_logits(
         first_wrong=next(wrong, None),
         layers_left_out=config.num_hidden_layers - len(layers),
     )
-
-
-def _mesh_of(axes: Mapping[str, int], checkpoint: Checkpoint) -> Mesh:
-    """The mesh of these axes; UserError where there are too few devices, or they cannot hold it."""
-    devices, count = jax.devices(), math.prod(axes.values())
-    faults = unsplittable(axes, checkpoint.config)
-    if count > len(devices):
-        faults = [f"{count} devices are asked for, {len(devices)} are here"]
-    if faults:
-        raise UserError("\n  ".join(["a mesh that cannot be used:", *faults]))
-    mesh = make_mesh(**axes, devices=devices[:count])
-    model = abstract_model(
-        checkpoint.config, checkpoint.provenance["scope"], checkpoint.dtypes, mesh
-    )
-    leaves = (leaf.get_value() for leaf in leaves_by_name(model).values())
-    needed = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
-    has = memory_of(devices[0])
-    if has is not None and needed > has:
-        raise UserError(
-            f"{checkpoint.path}: each of {count} devices would hold {human_bytes(needed)} of it "
-            f"and has {human_bytes(has)}; needed more, or none: without --mesh a layer is in memory"
-        )
-    return mesh
 
 
 def _spot_layers(config: ModelConfig, scope: Scope) -> list[int]:

@@ -1,12 +1,16 @@
 """Logits layer by layer: those of the whole model, the wrong layer named, stopped and continued."""
 
+import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import released
 from advice import follows
 from imported import TOLERANCE, assert_close, assert_far, import_tiny, load_float32
 from verified import Pair, opened
@@ -17,12 +21,15 @@ import torch
 
 from converters.cli.main import main
 from converters.exporting.encode import Encoder, held_slots
-from converters.verifying.logits import check, jax_parts
+from converters.verifying.logits import devices, jax_parts
 from converters.verifying.logits.check import LogitsCheck, check_logits, seeded_batch
+from converters.verifying.logits.devices import Devices, by_layer, chosen_shape, devices_for
 from converters.verifying.logits.jax_parts import ExportedLeaves, JaxParts
 from converters.verifying.logits.layers import UNFINISHED, walk
 from converters.verifying.logits.torch_reference import TorchParts, open_reference
 from mtp_model.checkpoint.directory import Checkpoint, open_checkpoint
+from mtp_model.config import ModelConfig
+from mtp_model.model import abstract_model, leaves_by_name
 from mtp_model.problems import UserError
 
 PARTS = ["model.embed_tokens", *(f"model.layers.{i}" for i in range(4)), "model.norm"]
@@ -132,20 +139,44 @@ def test_no_layer_of_an_import_is_wrong(pair: Pair):
     assert [layer.depth for layer in found.layers] == [0] * 6 + [1, 2, 0]
 
 
-MESH = {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}
+MESH = {"fsdp": 2, "expert": 2, "tensor": 2}
+LARGE = 1 << 40  # bytes of a device
 
 
-def test_a_model_on_a_mesh_has_the_figures_of_one_device(pair: Pair, tmp_path: Path):
-    """With experts, heads and stored weights split. The control: one expert's scale is damaged."""
-    one, found = compared(*pair), compared(*pair, mesh=MESH)
+def on_devices(checkpoint: Path, asked: dict[str, int]) -> Devices:
+    return devices_for(open_checkpoint(checkpoint), asked)
+
+
+@pytest.fixture(scope="module")
+def on_one_device(pair: Pair) -> LogitsCheck:
+    return compared(*pair)
+
+
+@pytest.mark.parametrize("asked", [MESH, {}], ids=["asked", "chosen"])
+def test_a_model_on_a_mesh_has_the_figures_of_one_device(
+    pair: Pair,
+    on_one_device: LogitsCheck,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: dict[str, int],
+):
+    """With experts, heads and stored weights split, or as is chosen for devices that have hardly
+    more room than they need. The control: one expert's scale is damaged."""
+    least = chosen_shape(open_checkpoint(pair[1]), 8, 1)[1]
+    monkeypatch.setattr(devices, "memory_of", lambda _: least)
+    where, one = on_devices(pair[1], asked), on_one_device
+    assert where.mesh is not None
+    assert where.mesh.size == 8 > where.mesh.shape["data"]
+    found = compared(*pair, devices=where)
     assert found.holds
+    assert found.devices == where.said
     assert [layer.name for layer in found.layers] == PARTS
     for got, want in zip(found.depths, one.depths, strict=True):
         assert (got.rows, got.argmax_agreement) == (want.rows, want.argmax_agreement)
         assert abs(got.relative_difference - want.relative_difference) <= TOLERANCE
         assert got.kl_largest <= TOLERANCE
     leaf = "moe_layers.mlp.experts.up_proj.weight_scale_inv"
-    found = compared(pair[0], damaged(pair[1], tmp_path, leaf, (1, 7)), mesh=MESH)
+    found = compared(pair[0], damaged(pair[1], tmp_path, leaf, (1, 7)), devices=where)
     assert not found.holds
     assert found.first_wrong == "model.layers.3"
 
@@ -158,9 +189,81 @@ def test_meshes_that_cannot_hold_the_model_are_refused(
     assert "--mesh.expert is 8, needed a divisor of the 12 routed" in capsys.readouterr().err
     assert main([*command, "--mesh.data", "16"]) == 1
     assert "16 devices are asked for, 8 are here" in capsys.readouterr().err
-    monkeypatch.setattr(check, "memory_of", lambda _: 1000)
+    monkeypatch.setattr(devices, "memory_of", lambda _: 1000)
     assert main([*command, "--mesh.fsdp", "2"]) == 1
     assert "of it and has 1.00 kB; needed more, or none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("memory", "said"),
+    [
+        (LARGE, "8 devices (cpu): data 8, chosen for this model"),
+        (1000, "a layer at a time: the whole model does not fit on all 8 (each would need "),
+        (None, "1 device (cpu), a layer at a time"),
+    ],
+)
+def test_it_is_said_where_the_model_runs(
+    pair: Pair,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    memory: int | None,
+    said: str,
+):
+    """Before it runs, and in the result: a mesh that is chosen, or why there is none."""
+    monkeypatch.setattr(devices, "memory_of", lambda _: memory)
+    assert main(["verify", *map(str, pair), "--logits", "--json"]) == 0
+    printed = capsys.readouterr()
+    ran_on = json.loads(printed.out)["logits"]["devices"]
+    assert said in ran_on
+    assert f"logits on {ran_on}\n" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"expert": 4}, "4 devices (cpu): expert 4"),
+        ({"expert": 4, "tensor": 2}, "8 devices (cpu): expert 4, tensor 2"),
+        ({"data": 1}, "1 device (cpu), a layer at a time"),
+    ],
+)
+def test_axes_that_are_given_win(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, asked: dict[str, int], said: str
+):
+    """The control: without them another mesh is chosen."""
+    monkeypatch.setattr(devices, "memory_of", lambda _: LARGE)
+    assert on_devices(pair[1], asked).said == said
+    assert on_devices(pair[1], {}).said == "8 devices (cpu): data 8, chosen for this model"
+
+
+def test_no_mesh_is_chosen_for_one_device(pair: Pair, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(devices, "memory_of", lambda _: LARGE)
+    monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:1])
+    assert on_devices(pair[1], {}) == by_layer()
+
+
+@pytest.mark.parametrize(
+    ("scope", "num_devices", "gigabytes", "shape"),
+    [
+        ("all", 8, 106, (1, 1, 8, 1)),  # eight H200, of which JAX takes three quarters
+        ("all", 8, 60, None),
+        ("all", 16, 60, (1, 1, 16, 1)),
+        ("all", 32, 60, (2, 1, 16, 1)),
+        ("mtp", 2, 200, (2, 1, 1, 1)),
+        ("mtp", 4, 60, (1, 1, 4, 1)),  # all of it is stored in 15 GB: what is used takes more
+    ],
+)
+def test_the_mesh_that_is_chosen_for_v3(
+    scope: str, num_devices: int, gigabytes: int, shape: tuple[int, ...] | None
+):
+    """FP8 as it was released: all that is stored, and a layer in float32."""
+    config = ModelConfig.from_dict(released.CONFIG)
+    leaves = leaves_by_name(abstract_model(config))
+    dtypes = {name: jnp.bfloat16 for name in leaves if name.endswith("weight")} | {
+        name: jnp.float8_e4m3fn for name, leaf in leaves.items() if name.endswith("_proj.weight")
+    }
+    checkpoint: Any = SimpleNamespace(config=config, dtypes=dtypes, provenance={"scope": scope})
+    found = chosen_shape(checkpoint, num_devices, gigabytes * 10**9)[0]
+    assert (found and tuple(found.values())) == shape
 
 
 def test_metrics_of_logits_are_what_torch_says(pair: Pair, tmp_path: Path):
