@@ -10,7 +10,6 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from finetune.adapters import add_adapters
 from finetune.data.packing import Batch, PostNorm, PreNorm
 from finetune.optimizer import abstract_initial, make_optimizer
 from finetune.settings import (
@@ -21,10 +20,9 @@ from finetune.settings import (
     TrainMode,
     option,
 )
-from finetune.state import TRAINABLE
+from finetune.weights import abstract_for_training
 from mtp_model import ModelConfig, cluster, make_mesh
 from mtp_model.checkpoint.directory import Checkpoint
-from mtp_model.lora import without_memory
 from mtp_model.meshes import MeshShape, StoredArray, bytes_on, fitting, sent, shapes_of, stored_in
 from mtp_model.model import Scope, abstract_model
 from mtp_model.sharding import BATCH_AXES, MESH_AXES, everywhere, memory_of, unsplittable
@@ -120,18 +118,15 @@ def stored_bytes(workload: Workload, shapes: Sequence[MeshShape]) -> list[int]:
 
 
 def _stored(workload: Workload) -> list[StoredArray]:
-    model = abstract_model(workload.config, workload.scope, workload.dtypes)
-    if workload.trained is None:
-        return [*stored_in(nnx.state(model))]
-    mode, settings, lora = workload.trained
-    if mode == "lora":
-        add_adapters(model, lora, without_memory(None))
-    trainable, frozen = nnx.state(model, TRAINABLE[mode], ...)
-    whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float32), trainable)
+    config, dtypes, trained, _, scope = workload
+    if trained is None:
+        return [*stored_in(nnx.state(abstract_model(config, scope, dtypes)))]
+    mode, settings, lora = trained
+    split = abstract_for_training(config, dtypes, mode, "float32", lora=lora, scope=scope)
     optimizer = make_optimizer(settings, 1, lambda _: True)
-    kept, opt_state = abstract_initial(optimizer, whole, settings.parameters)
+    kept, opt_state = abstract_initial(optimizer, split.trainable, settings.parameters)
     gradients = kept  # as large as what they are of
-    return [*stored_in((kept, opt_state, gradients, frozen))]
+    return [*stored_in((kept, opt_state, gradients, split.biases, split.frozen))]
 
 
 def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
