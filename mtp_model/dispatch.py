@@ -2,9 +2,9 @@
 
 Tokens are sorted by expert. The experts of a device are served in groups, one after the other, so
 that the rows that peers send, and weights once they are dequantised, exist for a group at a time.
-Under an expert axis every peer is sent a fixed number of rows by one all-to-all, and rounds are
-repeated until the fullest peer is served. The caller chooses the experts of each token, and says
-what an expert computes (`Served`).
+Under an expert axis every peer is sent a fixed number of rows by one all-to-all: as many as a
+balanced load has, and then in small rounds what busy peers have beyond those. The caller chooses
+the experts of each token, and says what an expert computes (`Served`).
 
 The gradient is written out: no round's rows and weights are kept for it, and rows are moved by
 gathers only, which a scatter is slower than.
@@ -27,7 +27,9 @@ from mtp_model.narrow import scan_parts
 from mtp_model.products import product
 from mtp_model.rows import gather_or_zero, inverse_permutation
 
-CAPACITY = 1.25  # slots a peer in one round, relative to a balanced load
+FIRST_ROUND = 1.0  # slots a peer, relative to a balanced load
+LATER_ROUNDS = 0.125  # slots a peer, relative to the first round's
+FEWEST_SLOTS = 8
 # Balanced rows of a group of experts on one device, about. Fewer take less memory, and more trips.
 GROUP_ROWS = 4096
 TOKENS_AT_A_TIME = 512  # tokens whose K rows are brought together at a time
@@ -54,12 +56,21 @@ class _Shape(NamedTuple):
     num_peers: int
     num_groups: int  # of each peer
     group: int  # experts in one
-    slots: int  # of a peer, in a round
+    slots: int  # of a peer, in this round
     axis: str | None
 
     @property
     def num_slots(self) -> int:
         return self.num_peers * self.slots
+
+    @property
+    def most_slots(self) -> int:
+        """Of a peer, for any load."""
+        return self.num_tokens * min(self.num_choices, self.group)
+
+    def later(self) -> "_Shape":
+        """That of the rounds after the first."""
+        return self._replace(slots=max(FEWEST_SLOTS, math.ceil(self.slots * LATER_ROUNDS)))
 
 
 class _Plan(NamedTuple):
@@ -69,7 +80,7 @@ class _Plan(NamedTuple):
     order_N: jax.Array  # rows sorted by expert
     position_N: jax.Array  # where each row stands in that order
     start_PG1: jax.Array  # first sorted row of each group of each peer, and the end of its last
-    rounds_G: jax.Array  # that each group takes, on all peers alike
+    fullest_G: jax.Array  # rows of each group, of the peer that has most
 
 
 class _Seats(NamedTuple):
@@ -89,9 +100,10 @@ def _make_shape(
     wanted = min(max(1, num_tokens * num_choices // GROUP_ROWS), per_peer) if in_groups else 1
     num_groups = next(count for count in range(wanted, 0, -1) if per_peer % count == 0)
     group = per_peer // num_groups
-    balanced = math.ceil(num_tokens * num_choices / (num_peers * num_groups) * CAPACITY)
-    slots = min(max(8, balanced), num_tokens * min(num_choices, group))
-    return _Shape(num_tokens, num_choices, num_peers, num_groups, group, slots, axis)
+    balanced = num_tokens * num_choices / (num_peers * num_groups)
+    slots = max(FEWEST_SLOTS, math.ceil(balanced * FIRST_ROUND))
+    shape = _Shape(num_tokens, num_choices, num_peers, num_groups, group, slots, axis)
+    return shape._replace(slots=min(slots, shape.most_slots))
 
 
 def _make_plan(shape: _Shape, choices_TK) -> _Plan:
@@ -105,14 +117,13 @@ def _make_plan(shape: _Shape, choices_TK) -> _Plan:
         fullest_G = lax.pmax(fullest_G, shape.axis)  # peers take the same rounds
     of_peer = jnp.arange(shape.num_peers)[:, None] * shape.num_groups
     start_PG1 = start[of_peer + jnp.arange(shape.num_groups + 1)[None]]
-    rounds_G = -(-fullest_G // shape.slots)
-    return _Plan(choice_N, order_N, inverse_permutation(order_N), start_PG1, rounds_G)
+    return _Plan(choice_N, order_N, inverse_permutation(order_N), start_PG1, fullest_G)
 
 
-def _take_seats(shape: _Shape, plan: _Plan, group, index) -> _Seats:
-    """Round `index` of a group."""
+def _take_seats(shape: _Shape, plan: _Plan, group, served) -> _Seats:
+    """A round of a group, of whose rows each peer has so many `served`."""
     num_rows = plan.order_N.shape[0]
-    first_P = plan.start_PG1[:, group] + index * shape.slots
+    first_P = plan.start_PG1[:, group] + served
     sorted_PC = first_P[:, None] + jnp.arange(shape.slots)[None]
     filled = (sorted_PC < plan.start_PG1[:, group + 1][:, None]).reshape(-1)
     row = plan.order_N[jnp.where(filled, sorted_PC.reshape(-1), 0)]
@@ -180,16 +191,18 @@ def _round_gradient(shape: _Shape, served: Served, seats: _Seats, inputs, own, d
 
 
 def _over_rounds(shape: _Shape, plan: _Plan, group, step, start):
-    """`start` after step(seats, total) for each round of a group."""
-    if shape.slots == shape.num_tokens * min(shape.num_choices, shape.group):
-        return step(_take_seats(shape, plan, group, 0), start)  # one is enough for any load
+    """`start` after step(shape, seats, total) for each round of a group."""
+    total = step(shape, _take_seats(shape, plan, group, 0), start)
+    if shape.slots == shape.most_slots:
+        return total
+    later = shape.later()
 
     def body(state):
-        index, total = state
-        return index + 1, step(_take_seats(shape, plan, group, index), total)
+        served, total = state
+        return served + later.slots, step(later, _take_seats(later, plan, group, served), total)
 
-    first = jnp.zeros((), plan.rounds_G.dtype)
-    return lax.while_loop(lambda state: state[0] < plan.rounds_G[group], body, (first, start))[1]
+    first = jnp.asarray(shape.slots, plan.fullest_G.dtype)
+    return lax.while_loop(lambda state: state[0] < plan.fullest_G[group], body, (first, total))[1]
 
 
 def _over_groups(shape: _Shape, step, start, weights):
@@ -211,7 +224,7 @@ def _over_groups(shape: _Shape, step, start, weights):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _through(shape: _Shape, served: Served, plan: _Plan, x_TD, weights_TK, weights):
     def of_group(total_TD, group, own):
-        def step(seats, total_TD):
+        def step(shape, seats, total_TD):
             return total_TD + _round(shape, served, seats, x_TD, weights_TK, own)
 
         return _over_rounds(shape, plan, group, step, total_TD), None
@@ -228,15 +241,16 @@ def _through_forward(shape, served, plan, x_TD, weights_TK, weights):
 def _through_backward(shape, served, residuals, d_out_TD):
     plan, x_TD, weights_TK, weights = residuals
 
-    def gradient(seats, own):
+    def gradient(shape, seats, own):
         return _round_gradient(shape, served, seats, (x_TD, weights_TK), own, d_out_TD)
 
     def of_group(total, group, own):
-        def step(seats, totals):
-            return jax.tree.map(jnp.add, totals, gradient(seats, own))
+        def step(shape, seats, totals):
+            return jax.tree.map(jnp.add, totals, gradient(shape, seats, own))
 
         seats = jax.eval_shape(lambda: _take_seats(shape, plan, group, 0))
-        none = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, seats, own)[1])
+        of_first = functools.partial(gradient, shape)
+        none = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_first, seats, own)[1])
         return _over_rounds(shape, plan, group, step, (total, none))
 
     start = jnp.zeros(x_TD.shape, jnp.float32), jnp.zeros(weights_TK.shape, jnp.float32)

@@ -98,7 +98,8 @@ def _experts(c: ModelConfig) -> float:
 def program_flops(jaxpr: Any) -> float:
     """Of all devices together, recomputation too; loops as often as they run.
 
-    The rounds in which tokens are brought to experts count once, as under a balanced load. Where a
+    Of the rounds in which tokens are brought to experts the first counts and one of the small ones
+    after it, as under a load whose fullest peer has an eighth more than a balanced one. Where a
     platform has a choice the grouped product counts (TPU's); the loop over experts of the others
     computes as much, and some rows of padding. What nobody reads is not computed.
     """

@@ -85,7 +85,7 @@ def test_three_steps_on_a_mesh_equal_three_on_one_device(
 ):
     """With so few slots a round that several rounds are needed, and several chunks of the
     sequence; of one kind, rows in two parts."""
-    monkeypatch.setattr(dispatch, "CAPACITY", 0.1)
+    monkeypatch.setattr(dispatch, "FIRST_ROUND", 0.1)
     monkeypatch.setattr(losses, "LOGITS_BYTES", 5 * ONE_POSITION)
     run, checkpoint, want = on_one_device[kind]
     if kind == "all, bf16" and "tensor" in axes:

@@ -129,14 +129,18 @@ def test_peers_serve_every_row_whatever_the_load(peers, load):
 
 def test_peers_with_groups_and_few_slots(monkeypatch):
     monkeypatch.setattr(dispatch, "GROUP_ROWS", 9)
-    monkeypatch.setattr(dispatch, "CAPACITY", 0.3)
+    monkeypatch.setattr(dispatch, "FIRST_ROUND", 0.3)
     want = result_and_gradients(one_by_one, LOADS[1])
     assert_same(result_and_gradients(over_peers(2), LOADS[1]), want)
 
 
 def test_without_further_rounds_an_uneven_load_would_lose_rows(monkeypatch):
-    """Negative control: one round alone does not serve the fullest peer."""
-    monkeypatch.setattr("mtp_model.dispatch.lax.while_loop", lambda _more, body, start: body(start))
+    """Negative control: the first round alone does not serve the fullest peer."""
+
+    def first_only(shape, plan, group, step, start):
+        return step(shape, dispatch._take_seats(shape, plan, group, 0), start)
+
+    monkeypatch.setattr(dispatch, "_over_rounds", first_only)
     got = result_and_gradients(over_peers(4), LOADS[1])
     with pytest.raises(AssertionError, match="relative error"):
         assert_same(got, result_and_gradients(one_by_one, LOADS[1]))

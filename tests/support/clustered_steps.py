@@ -38,7 +38,7 @@ if __name__ == "__main__":
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
     cluster.join(coordinator, int(processes), int(process))
-    dispatch.CAPACITY = 0.1
+    dispatch.FIRST_ROUND = 0.1
     checkpoint_of = json.loads(checkpoints)
     found: dict[str, np.ndarray] = {}
     for name, (mode, dtype) in KINDS.items():

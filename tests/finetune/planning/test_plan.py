@@ -16,7 +16,7 @@ from finetune.planning.flops import model_flops, program_flops
 from finetune.weights import load_for_training
 from mtp_model import ModelConfig, load, make_mesh
 from mtp_model.checkpoint.directory import open_checkpoint
-from mtp_model.dispatch import CAPACITY
+from mtp_model.dispatch import FEWEST_SLOTS, FIRST_ROUND, LATER_ROUNDS
 
 
 def planned(capsys, *words: str) -> tuple[int, dict]:
@@ -46,13 +46,17 @@ def sent_by_tokens(c: ModelConfig) -> dict:
 
     Rows go to experts and back; in the gradient rows and what they lead to go there, and what they
     are due comes back. The main model's layer runs once, that of the module twice, as it is
-    computed again, and then its gradient. And both embed by parts of the hidden size.
+    computed again, and then its gradient; in the first round that needs rows and numbers which were
+    just sent for the other. One round of all after the first counts. And both embed by parts of the
+    hidden size.
     """
-    slots = 4 * math.ceil(16 * c.num_experts_per_tok / 4 * CAPACITY)
+    first = max(FEWEST_SLOTS, math.ceil(16 * c.num_experts_per_tok / 4 * FIRST_ROUND))
+    later = max(FEWEST_SLOTS, math.ceil(first * LATER_ROUNDS))
     # Numbers of the experts with each pass; weights of the choices, and theirs back.
     numbers, rows, embedded = 3 + 1 + 2, 2 * 3 + 3, 2
-    received = (numbers + rows * c.hidden_size) * slots + embedded * 16 * c.hidden_size
-    return {"count": numbers + rows + embedded, "received_bytes": received * 4 * 3 // 4}
+    sent = (numbers + rows * c.hidden_size) * 4 * (first + later) - (1 + c.hidden_size) * 4 * first
+    received = (sent + embedded * 16 * c.hidden_size) * 4 * 3 // 4
+    return {"count": 2 * (numbers + rows) - 2 + embedded, "received_bytes": received}
 
 
 @pytest.mark.usefixtures("_uncompiled")
