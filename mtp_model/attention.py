@@ -4,8 +4,11 @@ Source: DeepSeek-V3 report (arXiv 2412.19437) section 2.1.1.
 B batch, T position, S key position, D hidden, N heads, H head size, C kv-lora, R rotary size.
 """
 
+import functools
 import itertools
 import math
+from collections.abc import Iterator
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +22,9 @@ from mtp_model.products import product
 from mtp_model.rope import rotate, softmax_scale
 from mtp_model.sharding import BATCH_AXES, axis_size
 
-QUERY_CHUNK = 512  # scores exist for this many queries at a time: [B, N, 512, S] float32
+Tree = TypeVar("Tree")
+
+QUERY_CHUNK = 256  # scores exist for this many queries at a time: [B, N, 256, S] float32
 PARTS = 4  # of a sequence, whose queries see different numbers of keys: 5/8 of all scores
 KEPT_SCORES_BYTES = 64 << 20  # a layer's float32 scores up to this are kept for the backward pass
 
@@ -78,34 +83,50 @@ def attend(
         shared = context.earlier.first
         own = jax.tree.map(lambda *each: jnp.stack(each, axis=2), *context.earlier.chain, new)
 
-    def in_chunks(x):
+    def to_whole_chunks(x):
         padding = [(0, 0), (0, count * chunk - length)] + [(0, 0)] * (x.ndim - 2)
-        split = jnp.pad(x, padding, mode="edge").reshape(x.shape[0], count, chunk, *x.shape[2:])
-        return jnp.moveaxis(split, 1, 0)
+        return jnp.pad(x, padding, mode="edge")
 
-    # Heads first, once for all chunks: on CPU the products are up to twice as fast.
-    keys = KeysValues(*(x.swapaxes(1, 2) for x in shared))
-    rows = jnp.minimum(jnp.arange(count * chunk), length - 1).reshape(count, chunk)
-    chunks = (*jax.tree.map(in_chunks, (q_BTNH, own, segment_ids_BT)), rows)
+    def in_chunks(x):
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
 
-    def attend_chunks(begin: int, end: int) -> Float[Array, "count B chunk N G"]:
-        """Some chunks in a row: no query of them sees a key behind the last one."""
-        seen = min(end * chunk, length)
-        seen_keys = jax.tree.map(lambda x: x[:, :, :seen], keys)
+    def attend_part(queries, seen_keys: KeysValues, seen_segments) -> Float[Array, "B part N G"]:
+        """Some chunks in a row, of which no query sees a key behind the last one."""
 
         def attend_chunk(chunk_of):
-            q, own_of, segments, rows_T = chunk_of
-            places = (segments, segment_ids_BT[:, :seen], rows_T)
+            q, own_of, segments, rows_1T = chunk_of
+            places = (segments, seen_segments, rows_1T[0])
             return _attend_chunk(q.swapaxes(1, 2), seen_keys, own_of, places, scale)
 
         if not keeps_scores(q_BTNH.shape[0], length, q_BTNH.shape[2]):
             attend_chunk = jax.checkpoint(attend_chunk)
-        return jax.lax.map(attend_chunk, jax.tree.map(lambda x: x[begin:end], chunks))
+        out = jnp.moveaxis(jax.lax.map(attend_chunk, jax.tree.map(in_chunks, queries)), 0, 1)
+        return out.reshape(out.shape[0], -1, *out.shape[3:])
 
-    ends = [count * part // min(count, PARTS) for part in range(min(count, PARTS) + 1)]
-    out = jnp.concatenate([attend_chunks(*each) for each in itertools.pairwise(ends)])
-    out = jnp.moveaxis(out, 0, 1)
-    return out.reshape(out.shape[0], count * chunk, *out.shape[3:])[:, :length]
+    # Heads first, once for all chunks: on CPU the products are up to twice as fast.
+    keys = KeysValues(*(x.swapaxes(1, 2) for x in shared))
+    rows_1T = jnp.arange(length)[None]
+    queries = jax.tree.map(to_whole_chunks, (q_BTNH, own, segment_ids_BT, rows_1T))
+    parts = min(count, PARTS)
+    ends = [chunk * (count * part // parts) for part in range(1, parts)]
+    seen = itertools.accumulate(_split(keys, ends, 2), functools.partial(_join, axis=2))
+    seen_segments = itertools.accumulate(
+        _split(segment_ids_BT, ends, 1), functools.partial(_join, axis=1)
+    )
+    out = map(attend_part, _split(queries, ends, 1), seen, seen_segments)
+    return jnp.concatenate([*out], axis=1)[:, :length]
+
+
+def _split(tree: Tree, ends: list[int], axis: int) -> Iterator[Tree]:
+    """Parts of arrays. Their gradient is put together, where that of slices would be padded to the
+    whole and added up."""
+    leaves, form = jax.tree.flatten(tree)
+    parts = (jnp.split(leaf, ends, axis) for leaf in leaves)
+    return (jax.tree.unflatten(form, part) for part in zip(*parts, strict=True))
+
+
+def _join(first: Tree, second: Tree, axis: int) -> Tree:
+    return jax.tree.map(lambda *each: jnp.concatenate(each, axis), first, second)
 
 
 class MultiHeadLatentAttention(nnx.Module):
