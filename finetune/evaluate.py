@@ -36,6 +36,7 @@ from finetune.state import Split, make_measure_step
 from finetune.weights import compute_dtype, open_trainable
 from mtp_model import ModelConfig, cluster
 from mtp_model.checkpoint.directory import Checkpoint
+from mtp_model.files.open import is_address, written
 from mtp_model.layers import FP8, INIT_STD
 from mtp_model.load import load
 from mtp_model.progress import Report, progress
@@ -159,7 +160,9 @@ def check(settings: EvaluateSettings) -> None:
         faults.append("--draft-vocab-data and --token-map need --draft-vocab N")
     if settings.token_map and settings.token_map.exists():
         faults.append(f"--token-map {settings.token_map} is there already; name another file")
-    if settings.token_map and not settings.token_map.parent.is_dir():
+    if settings.token_map and is_address(settings.token_map):
+        faults.append(f"--token-map {written(settings.token_map)} needs a place on this machine")
+    elif settings.token_map and not settings.token_map.parent.is_dir():
         folder = settings.token_map.parent
         faults.append(f"--token-map {settings.token_map} is in no folder; make {folder} first")
     if bool(settings.data) == bool(settings.states):
