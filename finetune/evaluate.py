@@ -31,10 +31,12 @@ from finetune.settings import (
     SettingsError,
     too_small,
 )
+from finetune.settings_rules import short_rows
 from finetune.state import Split, make_measure_step
 from finetune.weights import compute_dtype, open_trainable
 from mtp_model import ModelConfig, cluster
 from mtp_model.checkpoint.directory import Checkpoint
+from mtp_model.files.open import is_address, written
 from mtp_model.layers import FP8, INIT_STD
 from mtp_model.load import load
 from mtp_model.progress import Report, progress
@@ -158,7 +160,9 @@ def check(settings: EvaluateSettings) -> None:
         faults.append("--draft-vocab-data and --token-map need --draft-vocab N")
     if settings.token_map and settings.token_map.exists():
         faults.append(f"--token-map {settings.token_map} is there already; name another file")
-    if settings.token_map and not settings.token_map.parent.is_dir():
+    if settings.token_map and is_address(settings.token_map):
+        faults.append(f"--token-map {written(settings.token_map)} needs a place on this machine")
+    elif settings.token_map and not settings.token_map.parent.is_dir():
         folder = settings.token_map.parent
         faults.append(f"--token-map {settings.token_map} is in no folder; make {folder} first")
     if bool(settings.data) == bool(settings.states):
@@ -174,9 +178,7 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
     """Measure on all of the text (or `max_rows` of it)."""
     check(settings)
     checkpoint, config = open_trainable(settings.checkpoint, captured=bool(settings.states))
-    if (settings.draft_vocab or 0) > config.vocab_size:
-        fault = f"--draft-vocab is {settings.draft_vocab}, the model has {config.vocab_size} tokens"
-        raise SettingsError("settings that cannot be used", [fault])
+    _raise_unless_fitting(settings, config)
     scope = "mtp" if settings.states else "all"
     mesh = devices_for(settings.mesh, Workload.of(checkpoint, None, settings.rows, scope))
     dtype = compute_dtype(settings.compute_dtype)
@@ -213,6 +215,17 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
         reduced=reduced,
         captured=text.captured,
     )
+
+
+def _raise_unless_fitting(settings: EvaluateSettings, config: ModelConfig) -> None:
+    """SettingsError for what this model has no room for."""
+    drafts, modules = settings.draft_tokens or 0, config.num_nextn_predict_layers
+    faults = short_rows("--row-tokens", settings.row_tokens, drafts, modules)
+    if (settings.draft_vocab or 0) > config.vocab_size:
+        found = f"--draft-vocab is {settings.draft_vocab}"
+        faults.append(f"{found}, the model has {config.vocab_size} tokens")
+    if faults:
+        raise SettingsError("settings that cannot be used", faults)
 
 
 def _text(

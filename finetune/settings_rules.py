@@ -1,11 +1,12 @@
 """What values the settings of a run may have; all that is wrong is said together."""
 
 import re
+from collections.abc import Container
 
 from finetune.settings import (
-    LoraSettings,
     RunSettings,
     SettingsError,
+    blank,
     flat,
     is_finite,
     not_finite,
@@ -47,6 +48,12 @@ NOT_NEGATIVE = (
 )
 FRACTIONS = ("optimizer.warmup_fraction", "optimizer.final_fraction")
 BELOW_ONE = ("optimizer.beta1", "optimizer.beta2", "optimizer.ema")
+OF_A_MAIN_MODEL_THAT_LEARNS = (
+    "mtp_lambda",
+    "mtp_lambda_schedule",
+    "mtp_lambda_end",
+    "detach_main",
+)
 
 
 def short_rows(name: str, row_tokens: int, draft_tokens: int, num_modules: int) -> list[str]:
@@ -83,15 +90,29 @@ def check(settings: RunSettings) -> None:
         found = f"{option('batch.accumulation')} is {settings.batch.accumulation}"
         faults.append(f"{found}, needed a divisor of the {settings.batch.rows} rows of a batch")
     faults += _decays(settings.optimizer.weight_decay_of)
-    if settings.train != "lora":
-        asked, usual = flat(settings.lora), flat(LoraSettings())
-        faults += [
-            f"{option('lora.' + name)} is {value}, needed --train lora beside it"
-            for name, value in asked.items()
-            if value != usual[name]
-        ]
+    faults += _without_effect(settings, infinite)
     if faults:
         raise SettingsError("settings that cannot be used", faults)
+
+
+def _without_effect(settings: RunSettings, infinite: Container[str]) -> list[str]:
+    """Settings that say what a run like this one never asks: somebody expects another run."""
+    values, usual = flat(settings), flat(blank())
+    beside: dict[str, str] = {}
+    if settings.train != "lora":
+        beside |= {f"lora.{name}": "--train lora" for name in flat(settings.lora)}
+    if settings.part == "mtp":
+        all_of = "--lora.part all" if settings.train == "lora" else "--train all"
+        beside |= dict.fromkeys(OF_A_MAIN_MODEL_THAT_LEARNS, all_of)
+    elif settings.mtp_lambda_schedule == "constant":
+        beside["mtp_lambda_end"] = "--mtp-lambda-schedule linear or step"
+    if not settings.states:
+        beside["skip_unusable"] = "--states"
+    return [
+        f"{option(name)} is {values[name]}, needed {needed} beside it"
+        for name, needed in beside.items()
+        if name not in infinite and values[name] != usual[name]
+    ]
 
 
 def _decays(groups: tuple[str, ...]) -> list[str]:

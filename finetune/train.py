@@ -392,9 +392,7 @@ def _raise_unless_finite(
     if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
         return
     kept.wait()
-    newest = next(kept.steps(), None)
-    left = "there is no checkpoint yet" if newest is None else f"the checkpoint of step {newest}"
     raise StoppedError(
-        f"step {step}: loss {float(result.loss)}, gradient norm {float(result.grad_norm)}; {left} "
-        f"is kept in {job.run.checkpoints}. {cause(job.split, state, batch, result, step)}"
+        f"step {step}: loss {float(result.loss)}, gradient norm {float(result.grad_norm)}; "
+        f"{kept.newest_said()}. {cause(job.split, state, batch, result, step)}"
     )

@@ -10,9 +10,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mtp_model.files.open import as_place
+from mtp_model.files.open import as_place, is_address
 from mtp_model.files.place import Place
-from mtp_model.reporting import Picture, Section, html, markdown, to_json
+from mtp_model.files.untrusted_json import JsonError, parse
+from mtp_model.problems import UserError
+from mtp_model.reporting import Picture, Section, html, is_page, markdown, to_json
 
 REPORT_JSON, REPORT_MD, REPORT_HTML = "report.json", "report.md", "report.html"
 REPORT_VERSION = 1  # of report.json; a key that is new does not change it
@@ -36,6 +38,51 @@ class Findings:
         return html(self.title, [*([when] if when else []), *self.sections, *self.pictures])
 
 
+def folder_fault(folder: Path) -> str | None:
+    """Why no report can be written into a folder, or None.
+
+    What lies there and is no earlier report is somebody's own, and is not written over.
+    """
+    names = [name for name in (REPORT_JSON, REPORT_MD, REPORT_HTML) if (folder / name).is_file()]
+    if names and not _is_report(folder / REPORT_JSON):
+        return f"has {' and '.join(names)} that no report left there, needed another folder"
+    return _fault_of_place(folder)
+
+
+def page_fault(page: Path) -> str | None:
+    """Why no page can be written to a file, or None."""
+    if page.is_file() and not is_page(page.read_bytes()):
+        return "is there and is no report, needed another name"
+    return _fault_of_place(page.parent)
+
+
+def _fault_of_place(folder: Path) -> str | None:
+    if is_address(folder):
+        return "is an address, needed a place on this machine"
+    above = next(path for path in (folder, *folder.parents) if path.exists())
+    return None if above.is_dir() else f"needs a folder, but {above} is a file; name another place"
+
+
+def _is_report(file: Path) -> bool:
+    """Whether it is a report.json of ours."""
+    try:
+        found = parse(file.read_bytes())
+    except (OSError, JsonError):
+        return False
+    return isinstance(found, dict) and "report_version" in found
+
+
+def make_report_folder(folder: str | Path) -> None:
+    """The folder that a report will be in, without an earlier one; UserError where none can be.
+
+    So that it fails now, and not after an hour of computing what it is to say.
+    """
+    if fault := folder_fault(Path(folder)):
+        raise UserError(f"--report is {folder}, which {fault}")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    clear_report(folder)
+
+
 def write_report(folder: str | Path, findings: Findings) -> None:
     """Write the three files into `folder`, which is made when missing, over earlier ones."""
     folder = Path(folder)
@@ -51,7 +98,7 @@ def write_report(folder: str | Path, findings: Findings) -> None:
 
 def clear_report(folder: str | Path | Place) -> None:
     """Remove an earlier report: while a new one is on its way, nothing there looks finished."""
-    for name in (REPORT_JSON, REPORT_MD, REPORT_HTML):
+    for name in (REPORT_MD, REPORT_HTML, REPORT_JSON):  # the last one says whose the others are
         file = as_place(folder) / name
         if file.is_file():
             file.unlink()

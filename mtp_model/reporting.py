@@ -149,6 +149,11 @@ def _html(section: Section | Picture) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table>"
 
 
+def is_page(content: bytes) -> bool:
+    """Whether `html` made it."""
+    return content.startswith(_PAGE.partition("<title>")[0].encode())
+
+
 _INK = "#0b0c0d"  # no other colour of a drawing: becomes the text's, dark on light or the reverse
 
 

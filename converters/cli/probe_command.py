@@ -10,7 +10,7 @@ from converters.format.listing import open_safetensors
 from converters.verifying.probe import Choice, Convention, ProbeResult, probe
 from mtp_model.problems import UserError
 from mtp_model.progress import progress
-from mtp_model.report_folder import Findings, clear_report, write_report
+from mtp_model.report_folder import Findings, make_report_folder, write_report
 from mtp_model.reporting import Facts, Grid, Section
 
 UNFINISHED = "probe.unfinished.npz"
@@ -23,8 +23,7 @@ def run_probe(command: Probe) -> int:
     text = _text(Path(command.data))
     folder = Path(command.report) if command.report else None
     if folder:
-        folder.mkdir(parents=True, exist_ok=True)  # fails now, not after an hour
-        clear_report(folder)
+        make_report_folder(folder)
     source = open_safetensors(any_source(command.src, follow_links=command.follow_links))
     with progress("probe", unit="layers") as report:
         found = probe(source, text, report, saved=folder and folder / UNFINISHED)

@@ -12,7 +12,7 @@ from converters.verifying.digests import check_digests
 from converters.verifying.logits.check import LogitsCheck, check_logits
 from converters.verifying.logits.devices import devices_for
 from converters.verifying.logits.layers import UNFINISHED
-from converters.verifying.report import clear_report, comparison, verification, write_report
+from converters.verifying.report import comparison, make_report_folder, verification, write_report
 from converters.verifying.verify import Verification, check_storage
 from mtp_model.checkpoint.directory import Checkpoint, open_checkpoint
 from mtp_model.problems import Problem, ProblemsError, UserError
@@ -22,8 +22,7 @@ from mtp_model.progress import progress
 def run_verify(command: Verify) -> int:
     """Check digests and what else was asked; 1 unless all of it holds."""
     if command.report:
-        Path(command.report).mkdir(parents=True, exist_ok=True)  # fails now, not after an hour
-        clear_report(command.report)
+        make_report_folder(command.report)
     if command.ckpt and (is_directory(command.src) or not is_directory(command.ckpt)):
         return _compare(command, command.src, command.ckpt)
     ckpt = command.ckpt or command.src

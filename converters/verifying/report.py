@@ -44,16 +44,13 @@ _MOST_LABELS = 32
 
 
 def write_report(folder: str | Path, found: Verification | Comparison) -> None:
-    """Write the report into `folder`, which is made when missing; files in it are replaced."""
+    """Write the report into `folder`, which is made when missing; an earlier one is replaced."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     if isinstance(found, Comparison):
         title, sections, logits = f"Comparison of {found.a} and {found.b}", comparison(found), None
     else:
         title, sections = f"Verification of {found.checkpoint}", verification(found)
         logits = found.logits
-    if logits:
-        _draw(logits, folder / LOGITS_PNG)
     report = Findings(
         title=title,
         plain=found.to_dict(),
@@ -62,11 +59,13 @@ def write_report(folder: str | Path, found: Verification | Comparison) -> None:
         images={"difference by position": LOGITS_PNG} if logits else None,
     )
     report_folder.write_report(folder, report)
+    if logits:
+        _draw(logits, folder / LOGITS_PNG)
 
 
-def clear_report(folder: str | Path) -> None:
-    """Remove an earlier report: while a new one is on its way, nothing there looks finished."""
-    report_folder.clear_report(folder)
+def make_report_folder(folder: str | Path) -> None:
+    """The folder that a report will be in, without an earlier one; UserError where none can be."""
+    report_folder.make_report_folder(folder)
     (Path(folder) / LOGITS_PNG).unlink(missing_ok=True)
 
 

@@ -14,7 +14,7 @@ from finetune.run.directory import RunDirectory
 from finetune.run.report import between, number, percent
 from finetune.settings import SettingsError
 from mtp_model.checkpoint.directory import COMPLETE
-from mtp_model.report_folder import Findings, write_report
+from mtp_model.report_folder import Findings, folder_fault, page_fault, write_report
 from mtp_model.reporting import LEGEND, Facts, Grid, Picture, Section, drawing
 
 PICTURE = (8.0, 4.0)  # inches
@@ -67,9 +67,11 @@ def compare(settings: CompareSettings) -> SideBySide:
     if settings.report and _is_other_file(settings.report):
         needed = "needed a folder, or a name that ends with .html"
         faults.append(f"--report is {settings.report}, {needed}")
-    if settings.report and _has_reports_of_its_own(settings.report):
+    elif settings.report and _has_reports_of_its_own(settings.report):
         found = f"--report is {settings.report}, which is a run or a checkpoint"
         faults.append(f"{found} with reports of its own, needed another folder")
+    elif settings.report and (fault := _fault_of(settings.report)):
+        faults.append(f"--report is {settings.report}, which {fault}")
     if faults:
         raise SettingsError("settings that cannot be used", faults)
     read = read_results(settings.results)
@@ -85,6 +87,15 @@ def _is_other_file(report: Path) -> bool:
     return report.suffix[1:].isalpha() and report.suffix != _PAGE and not report.is_dir()
 
 
+def _is_page(report: Path) -> bool:
+    """Whether a page is asked for, and no folder, which may have any name."""
+    return report.suffix == _PAGE and not report.is_dir()
+
+
+def _fault_of(report: Path) -> str | None:
+    return page_fault(report) if _is_page(report) else folder_fault(report)
+
+
 def _has_reports_of_its_own(folder: Path) -> bool:
     """Whether it is a run or a checkpoint."""
     return RunDirectory(path=folder).config.is_file() or (folder / COMPLETE).is_file()
@@ -97,7 +108,7 @@ def _write(where: Path, found: SideBySide) -> None:
         sections=sections(found),
         pictures=_pictures(found.results),
     )
-    if where.suffix == _PAGE:
+    if _is_page(where):
         where.parent.mkdir(parents=True, exist_ok=True)
         where.write_text(report.page(), encoding="utf-8")
     else:

@@ -151,6 +151,13 @@ class Checkpoints:
         """Steps of the checkpoints that are there, newest first."""
         return reversed(saved_steps(self._folder))
 
+    def newest_said(self) -> str:
+        """Which checkpoint a run that ends now leaves, for a message."""
+        newest = next(self.steps(), None)
+        if newest is None:
+            return "there is no checkpoint yet"
+        return f"the checkpoint of step {newest} is kept in {self._folder}"
+
     def position(self, step: int) -> RunPosition:
         """Where a checkpoint is in its run. DamagedError where its record is not as written."""
         return self._record(step)[0]

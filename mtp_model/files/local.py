@@ -142,7 +142,11 @@ class LocalPlace(PosixPath):
         return isinstance(source, LocalPlace) and source.stat().st_dev == folder.stat().st_dev
 
     def make_folder(self, *, marked: bool = False) -> None:  # noqa: ARG002
-        self.mkdir(parents=True, exist_ok=True)
+        try:
+            self.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            above = next(path for path in (self, *self.parents) if path.exists())
+            raise UserError(f"{above} is a file, needed a folder; name another place") from error
 
     def delete_tree(self, *, ignore_errors: bool = False) -> None:
         if self.is_dir() and not self.is_symlink():

@@ -162,6 +162,13 @@ def test_a_measurement_no_better_than_its_controls_is_warned_of(low, warned):
         assert "than with targets shifted by one and module untrained" in str(last)
 
 
+def test_rows_in_which_no_round_fits_are_refused(checkpoint, data, capsys):
+    """As `train` refuses them: of nothing no acceptance can be told."""
+    command = ["evaluate", "--checkpoint", str(checkpoint), "--data", str(data)]
+    assert cli.run([*command, "--row-tokens", "4", "--draft-tokens", "3"]) == 2
+    assert "--row-tokens is 4, needed 5 or more for this model" in capsys.readouterr().err
+
+
 def test_a_cost_below_nothing_is_refused(checkpoint, data, capsys):
     words = ["--checkpoint", str(checkpoint), "--data", str(data), "--draft-cost", "-1"]
     assert cli.run(["evaluate", *words]) == 2

@@ -122,6 +122,34 @@ def test_an_empty_settings_file_is_the_defaults(tmp_path):
     assert parsed("--config", yaml_file(tmp_path, "")) == parsed()
 
 
+@pytest.mark.parametrize(
+    ("given", "needed", "with_it"),
+    [
+        (["--mtp-lambda", "0.5"], "--train all", ["--train", "all"]),
+        (["--mtp-lambda-schedule", "step"], "--train all", ["--train", "all"]),
+        (["--detach-main"], "--train all", ["--train", "all"]),
+        (["--train", "lora", "--detach-main"], "--lora.part all", ["--lora.part", "all"]),
+        (
+            ["--train", "all", "--mtp-lambda-end", "0.5"],
+            "--mtp-lambda-schedule linear or step",
+            ["--mtp-lambda-schedule", "linear"],
+        ),
+    ],
+)
+def test_a_setting_that_would_change_nothing_is_refused(given, needed, with_it):
+    """And is taken with what it needs."""
+    with pytest.raises(SettingsError) as caught:
+        check(parsed(*given))
+    [fault] = caught.value.faults
+    assert fault.endswith(f"needed {needed} beside it")
+    check(parsed(*given, *with_it))
+
+
+def test_unusable_samples_are_left_out_of_captured_states_only():
+    with pytest.raises(SettingsError, match="--skip-unusable is True, needed --states beside it"):
+        check(parsed("--skip-unusable"))
+
+
 def test_every_value_that_cannot_be_used_is_reported():
     wrong = {
         "--steps": ("0", "more than 0"),
@@ -152,12 +180,13 @@ NUMBERS = [name for name, value in flat(parsed()).items() if isinstance(value, f
 @pytest.mark.parametrize("name", NUMBERS)
 def test_no_setting_is_infinite_or_no_number(name: str, value: float):
     """1e39 is a number, but none of float32, which steps are computed in."""
-    settings = parsed("--train", "lora", f"{option(name)}={value}")
+    asks_all = ["--train", "lora", "--lora.part", "all", "--mtp-lambda-schedule", "linear"]
+    settings = parsed(*asks_all, f"{option(name)}={value}")
     with pytest.raises(SettingsError) as caught:
         check(settings)
     told = f"{option(name)} is {value}, needed a finite number (of float32)"
     assert caught.value.faults == [told]
-    check(parsed("--train", "lora", f"{option(name)}=0.5"))
+    check(parsed(*asks_all, f"{option(name)}=0.5"))
 
 
 def test_every_kind_of_setting_was_tried():

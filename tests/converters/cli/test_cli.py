@@ -327,6 +327,18 @@ def test_verify_logits(
     }
 
 
+def test_a_report_is_written_over_no_file_of_another_origin(
+    source: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    own = tmp_path / "report.md"
+    own.write_text("my own")
+    for command in (["verify", checkpoint], ["probe", source, "--data", own]):
+        status, _, said = run(capsys, *command, "--report", tmp_path)
+        assert status == 1
+        assert "which has report.md that no report left there, needed another folder" in said
+    assert own.read_text() == "my own"
+
+
 @pytest.mark.parametrize(
     ("args", "told"),
     [
@@ -340,7 +352,7 @@ def test_verify_logits(
         (["inspect", "CHECKPOINT"], "is a checkpoint directory, not a safetensors"),
         (["import", "SOURCE", "SOURCE"], "is not empty and no checkpoint directory"),
         (["export", "CHECKPOINT", "SOURCE"], "name another place"),
-        (["verify", "CHECKPOINT", "--report", "/dev/null"], "File exists: '/dev/null'"),
+        (["verify", "CHECKPOINT", "--report", "/dev/null"], "but /dev/null is a file; name"),
     ],
 )
 def test_bad_input_is_one_message(

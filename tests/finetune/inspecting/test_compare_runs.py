@@ -313,6 +313,39 @@ def test_a_report_is_a_folder_too(tmp_path, capsys):
     assert_readable(report / "report.html", tmp_path)
 
 
+def test_a_report_takes_the_place_of_a_report_only(tmp_path, capsys):
+    """What somebody else wrote under its names stays as it is."""
+    [path] = written(tmp_path, b=COUNTS)
+    folder, page = tmp_path / "folder", tmp_path / "page.html"
+    folder.mkdir()
+    for own in (folder / "report.md", page):
+        own.write_text("my own")
+        where = folder if own.parent == folder else page
+        assert cli.run(["compare", str(path), "--report", str(where)]) == 2
+        assert f"--report is {where}, which" in capsys.readouterr().err
+        assert own.read_text() == "my own"
+        own.unlink()
+        for _ in range(2):  # the second takes the place of the first
+            assert cli.run(["compare", str(path), "--report", str(where)]) == 0
+        assert own.read_text() != "my own"
+    capsys.readouterr()
+    (tmp_path / "named.html").mkdir()
+    assert cli.run(["compare", str(path), "--report", str(tmp_path / "named.html")]) == 0
+    assert (tmp_path / "named.html" / "report.json").is_file()
+
+
+def test_a_report_needs_a_folder_of_this_machine(tmp_path, capsys, monkeypatch):
+    [path] = written(tmp_path, b=COUNTS)
+    monkeypatch.chdir(tmp_path)
+    for where in ("gs://bucket/report", "gs://bucket/page.html"):
+        assert cli.run(["compare", str(path), "--report", where]) == 2
+        assert "is an address, needed a place on this machine" in capsys.readouterr().err
+    for where in (path / "below", path / "page.html"):
+        assert cli.run(["compare", str(path), "--report", str(where)]) == 2
+        assert f"but {path} is a file; name another place" in capsys.readouterr().err
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
 def test_a_report_takes_no_runs_place(tmp_path, capsys):
     paths, run = written(tmp_path, b=COUNTS), tmp_path / "run"
     run.mkdir()

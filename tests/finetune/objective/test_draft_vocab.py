@@ -135,6 +135,8 @@ def test_evaluate_measures_both_heads(checkpoint, data, tmp_path, capsys):
     below = tmp_path / "below"
     assert cli.run([*command, str(below / "hot.pt"), "--draft-vocab", "2"]) == 2
     assert f"is in no folder; make {below} first" in " ".join(capsys.readouterr().err.split())
+    assert cli.run([*command, "gs://bucket/hot.pt", "--draft-vocab", "2"]) == 2
+    assert "gs://bucket/hot.pt needs a place on this machine" in capsys.readouterr().err
     below.mkdir()
     other = [*command, str(below / "other.pt")]
     assert cli.run(other) == 2

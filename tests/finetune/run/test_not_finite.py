@@ -169,4 +169,11 @@ def test_weights_that_an_update_broke_are_told_from_a_checkpoint_that_was(
     )
     with pytest.raises(StoppedError, match=r"step 2: loss nan, .* is kept in .*try a lower") as e:
         train(broken, QUIET)
+    assert "; the checkpoint of step 1 is kept in" in str(e.value)
+    never = dataclasses.replace(
+        broken, out=tmp_path / "never", checkpoints=CheckpointSettings(every=99)
+    )
+    with pytest.raises(StoppedError, match=r"; there is no checkpoint yet\. ") as none_yet:
+        train(never, QUIET)
+    assert "is kept" not in str(none_yet.value)
     assert "all weights are finite" in str(e.value) or "the step before it left" in str(e.value)

@@ -163,3 +163,14 @@ def test_what_is_needed_of_this_machine(place: Place):
     with (place / "fetched").on_this_machine() as folder:
         assert isinstance(folder, Path)
         assert (folder == place / "fetched") == bool(place.room_for(1))
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", "file/far/below"])
+def test_a_folder_that_a_file_stands_in_the_way_of(tmp_path: Path, name: str):
+    """The file is named, and is as it was."""
+    (tmp_path / "file").write_text("my own")
+    with pytest.raises(
+        UserError, match=f"{tmp_path / 'file'} is a file, needed a folder; name another"
+    ):
+        as_place(tmp_path / name).make_folder()
+    assert (tmp_path / "file").read_text() == "my own"
