@@ -41,6 +41,7 @@ from mtp_model.problems import Problem, ProblemsError, raise_if_any
 from mtp_model.progress import OnProgress
 
 DEFAULT_WORKERS = 3
+_WRITTEN_S = "written_s"  # of a journal's entry, beside what its file is
 
 
 def export_checkpoint(
@@ -118,10 +119,15 @@ def _fingerprint(
 
 
 def _still_there(files: ExportFiles, entries: Iterable[dict[str, Any]]) -> dict[str, ExportedFile]:
-    """Files that were written before, and are there in full."""
-    written = [ExportedFile.from_json(entry) for entry in entries if "compared" not in entry]
+    """Files that were written before, and that nothing else has written since."""
+    written = [entry for entry in entries if "compared" not in entry]
     sizes = files.sizes() if written else {}
-    return {file.name: file for file in written if sizes.get(file.name) == file.size}
+    return {
+        entry["name"]: ExportedFile.from_json(entry)
+        for entry in written
+        if sizes.get(entry["name"]) == entry["size"]
+        if files.is_untouched(entry["name"], entry.get(_WRITTEN_S), entry["digest"])
+    }
 
 
 class _WrittenTensor(NamedTuple):
@@ -260,7 +266,7 @@ class _Export:
         fault = self._files.fault(file.name, file.digest) if file.digest else None
         if fault:
             raise ProblemsError(str(self._files.folder), [Problem("file", file.name, fault)])
-        self._journal.append(asdict(file))
+        self._journal.append({**asdict(file), _WRITTEN_S: self._files.written_s(file.name)})
         return file
 
     def _report(self, nbytes: int) -> None:
