@@ -1,6 +1,7 @@
 """What values the settings of a run may have; all that is wrong is said together."""
 
 import re
+from typing import Any
 
 from finetune.settings import (
     LoraSettings,
@@ -30,6 +31,7 @@ POSITIVE = (
     "checkpoints.keep",
 )
 NOT_NEGATIVE = (
+    "rows",
     "mtp_lambda",
     "mtp_lambda_end",
     "draft_tokens",
@@ -57,31 +59,39 @@ def short_rows(name: str, row_tokens: int, draft_tokens: int, num_modules: int) 
     return [f"{name} is {row_tokens}, needed {least} or more for this model"]
 
 
+_RULES = (
+    (POSITIVE, lambda value: value > 0, "more than 0"),
+    (NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
+    (FRACTIONS, lambda value: 0 <= value <= 1, "from 0 to 1"),
+    (BELOW_ONE, lambda value: 0 <= value < 1, "from 0 to less than 1"),
+    (("batch.row_tokens",), lambda value: value >= 2, "2 or more"),
+    (("evaluation.holdout_every",), lambda value: value != 1, "0, or 2 and more"),
+)
+
+
 def check(settings: RunSettings) -> None:
     """Raise SettingsError with everything that is wrong with the values."""
-    values = flat(settings)
-    rules = (
-        (POSITIVE, lambda value: value > 0, "more than 0"),
-        (NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
-        (FRACTIONS, lambda value: 0 <= value <= 1, "from 0 to 1"),
-        (BELOW_ONE, lambda value: 0 <= value < 1, "from 0 to less than 1"),
-        (("batch.row_tokens",), lambda value: value >= 2, "2 or more"),
-        (("evaluation.holdout_every",), lambda value: value != 1, "0, or 2 and more"),
-    )
-    infinite = not_finite(settings)
     weighed = "folders of --states" if settings.states else "paths of --data"
     paths = settings.states or settings.data
     faults = _sources(settings) + weight_faults(settings.data_weights, paths, weighed)
-    faults += infinite.values()
-    faults += [
-        f"{option(name)} is {values[name]}, needed {needed}"
-        for names, good, needed in rules
-        for name in names
-        if name not in infinite and not good(values[name])
-    ]
+    faults += value_faults(settings)
     if settings.batch.rows % max(settings.batch.accumulation, 1):
         found = f"{option('batch.accumulation')} is {settings.batch.accumulation}"
         faults.append(f"{found}, needed a divisor of the {settings.batch.rows} rows of a batch")
+    if faults:
+        raise SettingsError("settings that cannot be used", faults)
+
+
+def value_faults(settings: Any) -> list[str]:
+    """What is wrong with the values of a run, or of a plan, which has some of its settings."""
+    values, infinite = flat(settings), not_finite(settings)
+    faults = [*infinite.values()]
+    faults += [
+        f"{option(name)} is {values[name]}, needed {needed}"
+        for names, good, needed in _RULES
+        for name in names
+        if name in values and name not in infinite and not good(values[name])
+    ]
     faults += _decays(settings.optimizer.weight_decay_of)
     if settings.train != "lora":
         asked, usual = flat(settings.lora), flat(LoraSettings())
@@ -90,8 +100,7 @@ def check(settings: RunSettings) -> None:
             for name, value in asked.items()
             if value != usual[name]
         ]
-    if faults:
-        raise SettingsError("settings that cannot be used", faults)
+    return faults
 
 
 def _decays(groups: tuple[str, ...]) -> list[str]:
