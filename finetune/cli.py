@@ -108,7 +108,8 @@ def _run(argv: Sequence[str], errors: Console) -> int:
     except SettingsError as error:
         errors.print(f"error: {error}", markup=False)
         return WRONG_USAGE
-    except (jax.errors.JaxRuntimeError, ValueError) as error:  # the latter where it is dispatched
+    # ValueError where it is dispatched, TimeoutError where Orbax waits for what others write.
+    except (jax.errors.JaxRuntimeError, ValueError, TimeoutError) as error:
         if lost := cluster.lost(error):
             raise lost from error
         raise

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Container
+from typing import Any
 
 from finetune.settings import (
     RunSettings,
@@ -31,6 +32,7 @@ POSITIVE = (
     "checkpoints.keep",
 )
 NOT_NEGATIVE = (
+    "rows",
     "mtp_lambda",
     "mtp_lambda_end",
     "draft_tokens",
@@ -64,38 +66,44 @@ def short_rows(name: str, row_tokens: int, draft_tokens: int, num_modules: int) 
     return [f"{name} is {row_tokens}, needed {least} or more for this model"]
 
 
+_RULES = (
+    (POSITIVE, lambda value: value > 0, "more than 0"),
+    (NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
+    (FRACTIONS, lambda value: 0 <= value <= 1, "from 0 to 1"),
+    (BELOW_ONE, lambda value: 0 <= value < 1, "from 0 to less than 1"),
+    (("batch.row_tokens",), lambda value: value >= 2, "2 or more"),
+    (("evaluation.holdout_every",), lambda value: value != 1, "0, or 2 and more"),
+)
+
+
 def check(settings: RunSettings) -> None:
     """Raise SettingsError with everything that is wrong with the values."""
-    values = flat(settings)
-    rules = (
-        (POSITIVE, lambda value: value > 0, "more than 0"),
-        (NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
-        (FRACTIONS, lambda value: 0 <= value <= 1, "from 0 to 1"),
-        (BELOW_ONE, lambda value: 0 <= value < 1, "from 0 to less than 1"),
-        (("batch.row_tokens",), lambda value: value >= 2, "2 or more"),
-        (("evaluation.holdout_every",), lambda value: value != 1, "0, or 2 and more"),
-    )
-    infinite = not_finite(settings)
     weighed = "folders of --states" if settings.states else "paths of --data"
     paths = settings.states or settings.data
     faults = _sources(settings) + weight_faults(settings.data_weights, paths, weighed)
-    faults += infinite.values()
-    faults += [
-        f"{option(name)} is {values[name]}, needed {needed}"
-        for names, good, needed in rules
-        for name in names
-        if name not in infinite and not good(values[name])
-    ]
+    faults += value_faults(settings)
     if settings.batch.rows % max(settings.batch.accumulation, 1):
         found = f"{option('batch.accumulation')} is {settings.batch.accumulation}"
         faults.append(f"{found}, needed a divisor of the {settings.batch.rows} rows of a batch")
-    faults += _decays(settings.optimizer.weight_decay_of)
-    faults += _without_effect(settings, infinite)
     if faults:
         raise SettingsError("settings that cannot be used", faults)
 
 
-def _without_effect(settings: RunSettings, infinite: Container[str]) -> list[str]:
+def value_faults(settings: Any) -> list[str]:
+    """What is wrong with the values of a run, or of a plan, which has some of its settings."""
+    values, infinite = flat(settings), not_finite(settings)
+    faults = [*infinite.values()]
+    faults += [
+        f"{option(name)} is {values[name]}, needed {needed}"
+        for names, good, needed in _RULES
+        for name in names
+        if name in values and name not in infinite and not good(values[name])
+    ]
+    faults += _decays(settings.optimizer.weight_decay_of)
+    return faults + _without_effect(settings, infinite)
+
+
+def _without_effect(settings: Any, infinite: Container[str]) -> list[str]:
     """Settings that say what a run like this one never asks: somebody expects another run."""
     values, usual = flat(settings), flat(blank())
     beside: dict[str, str] = {}
@@ -104,14 +112,14 @@ def _without_effect(settings: RunSettings, infinite: Container[str]) -> list[str
     if settings.part == "mtp":
         all_of = "--lora.part all" if settings.train == "lora" else "--train all"
         beside |= dict.fromkeys(OF_A_MAIN_MODEL_THAT_LEARNS, all_of)
-    elif settings.mtp_lambda_schedule == "constant":
+    elif values.get("mtp_lambda_schedule") == "constant":
         beside["mtp_lambda_end"] = "--mtp-lambda-schedule linear or step"
-    if not settings.states:
+    if not values.get("states"):
         beside["skip_unusable"] = "--states"
     return [
         f"{option(name)} is {values[name]}, needed {needed} beside it"
         for name, needed in beside.items()
-        if name not in infinite and values[name] != usual[name]
+        if name in values and name not in infinite and values[name] != usual[name]
     ]
 
 

@@ -83,10 +83,12 @@ def open_trainable(path: str, captured: bool = False) -> tuple[Checkpoint, Model
     return checkpoint, config
 
 
-def raise_unless_fitting(settings: RunSettings, config: ModelConfig) -> None:
+def raise_unless_fitting(
+    settings: RunSettings, config: ModelConfig, row_tokens_option: str = "--batch.row-tokens"
+) -> None:
     """SettingsError for what this model has no room or no place for."""
     modules, row_tokens = config.num_nextn_predict_layers, settings.batch.row_tokens
-    faults = short_rows("--batch.row-tokens", row_tokens, settings.draft_tokens, modules)
+    faults = short_rows(row_tokens_option, row_tokens, settings.draft_tokens, modules)
     if settings.draft_input == "own" and modules > 1:
         faults.append(f"--draft-input is own, needed text for a model of {modules} MTP modules")
     faults += _groups_of_nothing(settings, config)

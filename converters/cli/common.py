@@ -1,5 +1,6 @@
 """What the commands share: opening what the user named, printing results and errors."""
 
+import errno
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -67,6 +68,8 @@ def tell(error: UserError | OSError, *, as_json: bool) -> None:
     if as_json:
         print(to_json(problems_as_json(problems) if problems else {"error": f"{PROG}: {error}"}))
     found = problem_report(problems.where, problems.problems) if problems else f"{PROG}: {error}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        found += "; make room and run the same command again"
     print(found, file=sys.stderr)
 
 

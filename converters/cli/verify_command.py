@@ -14,7 +14,7 @@ from converters.verifying.logits.devices import devices_for
 from converters.verifying.logits.layers import UNFINISHED
 from converters.verifying.report import comparison, make_report_folder, verification, write_report
 from converters.verifying.verify import Verification, check_storage
-from mtp_model.checkpoint.directory import Checkpoint, open_checkpoint
+from mtp_model.checkpoint.directory import Checkpoint, read_checkpoint
 from mtp_model.problems import Problem, ProblemsError, UserError
 from mtp_model.progress import progress
 
@@ -26,7 +26,7 @@ def run_verify(command: Verify) -> int:
     if command.ckpt and (is_directory(command.src) or not is_directory(command.ckpt)):
         return _compare(command, command.src, command.ckpt)
     ckpt = command.ckpt or command.src
-    checkpoint = open_checkpoint(ckpt)
+    checkpoint = read_checkpoint(ckpt)
     opened = None
     if command.ckpt:
         links = command.follow_links

@@ -37,10 +37,11 @@ from mtp_model.checkpoint.directory import COMPLETE, UNFINISHED, Checkpoint
 from mtp_model.files.journal import Fingerprint, Journal
 from mtp_model.files.open import as_place
 from mtp_model.files.place import Place
-from mtp_model.problems import Problem, ProblemsError
+from mtp_model.problems import Problem, ProblemsError, raise_if_any
 from mtp_model.progress import OnProgress
 
 DEFAULT_WORKERS = 3
+_WRITTEN_S = "written_s"  # of a journal's entry, beside what its file is
 
 
 def export_checkpoint(
@@ -71,6 +72,7 @@ def export_checkpoint(
     plan = make_plan(checkpoint, dtype, has_base=base is not None, in_part=draft is not None)
     if draft:
         plan = draft_plan(plan, checkpoint, draft)
+    _raise_if_damaged(checkpoint, checkpoint.damaged_files(_copied(checkpoint, plan)))
     if base:
         if base.source.folder:
             raise_if_within(dst, base.source.folder)
@@ -117,10 +119,15 @@ def _fingerprint(
 
 
 def _still_there(files: ExportFiles, entries: Iterable[dict[str, Any]]) -> dict[str, ExportedFile]:
-    """Files that were written before, and are there in full."""
-    written = [ExportedFile.from_json(entry) for entry in entries if "compared" not in entry]
+    """Files that were written before, and that nothing else has written since."""
+    written = [entry for entry in entries if "compared" not in entry]
     sizes = files.sizes() if written else {}
-    return {file.name: file for file in written if sizes.get(file.name) == file.size}
+    return {
+        entry["name"]: ExportedFile.from_json(entry)
+        for entry in written
+        if sizes.get(entry["name"]) == entry["size"]
+        if files.is_untouched(entry["name"], entry.get(_WRITTEN_S), entry["digest"])
+    }
 
 
 class _WrittenTensor(NamedTuple):
@@ -259,7 +266,7 @@ class _Export:
         fault = self._files.fault(file.name, file.digest) if file.digest else None
         if fault:
             raise ProblemsError(str(self._files.folder), [Problem("file", file.name, fault)])
-        self._journal.append(asdict(file))
+        self._journal.append({**asdict(file), _WRITTEN_S: self._files.written_s(file.name)})
         return file
 
     def _report(self, nbytes: int) -> None:
@@ -288,15 +295,25 @@ def _delete_others(dst: Place, plan: ExportPlan) -> None:
             stale.unlink()
 
 
+def _copied(checkpoint: Checkpoint, plan: ExportPlan) -> list[str]:
+    """Side files that are written as they are."""
+    return [name for name in plan.side_files(checkpoint) if name not in plan.replaced]
+
+
+def _raise_if_damaged(checkpoint: Checkpoint, names: Iterable[str]) -> None:
+    detail = "was changed since the import; restore it, or import again with --overwrite"
+    problems = (Problem("damaged", name, detail) for name in names)
+    raise_if_any(str(checkpoint.path), problems)
+
+
 def _write_side_files(checkpoint: Checkpoint, dst: Place, plan: ExportPlan) -> None:
     """Everything but tensors."""
-    digests = checkpoint.side_file_digests()
+    digests, copied = checkpoint.side_file_digests(), _copied(checkpoint, plan)
     for name in plan.side_files(checkpoint):
         file = dst / name
         file.parent.make_folder()
-        if name in plan.replaced:
+        if name not in copied:
             file.write_pieces([plan.replaced[name]])
         elif file.write_pieces((checkpoint.path / name).pieces()) != digests[name]:
             file.unlink()
-            detail = "was changed since the import; restore it, or import again with --overwrite"
-            raise ProblemsError(str(checkpoint.path), [Problem("damaged", name, detail)])
+            _raise_if_damaged(checkpoint, [name])

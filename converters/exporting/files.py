@@ -31,6 +31,20 @@ class ExportFiles:
         found = self.folder.sizes().items()
         return {name: size for name, size in found if name.endswith(SUFFIX)}
 
+    def written_s(self, name: str) -> float:
+        """When a file was written, in seconds since 1970."""
+        return (self.folder / name).written_s()
+
+    def is_untouched(self, name: str, written_s: float | None, digest: str | None) -> bool:
+        """Whether a file is the one that was written then, or one of this machine has its bytes.
+
+        Gigabytes are read only where the time is another: a copy of the folder has none of its own.
+        """
+        file = self.folder / name
+        if file.written_s() == written_s:
+            return True
+        return digest is not None and not file.is_far and file.digest() == digest
+
     def raise_if_full(self, needed: int) -> None:
         """UserError when there is no room for so many bytes."""
         raise_if_full(self.folder.room_for(needed), "name another place")

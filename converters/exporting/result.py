@@ -1,6 +1,6 @@
 """What an export did, for whoever shows it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from converters.exporting.encode import Requantisation
@@ -27,9 +27,10 @@ class ExportedFile:
 
     @classmethod
     def from_json(cls, line: dict[str, Any]) -> "ExportedFile":
-        """A line of the journal."""
+        """A line of the journal, which may hold more."""
         costs = tuple(Requantisation(**cost) for cost in line["requantised"])
-        return cls(**line | {"changed": tuple(line["changed"]), "requantised": costs})
+        own = {field.name: line[field.name] for field in fields(cls) if field.name in line}
+        return cls(**own | {"changed": tuple(line["changed"]), "requantised": costs})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,6 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from finetune.adapters import raise_unless_there
 from finetune.data.packing import PostNorm
 from finetune.devices import (
     Trained,
@@ -44,6 +43,7 @@ from finetune.planning.slices import (
     refusal,
 )
 from finetune.settings import (
+    BatchSettings,
     LoraSettings,
     MeshSettings,
     ObjectiveSettings,
@@ -54,8 +54,9 @@ from finetune.settings import (
     TrainMode,
     part_of,
 )
+from finetune.settings_rules import value_faults
 from finetune.state import Split, TrainState, num_parameters, traced_step
-from finetune.weights import abstract_for_training
+from finetune.weights import abstract_for_training, raise_unless_fitting
 from mtp_model import ModelConfig, make_mesh
 from mtp_model.checkpoint.directory import open_checkpoint
 from mtp_model.files.untrusted_json import parse
@@ -164,7 +165,10 @@ def plan(settings: PlanSettings) -> list[Plan]:
 
     Raises SettingsError, UserError, ConfigError or CheckpointError for what cannot be planned.
     """
+    if faults := value_faults(settings):
+        raise SettingsError("settings that cannot be used", faults)
     config, dtypes = _model(settings)
+    raise_unless_fitting(_run(settings), config, "--row-tokens")
     if settings.topology in FAMILIES:
         if not settings.search:
             raise SettingsError(
@@ -227,8 +231,6 @@ def _model(settings: PlanSettings) -> tuple[ModelConfig, dict[str, Any]]:
         what = "--lora.part" if settings.train == "lora" else "--train"
         found = f"--captured is given with {what} {settings.part}"
         raise SettingsError("settings that cannot be used", [f"{found}, needed {what} mtp"])
-    if settings.train == "lora":
-        raise_unless_there(settings.lora, config)
     return config, dtypes
 
 
@@ -350,7 +352,19 @@ def _step(settings: PlanSettings, work: Workload, mesh: Mesh, rows: int) -> _Ste
     """The step of a run, traced with arrays that have a place and no memory."""
     how = settings.train, settings.compute_dtype, settings.remat == "layer", mesh, settings.lora
     split = abstract_for_training(work.config, work.dtypes, *how, work.scope)
-    run = RunSettings(
+    run = _run(settings)
+    optimizer = make_optimizer(run.optimizer, run.steps, lambda _: True)
+    states = None
+    if settings.captured:  # as `capture` keeps them
+        states = PostNorm(np.zeros((0, work.config.hidden_size), jnp.bfloat16))
+    batch = abstract_batch(rows, settings.row_tokens, mesh, states)
+    state, traced = traced_step(split, optimizer, run, batch)
+    return _Step(split=split, state=state, traced=traced)
+
+
+def _run(settings: PlanSettings) -> RunSettings:
+    """The run that is planned; its text and its folder are nobody's."""
+    return RunSettings(
         checkpoint="",
         data=(),
         out=Path(),
@@ -359,16 +373,10 @@ def _step(settings: PlanSettings, work: Workload, mesh: Mesh, rows: int) -> _Ste
         draft_tokens=settings.draft_tokens,
         draft_input=settings.draft_input,
         detach_main=settings.detach_main,
+        batch=BatchSettings(row_tokens=settings.row_tokens),
         objective=settings.objective,
         optimizer=settings.optimizer,
     )
-    optimizer = make_optimizer(run.optimizer, run.steps, lambda _: True)
-    states = None
-    if settings.captured:  # as `capture` keeps them
-        states = PostNorm(np.zeros((0, work.config.hidden_size), jnp.bfloat16))
-    batch = abstract_batch(rows, settings.row_tokens, mesh, states)
-    state, traced = traced_step(split, optimizer, run, batch)
-    return _Step(split=split, state=state, traced=traced)
 
 
 def _sizes(step: _Step) -> dict[str, int]:

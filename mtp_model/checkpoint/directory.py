@@ -11,7 +11,7 @@ Weights are read as bytes from chunk files, never through jax arrays, so that no
 
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,6 +119,7 @@ class Checkpoint:
         if differing:
             fault = f"headers and the source's files in {PROVENANCE} differ by {min(differing)!r}"
             raise _unreadable(self.path, LAYOUT, fault)
+        _raise_if_damaged(self, (LAYOUT,))
         return headers
 
     def side_files(self) -> tuple[str, ...]:
@@ -161,18 +162,28 @@ class Checkpoint:
                 file = self.params / path / coord
                 yield Piece(path=path, coord=coord, file=file, digest=value)
 
-    def damaged_files(self) -> list[str]:
-        """Files other than chunks whose bytes are not those that were written, or that are gone."""
+    def damaged_files(self, names: Container[str] | None = None) -> list[str]:
+        """Files other than chunks, of these or of all, whose bytes are not those that were written,
+        or that are gone."""
         complete = _read_json(self.path, COMPLETE)
         return [
             name
             for name, expected in sorted((complete["files"] | complete["side_files"]).items())
+            if names is None or name in names
             if not (self.path / name).is_file() or (self.path / name).digest() != expected
         ]
 
 
 def open_checkpoint(path: str | Path | Place) -> Checkpoint:
-    """Open a complete checkpoint directory; CheckpointError says what a folder is instead."""
+    """Open a complete checkpoint directory; CheckpointError says what a folder is instead, or that
+    the config or the record of its weights are not those that were written."""
+    checkpoint = read_checkpoint(path)
+    _raise_if_damaged(checkpoint, (CONFIG, PROVENANCE))
+    return checkpoint
+
+
+def read_checkpoint(path: str | Path | Place) -> Checkpoint:
+    """The same for whoever compares all digests: no file was compared with its own."""
     path = as_place(path)
     raise_unless_complete(path)
     _check_version(path)
@@ -212,6 +223,15 @@ def raise_unless_complete(path: Place) -> None:
 def digest_of_json(value: Any) -> str:
     """Digest of plain data, whatever the order of its keys."""
     return digest(json.dumps(value, sort_keys=True).encode())
+
+
+def _raise_if_damaged(checkpoint: Checkpoint, names: Container[str]) -> None:
+    for name in checkpoint.damaged_files(names):
+        raise CheckpointError(
+            f"{checkpoint.path / name} has other bytes than {COMPLETE} records: it was damaged or "
+            "edited (an edit belongs in the source's); copy it again, or import it again with "
+            "--overwrite"
+        )
 
 
 def _check_version(path: Place) -> None:

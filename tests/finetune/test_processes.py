@@ -15,6 +15,7 @@ import pytest
 from advice import follows
 from trained import QUIET, arguments, environment, read_rows
 
+from finetune import cli
 from finetune.run.checkpoints import saved_steps
 from finetune.settings import OptimizerSettings, RunSettings
 from finetune.train import train
@@ -136,3 +137,28 @@ def test_other_errors_of_jax_are_not_taken_for_a_lost_process(monkeypatch):
     monkeypatch.setattr(cluster, "count", lambda: 2)
     assert "lost the others" in str(cluster.lost(gone))
     assert cluster.lost(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")) is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        jax.errors.JaxRuntimeError("UNAVAILABLE: Gloo all-reduce failed"),
+        ValueError("UNAVAILABLE: Gloo all-reduce failed"),
+        TimeoutError("Timed out while waiting for async_write_complete barrier."),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_whatever_tells_that_a_process_is_gone_is_told_with_what_to_do(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Orbax says it in its own way, where the other one dies while a checkpoint is written."""
+
+    def dies(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "_train", dies)
+    monkeypatch.setattr(cluster, "count", lambda: 2)
+    assert cli.run(["train", "--checkpoint", "c", "--data", "d", "--out", "o"]) == 1
+    told = capsys.readouterr().err
+    assert "lost the others" in told
+    assert "Run the same command on every host" in told

@@ -1,6 +1,8 @@
 """`convert-deepseek` as a user meets it: results on stdout, the rest on stderr, exit statuses."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -475,3 +477,13 @@ def test_help_does_not_wait_for_jax(words: list[str]):
     )
     assert process.returncode == 0, process.stderr
     assert "convert-deepseek" in process.stdout
+
+
+def test_a_full_disk_is_told_with_what_to_do(source, tmp_path, monkeypatch, capsys):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("converters.cli.import_command.run_import", full)
+    assert main(["import", str(source), str(tmp_path / "ckpt")]) == 1
+    told = capsys.readouterr().err
+    assert told.endswith("No space left on device; make room and run the same command again\n")

@@ -370,11 +370,17 @@ def test_damage_is_not_exported(kept: Checkpoint, tmp_path: Path):
     with pytest.raises(ProblemsError, match=r"damaged +model\.layers\.3\.mlp\.experts\.5\.up_proj"):
         export_checkpoint(copy, tmp_path / "out")
     assert not (tmp_path / "out/config.json").exists()
+    assert list((tmp_path / "out").glob("*.safetensors"))  # it was noticed while that was written
+    shutil.rmtree(tmp_path / "out")
     (copy.path / "figures/model.svg").write_bytes(b"<svg>")
     chunk.unlink()
     os.link(f"{kept.params}/{chunk.parent.name}/{chunk.name}", chunk)
     with pytest.raises(ProblemsError, match=r"damaged +figures/model\.svg was changed since"):
         export_checkpoint(copy, tmp_path / "out")
+    (copy.path / "figures/model.svg").unlink()
+    with pytest.raises(ProblemsError, match=r"damaged +figures/model\.svg was changed since"):
+        export_checkpoint(copy, tmp_path / "out")
+    assert not (tmp_path / "out").exists()  # before anything was written
 
 
 def test_a_disk_that_forgets_is_noticed(

@@ -161,6 +161,30 @@ def test_what_cannot_be_planned(words, said, checkpoint, capsys):
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--row-tokens 0", "--row-tokens is 0, needed 3 or more for this model"),
+        ("--row-tokens 2", "--row-tokens is 2, needed 3 or more for this model"),
+        ("--rows -1", "--rows is -1, needed 0 or more"),
+        ("--draft-tokens -1", "--draft-tokens is -1, needed 0 or more"),
+        ("--optimizer.ema 2", "--optimizer.ema is 2.0, needed from 0 to less than 1"),
+        ("--objective.ce -1", "--objective.ce is -1.0, needed 0 or more"),
+        ("--train lora --lora.rank 0", "--lora.rank is 0, needed more than 0"),
+        ("--lora.rank 4", "--lora.rank is 4, needed --train lora beside it"),
+        ("--detach-main", "--detach-main is True, needed --train all beside it"),
+        ("--optimizer.weight-decay-of foo", "--optimizer.weight-decay-of is foo, needed NAME=NUM"),
+        ("--optimizer.weight-decay-of foo=1", "--optimizer.weight-decay-of names foo, needed the"),
+        ("--mesh.data -1", "--mesh.data is -1, needed 0 or more"),
+    ],
+)
+def test_what_train_refuses_is_not_planned(words: str, said: str, checkpoint, capsys):
+    assert cli.run(["plan", "--checkpoint", str(checkpoint), *words.split()]) == 2
+    told = capsys.readouterr()
+    assert said in told.err
+    assert not told.out
+
+
 def test_without_libtpu_it_is_said_what_to_install(monkeypatch, checkpoint, capsys):
     monkeypatch.setattr(slices.importlib.util, "find_spec", lambda _: None)
     words = ("plan", "--checkpoint", str(checkpoint), "--topology", "v5p:2x2x1")

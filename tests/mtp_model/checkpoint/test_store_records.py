@@ -1,7 +1,7 @@
 """A checkpoint directory's JSON files with keys deleted or of other types are refused by name."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,8 @@ def is_refused(path: Path, name: str) -> bool:
     else:
         return False
     # Where two files contradict each other, both are named.
-    is_told = f"{path}/" in told and " cannot be read (" in told and name in told
+    words = " cannot be read (", " has other bytes than COMPLETE records"
+    is_told = f"{path}/" in told and any(map(told.__contains__, words)) and name in told
     assert is_told or "format version" in told or "was not written by this toolkit" in told
     return True
 
@@ -86,7 +87,9 @@ def test_other_keys_and_types_are_refused(checkpoint: Path, data: st.DataObject)
     finally:
         file.write_bytes(before)
     assert status in (0, 1)
-    if refused or (name != COMPLETE and value != json.loads(before)):
+    if name != COMPLETE and value != json.loads(before):
+        assert refused
+    if refused:
         assert status == 1
     assert not is_refused(checkpoint, name)
 
@@ -133,6 +136,40 @@ def test_what_is_no_object_is_refused(checkpoint: Path, text: str):
             assert main(["verify", str(checkpoint)]) == 1
         finally:
             file.write_bytes(before)
+
+
+def changed_sizes(text: str) -> str:
+    return text.replace('"routed_scaling_factor": 2.5', '"routed_scaling_factor": 9.0')
+
+
+def changed_headers(text: str) -> str:
+    return text.replace("pt", "ps", 1)
+
+
+def changed_convention(text: str) -> str:
+    return text.replace('"mtp_hidden_state": "post_norm"', '"mtp_hidden_state": "pre_norm"')
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [("config.json", changed_sizes), (LAYOUT, changed_headers), (PROVENANCE, changed_convention)],
+)
+def test_another_value_of_the_right_type_is_refused(
+    checkpoint: Path, name: str, changed: Callable[[str], str]
+):
+    """A run would train another network, and its `final/` would pass for sound."""
+    file = checkpoint / name
+    before = file.read_text()
+    try:
+        file.write_text(changed(before))
+        assert file.read_text() != before
+        with pytest.raises(CheckpointError, match=f"{name} has other bytes than COMPLETE records"):
+            read_all(checkpoint)
+        with pytest.raises(CheckpointError, match=name):
+            write_derived(open_checkpoint(checkpoint), checkpoint.parent / "next", {}, {})
+    finally:
+        file.write_text(before)
+    read_all(checkpoint)
 
 
 def test_faults_name_every_place():
