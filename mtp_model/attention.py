@@ -25,14 +25,28 @@ from mtp_model.sharding import BATCH_AXES, axis_size
 Tree = TypeVar("Tree")
 
 QUERY_CHUNK = 256  # scores exist for this many queries at a time: [B, N, 256, S] float32
+SCORES_BYTES = 128 << 20  # of one device at a time, about; above it heads take turns
 PARTS = 4  # of a sequence, whose queries see different numbers of keys: 5/8 of all scores
 KEPT_SCORES_BYTES = 64 << 20  # a layer's float32 scores up to this are kept for the backward pass
 
 
 def keeps_scores(rows: int, length: int, num_heads: int) -> bool:
     """Whether a layer's scores [B, N, T, T] are kept for the backward pass, on one device."""
-    rows_here = max(1, rows // math.prod(map(axis_size, BATCH_AXES)))
-    return 4 * rows_here * num_heads * length**2 <= KEPT_SCORES_BYTES
+    return 4 * _rows_here(rows) * num_heads * length**2 <= KEPT_SCORES_BYTES
+
+
+def turns_of_heads(rows: int, length: int, num_heads: int) -> int:
+    """In how many groups, one after the other, heads attend."""
+    if axis_size("tensor") > 1:  # which splits them already
+        return 1
+    chunk = min(QUERY_CHUNK, length)
+    wanted = 4 * _rows_here(rows) * num_heads * chunk * length / SCORES_BYTES
+    turns = (turns for turns in range(1, num_heads) if num_heads % turns == 0)
+    return next((each for each in turns if each >= wanted), num_heads)
+
+
+def _rows_here(rows: int) -> int:
+    return max(1, rows // math.prod(map(axis_size, BATCH_AXES)))
 
 
 def _attend_chunk(q_BNTH, keys: KeysValues, own: KeysValues | None, places, scale):
@@ -74,14 +88,31 @@ def attend(
     that [T, T] never exists, unless all of it is small. A row attends at least to itself, padding
     too: no NaN.
     """
-    segment_ids_BT = context.segment_ids_BT
-    length = q_BTNH.shape[1]
-    chunk = min(QUERY_CHUNK, length)
-    count = -(-length // chunk)
     shared, own = new, None
     if context.earlier is not None:
         shared = context.earlier.first
         own = jax.tree.map(lambda *each: jnp.stack(each, axis=2), *context.earlier.chain, new)
+    turns = turns_of_heads(*q_BTNH.shape[:3])
+
+    def of_heads(each):
+        return _attend_heads(*each, context.segment_ids_BT, scale)
+
+    def in_turns(x):
+        return jnp.moveaxis(x.reshape(*x.shape[:-2], turns, -1, x.shape[-1]), -3, 0)
+
+    heads = q_BTNH, shared, own
+    if turns == 1:
+        return of_heads(heads)
+    out = jnp.moveaxis(jax.lax.map(of_heads, jax.tree.map(in_turns, heads)), 0, 2)
+    return out.reshape(*q_BTNH.shape[:3], -1)
+
+
+def _attend_heads(
+    q_BTNH, shared: KeysValues, own: KeysValues | None, segment_ids_BT, scale
+) -> Float[Array, "B T N G"]:
+    length = q_BTNH.shape[1]
+    chunk = min(QUERY_CHUNK, length)
+    count = -(-length // chunk)
 
     def to_whole_chunks(x):
         padding = [(0, 0), (0, count * chunk - length)] + [(0, 0)] * (x.ndim - 2)
