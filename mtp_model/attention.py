@@ -94,8 +94,9 @@ def attend(
         own = jax.tree.map(lambda *each: jnp.stack(each, axis=2), *context.earlier.chain, new)
     turns = turns_of_heads(*q_BTNH.shape[:3])
 
-    def of_heads(each):
-        return _attend_heads(*each, context.segment_ids_BT, scale)
+    def of_heads(heads):
+        q_BTNH, shared, own = heads
+        return _attend_heads(q_BTNH, shared, own, context.segment_ids_BT, scale)
 
     def in_turns(x):
         return jnp.moveaxis(x.reshape(*x.shape[:-2], turns, -1, x.shape[-1]), -3, 0)
