@@ -25,7 +25,7 @@ from mtp_model.sharding import BATCH_AXES, axis_size
 Tree = TypeVar("Tree")
 
 QUERY_CHUNK = 256  # scores exist for this many queries at a time: [B, N, 256, S] float32
-SCORES_BYTES = 128 << 20  # of one device at a time, about; above it heads take turns
+SCORES_BYTES = 64 << 20  # of one device at a time, about; above it heads take turns
 PARTS = 4  # of a sequence, whose queries see different numbers of keys: 5/8 of all scores
 KEPT_SCORES_BYTES = 64 << 20  # a layer's float32 scores up to this are kept for the backward pass
 

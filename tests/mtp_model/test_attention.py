@@ -85,7 +85,7 @@ def test_a_key_behind_its_query_would_be_seen(monkeypatch):
 
 @pytest.mark.parametrize(
     ("rows", "length", "heads", "turns"),
-    [(1, 4096, 128, 4), (4, 4096, 128, 16), (16, 128, 8, 1), (1, 4096, 96, 3), (64, 4096, 7, 7)],
+    [(1, 4096, 128, 8), (4, 4096, 128, 32), (16, 128, 8, 1), (1, 4096, 96, 6), (64, 4096, 7, 7)],
 )
 def test_heads_take_turns_where_their_scores_are_large(rows, length, heads, turns):
     assert attention.turns_of_heads(rows, length, heads) == turns
