@@ -51,6 +51,8 @@ def _in_words(error: OSError) -> UserError:
         return UserError(f"{said}; make room and run the same command again")
     if named and error.errno == errno.ENOENT:
         needed = "a path that is there, or a folder that files can be made in"
+    elif named and error.errno == errno.EISDIR:
+        needed = "a file"
     elif named and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         needed = "a place that this user may read, and write where something is written"
     else:
