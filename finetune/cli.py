@@ -82,7 +82,7 @@ def run(argv: Sequence[str]) -> int:
     return exit_status(
         lambda: _run(argv, errors),
         tell=lambda error: errors.print(f"error: {error}", markup=False),
-        interrupted="interrupted; train and generate go on with the same command",
+        interrupted="interrupted; train, generate and capture go on with the same command",
     )
 
 

@@ -199,11 +199,18 @@ def _why_none(asked: MeshShape, workload: Workload, num_devices: int) -> list[st
     """What stands in the way of the meshes that were asked for."""
     shapes = list(shapes_of(asked, num_devices))
     if shapes:
-        return min((_faults(shape, workload) for shape in shapes), key=len)
+        # Of an axis that nobody gave, what it cannot split is no reason.
+        given = [s for s in shapes if not unsplittable(_not_given(s, asked), workload.config)]
+        return min((_faults(shape, workload) for shape in given or shapes), key=len)
     product = math.prod(asked.values())
     said = " ".join(f"{option('mesh.' + name)} {size}" for name, size in asked.items())
     needed = "at most" if len(asked) == len(MESH_AXES) else "a divisor of"
     return [f"{said} makes {product} devices, needed {needed} the {num_devices} that are here"]
+
+
+def _not_given(shape: MeshShape, asked: MeshShape) -> MeshShape:
+    """The axes that were chosen here; of those asked for, one device."""
+    return {name: 1 if name in asked else size for name, size in shape.items()}
 
 
 def _least_memory() -> int | None:

@@ -148,8 +148,10 @@ def generate(settings: GenerateSettings) -> Counts:
     checkpoint = _open(settings)
     documents = open_documents(settings.checkpoint, settings.data, checkpoint.config)
     if settings.server is not None:
-        with progress(f"reach {settings.server}", "models"):  # two minutes, if nobody answers
-            server = Server(settings.server, settings.server_model, settings.requests)
+        # Two minutes, if nobody answers.
+        with progress(f"reach {settings.server}", "models") as report:
+            of_server = settings.server, settings.server_model, settings.requests
+            server = Server(*of_server, lambda why: report(0, None, why))
         with server:
             made_by = _made_by(settings, checkpoint, documents) | {"server_model": server.model}
             with opened(settings.out, made_by, settings.overwrite) as answers:

@@ -1,5 +1,6 @@
 """How a command ends: its exit status, and one message for what its user can mend."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ FAILED, INTERRUPTED = 1, 130
 def exit_status(
     run: Callable[[], int],
     *,
-    tell: Callable[[UserError | OSError], None],
+    tell: Callable[[UserError], None],
     interrupted: str,
 ) -> int:
     """The exit status of a command: what `run` returns, or 1 for what `tell` is told.
@@ -30,10 +31,30 @@ def exit_status(
         with Path(os.devnull).open("w") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
         return FAILED
-    except (UserError, OSError) as error:
+    except UserError as error:
         tell(error)
+        return FAILED
+    except OSError as error:
+        tell(_in_words(error))
         return FAILED
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return INTERRUPTED
     return status
+
+
+def _in_words(error: OSError) -> UserError:
+    """What the system refused, for whoever named the place."""
+    named = error.filename is not None and error.strerror is not None
+    said = f"{error.filename}: {error.strerror}" if named else str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(f"{said}; make room and run the same command again")
+    if named and error.errno == errno.ENOENT:
+        needed = "a path that is there, or a folder that files can be made in"
+    elif named and error.errno == errno.EISDIR:
+        needed = "a file"
+    elif named and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        needed = "a place that this user may read, and write where something is written"
+    else:
+        return UserError(said)
+    return UserError(f"{said}; needed {needed}; name another place")

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 MODEL_TYPES = ("deepseek_v3", "kimi_k2")
+ARCHITECTURES = ("DeepseekV3ForCausalLM", "KimiK2ForCausalLM")  # the same network by two names
 DRAFT_ARCHITECTURE = "DeepseekV3ForCausalLMNextN"
 # No published model of the family comes near this; a larger size in an untrusted file is a fault.
 LARGEST_SIZE = 1 << 24
@@ -130,12 +131,12 @@ class _Reader:
         self._refuse_unknown("", self.values, COMPUTED | HARMLESS | REQUIRED.keys())
         self._require_architecture()
         rope = self._rope()
-        theta = self._number(rope, "rope_theta", 10000.0)
+        theta = self._positive(rope, "rope_theta", 10000.0)
         fields = {
             **self._sizes(),
             "q_lora_rank": self._size("q_lora_rank", minimum=1, optional=True),
             "routed_scaling_factor": self._number(self.values, "routed_scaling_factor", 1.0),
-            "rms_norm_eps": self._number(self.values, "rms_norm_eps", 1e-6),
+            "rms_norm_eps": self._positive(self.values, "rms_norm_eps", 1e-6),
             "norm_topk_prob": self._flag(self.values, "norm_topk_prob", ""),
             "rope_theta": theta,
             "rope_interleave": self._flag(self.values, "rope_interleave", ""),
@@ -183,15 +184,16 @@ class _Reader:
         for key, needed in REQUIRED.items():
             if self.values.get(key, needed) != needed:
                 self._fault(key, self.values[key], repr(needed))
-        architectures = self.values.get("architectures") or ["DeepseekV3ForCausalLM"]
+        architectures = self.values.get("architectures") or [ARCHITECTURES[0]]
         if architectures == [DRAFT_ARCHITECTURE]:
             self.faults.append(
                 f"architectures is ['{DRAFT_ARCHITECTURE}']: a stand-alone draft for SGLang, an "
                 "MTP module without its main model; import the main model, with --mtp-from naming "
                 "this draft"
             )
-        elif not _is_causal_lm(architectures):
-            self._fault("architectures", architectures, "one name that ends in ForCausalLM")
+        elif architectures not in [[name] for name in ARCHITECTURES]:
+            needed = " or ".join(f"['{name}']" for name in ARCHITECTURES)
+            self._fault("architectures", architectures, needed)
 
     def _mapping(self, key: str) -> Mapping[str, Any]:
         found = self.values.get(key) or {}
@@ -227,6 +229,12 @@ class _Reader:
         if (number := _as_number(found)) is None:
             self._fault(prefix + key, found, f"a number from 0 to {LARGEST_NUMBER:.0e}")
         return 1.0 if number is None else number
+
+    def _positive(self, values: Mapping[str, Any], key: str, default: float) -> float:
+        """A number that something is divided by."""
+        if (number := self._number(values, key, default)) == 0:
+            self._fault(key, 0, "more than 0")
+        return number
 
     def _flag(self, values: Mapping[str, Any], key: str, prefix: str) -> bool:
         """A switch that is on unless it is said to be off."""
@@ -371,13 +379,6 @@ class _Reader:
         }.items():
             if self.values.get(key) not in (None, *allowed):
                 self._fault(key, self.values[key], " or ".join(map(str, allowed)))
-
-
-def _is_causal_lm(architectures: Any) -> bool:
-    match architectures:
-        case [str(name)]:
-            return name.endswith("ForCausalLM")
-    return False
 
 
 def _as_number(value: Any) -> float | None:

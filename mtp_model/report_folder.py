@@ -10,13 +10,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from mtp_model.checkpoint.directory import COMPLETE
 from mtp_model.files.open import as_place, is_address
 from mtp_model.files.place import Place
 from mtp_model.files.untrusted_json import JsonError, parse
 from mtp_model.problems import UserError
 from mtp_model.reporting import Picture, Section, html, is_page, markdown, to_json
 
-REPORT_JSON, REPORT_MD, REPORT_HTML = "report.json", "report.md", "report.html"
+REPORT_FILES = REPORT_MD, REPORT_HTML, REPORT_JSON = "report.md", "report.html", "report.json"
+RUN_SETTINGS = "config.yaml"  # which makes a folder a run's
 REPORT_VERSION = 1  # of report.json; a key that is new does not change it
 
 
@@ -43,8 +45,10 @@ def folder_fault(folder: Path) -> str | None:
 
     What lies there and is no earlier report is somebody's own, and is not written over.
     """
-    names = [name for name in (REPORT_JSON, REPORT_MD, REPORT_HTML) if (folder / name).is_file()]
-    if names and not _is_report(folder / REPORT_JSON):
+    if (folder / RUN_SETTINGS).is_file() or (folder / COMPLETE).is_file():
+        return "is a run or a checkpoint with reports of its own, needed another folder"
+    names = [name for name in sorted(REPORT_FILES) if (folder / name).is_file()]
+    if names and not is_report(folder / REPORT_JSON):
         return f"has {' and '.join(names)} that no report left there, needed another folder"
     return _fault_of_place(folder)
 
@@ -63,7 +67,7 @@ def _fault_of_place(folder: Path) -> str | None:
     return None if above.is_dir() else f"needs a folder, but {above} is a file; name another place"
 
 
-def _is_report(file: Path) -> bool:
+def is_report(file: Path | Place) -> bool:
     """Whether it is a report.json of ours."""
     try:
         found = parse(file.read_bytes())
@@ -98,7 +102,7 @@ def write_report(folder: str | Path, findings: Findings) -> None:
 
 def clear_report(folder: str | Path | Place) -> None:
     """Remove an earlier report: while a new one is on its way, nothing there looks finished."""
-    for name in (REPORT_MD, REPORT_HTML, REPORT_JSON):  # the last one says whose the others are
+    for name in REPORT_FILES:  # the last one says whose the others are
         file = as_place(folder) / name
         if file.is_file():
             file.unlink()

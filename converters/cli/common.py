@@ -1,6 +1,5 @@
 """What the commands share: opening what the user named, printing results and errors."""
 
-import errno
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -62,14 +61,12 @@ def print_result(sections: Iterable[Section], plain: dict[str, Any], *, as_json:
         show(stdout(), sections)
 
 
-def tell(error: UserError | OSError, *, as_json: bool) -> None:
+def tell(error: UserError, *, as_json: bool) -> None:
     """Say on stderr what is wrong, alike problems as one line; in full on stdout for --json."""
     problems = error if isinstance(error, ProblemsError) else None
     if as_json:
         print(to_json(problems_as_json(problems) if problems else {"error": f"{PROG}: {error}"}))
     found = problem_report(problems.where, problems.problems) if problems else f"{PROG}: {error}"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        found += "; make room and run the same command again"
     print(found, file=sys.stderr)
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from mtp_model.checkpoint.directory import PARAMS, Checkpoint, Piece
+from mtp_model.checkpoint.orbax import damaged_metadata
 from mtp_model.problems import Problem
 from mtp_model.progress import OnProgress
 from mtp_model.threads import in_threads
@@ -33,6 +34,10 @@ def check_digests(
     problems = [
         Problem("digest", name, "is gone or has other bytes than were written")
         for name in checkpoint.damaged_files()
+    ]
+    problems += [
+        Problem("orbax", f"{PARAMS}/{name}", "is gone or is not what was written")
+        for name in damaged_metadata(checkpoint.params, checkpoint.leaves)
     ]
     pieces = list(checkpoint.pieces())
     total = sum(checkpoint.leaves[piece.path].chunk_bytes for piece in pieces)

@@ -1,5 +1,6 @@
 """The text of a run: what is trained on, what is held out, and both as documents of tokens."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 import xxhash
 
-from finetune.data.corpus import Corpus, scan
+from finetune.data.corpus import Corpus, DataFile, scan
 from finetune.data.files.folders import shown_path
 from finetune.data.order import DataSource
 from finetune.data.packing import Batch, Documents, Packer, PostNorm, PreNorm, first_rows
@@ -19,6 +20,7 @@ from mtp_model import ModelConfig
 from mtp_model.files.open import as_place
 
 SHOWN_FILES = 8  # of those left out
+_MOST_IN_A_FILE = 1 << 40  # documents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +51,7 @@ def open_run_text(settings: RunSettings, config: ModelConfig) -> RunText:
         held_out=held_out_documents,
         digest=with_counts(train.digest, sources),
         description=f"{len(train)} documents to train on, {said}{_files(train)}{mixed(sources)}"
-        f"{_idle(train)}",
+        f"{_idle(train)}{_in_both(train, held_out)}",
         sources=sources,
     )
 
@@ -170,6 +172,32 @@ def _idle(corpus: Corpus) -> str:
     if not corpus.num_idle:
         return ""
     return f"; warning: {corpus.num_idle:,} documents have nothing to learn"
+
+
+def _in_both(train: Corpus, held_out: Corpus | None) -> str:
+    """How much of the held-out text is learnt, where a file was given twice."""
+    found = num_shared(train, held_out) if held_out else 0
+    return f"; warning: {found:,} documents held out are trained on too" if found else ""
+
+
+def num_shared(train: Corpus, held_out: Corpus) -> int:
+    """How many documents held out are documents to train on, by their file and place in it."""
+    files = [*train.files, *(held_out.files if held_out.files is not train.files else ())]
+    numbers: dict[str, int] = {}
+    for file in files:
+        numbers.setdefault(_whole_name(file), len(numbers))
+    if len(numbers) == len(files):
+        return 0  # sorting millions of documents takes seconds
+
+    def places(corpus: Corpus) -> np.ndarray:
+        file_F = np.array([numbers[_whole_name(file)] for file in corpus.files], np.int64)
+        return file_F[corpus.file_N] * _MOST_IN_A_FILE + corpus.number_N
+
+    return int(np.isin(places(held_out), places(train)).sum())
+
+
+def _whole_name(file: DataFile) -> str:
+    return str(file.path) if file.path.is_far else os.path.realpath(str(file.path))
 
 
 def _files(corpus: Corpus) -> str:

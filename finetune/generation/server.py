@@ -69,10 +69,12 @@ class Wanted:
 class Server:
     """A server, asked by many threads at once. A context manager: it ends their connections."""
 
-    def __init__(self, url: str, model: str | None, requests: int):
+    def __init__(
+        self, url: str, model: str | None, requests: int, on_failure: Callable[[str], None]
+    ):
         """ServerError where nothing answers there, or it does not serve the model."""
         self._where = url
-        self.on_failure: Callable[[str], None] = lambda _: None
+        self.on_failure = on_failure
         """Told of what is tried again, by any thread, until there is a better word."""
         key = self._key = os.environ.get(KEY)
         self._ended = threading.Event()

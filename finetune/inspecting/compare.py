@@ -10,10 +10,8 @@ from typing import Any, NamedTuple
 import tyro
 
 from finetune.inspecting.results import TEXTS, AcceptanceResult, read_results
-from finetune.run.directory import RunDirectory
 from finetune.run.report import between, number, percent
 from finetune.settings import SettingsError
-from mtp_model.checkpoint.directory import COMPLETE
 from mtp_model.report_folder import Findings, folder_fault, page_fault, write_report
 from mtp_model.reporting import LEGEND, Facts, Grid, Picture, Section, drawing
 
@@ -67,9 +65,6 @@ def compare(settings: CompareSettings) -> SideBySide:
     if settings.report and _is_other_file(settings.report):
         needed = "needed a folder, or a name that ends with .html"
         faults.append(f"--report is {settings.report}, {needed}")
-    elif settings.report and _has_reports_of_its_own(settings.report):
-        found = f"--report is {settings.report}, which is a run or a checkpoint"
-        faults.append(f"{found} with reports of its own, needed another folder")
     elif settings.report and (fault := _fault_of(settings.report)):
         faults.append(f"--report is {settings.report}, which {fault}")
     if faults:
@@ -94,11 +89,6 @@ def _is_page(report: Path) -> bool:
 
 def _fault_of(report: Path) -> str | None:
     return page_fault(report) if _is_page(report) else folder_fault(report)
-
-
-def _has_reports_of_its_own(folder: Path) -> bool:
-    """Whether it is a run or a checkpoint."""
-    return RunDirectory(path=folder).config.is_file() or (folder / COMPLETE).is_file()
 
 
 def _write(where: Path, found: SideBySide) -> None:

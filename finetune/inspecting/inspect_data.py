@@ -7,11 +7,12 @@ T position in a row, K depths; depth 0 is the main model.
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -55,8 +56,9 @@ class InspectDataSettings:
     """Share of the tokens that each path of --data gives, as in training."""
     eval_data: tuple[Path, ...] = ()
     """Held-out text, as in training: with it no document of --data is held out."""
-    holdout_every: int = 20
-    """One document in this many is held out and not shown (train: --evaluation.holdout-every)."""
+    # By its name in `train` too, which messages about the data say.
+    holdout_every: Annotated[int, tyro.conf.arg(aliases=["--evaluation.holdout-every"])] = 20
+    """One document in this many is held out and not shown, as in `train`."""
     rows: int = 8
     """Rows in a batch (train: --batch.rows)."""
     row_tokens: int = 1024

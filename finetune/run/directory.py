@@ -18,7 +18,7 @@ from mtp_model.checkpoint.directory import COMPLETE
 from mtp_model.files.open import absolute, as_place
 from mtp_model.files.place import Place
 from mtp_model.problems import UserError
-from mtp_model.report_folder import REPORT_HTML, clear_report
+from mtp_model.report_folder import REPORT_HTML, RUN_SETTINGS, clear_report
 
 _LOCK = "lock"
 _SELDOM_S = 30.0
@@ -45,7 +45,7 @@ class RunDirectory:
 
     @property
     def config(self) -> Path:
-        return self.path / "config.yaml"
+        return self.path / RUN_SETTINGS
 
     @property
     def resolved(self) -> Path:

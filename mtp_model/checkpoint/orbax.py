@@ -6,6 +6,7 @@ field depends on the time, so that an interrupted and resumed import ends with t
 
 import json
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,8 @@ from mtp_model.checkpoint.chunks import Leaf
 from mtp_model.files.place import Place
 
 ZARRAY = ".zarray"
-TREE_METADATA = "_METADATA"
+TREE_METADATA, CHECKPOINT_METADATA = "_METADATA", "_CHECKPOINT_METADATA"
+ARRAY_METADATA = "array_metadatas/process_0"
 _HANDLER = "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler"
 
 
@@ -53,10 +55,33 @@ def write_orbax_metadata(params: Place, leaves: Mapping[str, Leaf]) -> None:
     """Write every metadata file of `params`; a leaf path `a.b.c` becomes the nested key a, b, c."""
     for path, leaf in leaves.items():
         _write_json(params / path / ZARRAY, zarray(leaf))
-    (params / "array_metadatas").make_folder()
-    _write_json(params / "array_metadatas" / "process_0", _array_metadatas(leaves))
-    _write_json(params / TREE_METADATA, _tree_metadata(leaves))
-    _write_json(params / "_CHECKPOINT_METADATA", _checkpoint_metadata())
+    (params / ARRAY_METADATA).parent.make_folder()
+    for name, value in _tree_files(leaves).items():
+        _write_json(params / name, value)
+
+
+def damaged_metadata(params: Place, leaves: Mapping[str, Leaf]) -> list[str]:
+    """Metadata files of the whole tree that are gone, or do not say what was written.
+
+    They follow from the leaves, so no digest of them is kept. Only Orbax reads them.
+    """
+    return [name for name, value in _tree_files(leaves).items() if _read(params / name) != value]
+
+
+def _tree_files(leaves: Mapping[str, Leaf]) -> dict[str, dict]:
+    """What is beside the leaves, by its name in `params`."""
+    return {
+        ARRAY_METADATA: _array_metadatas(leaves),
+        TREE_METADATA: _tree_metadata(leaves),
+        CHECKPOINT_METADATA: _checkpoint_metadata(),
+    }
+
+
+def _read(file: Place) -> Any:
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def _zarr_dtype(dtype: np.dtype) -> str:

@@ -306,6 +306,13 @@ def test_meshes_that_cannot_be_are_refused(asked, rows, said):
         choose_shape(MeshSettings(**asked), v3(rows), 8, None)
 
 
+def test_what_nobody_gave_is_not_blamed(checkpoint):
+    work = Workload.of(open_checkpoint(checkpoint), learning(OptimizerSettings()), 3)
+    with pytest.raises(SettingsError, match=r"a batch has 3 rows, needed a multiple of ") as caught:
+        choose_shape(MeshSettings(), work, 4, None)
+    assert "--mesh" not in str(caught.value)
+
+
 def test_a_mesh_that_splits_an_expert_model_unevenly_is_refused(checkpoint):
     work = Workload.of(open_checkpoint(checkpoint), learning(OptimizerSettings()), 8)
     with pytest.raises(SettingsError, match=r"--mesh.expert is 8, needed a divisor of the 12"):

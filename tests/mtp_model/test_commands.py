@@ -1,6 +1,7 @@
 """How commands end: a message for what a user can mend, a traceback for what is our bug."""
 
 import errno
+import os
 import subprocess
 import sys
 
@@ -27,11 +28,25 @@ def test_success_says_nothing():
     assert ended(None) == (0, [])
 
 
+def test_what_a_user_can_mend_is_one_message():
+    assert ended(UserError("mend this")) == (1, ["mend this"])
+    assert ended(OSError("unknown")) == (1, ["unknown"])
+
+
 @pytest.mark.parametrize(
-    "error", [UserError("mend this"), OSError(errno.ENOSPC, "No space left on device", "run/x")]
+    ("number", "advice"),
+    [
+        (errno.ENOSPC, "; make room and run the same command again"),
+        (errno.ENOENT, "; needed a path that is there, or a folder that files can be made in"),
+        (errno.EACCES, "; needed a place that this user may read, and write where something"),
+        (errno.EISDIR, "; needed a file"),
+        (errno.EIO, ""),
+    ],
 )
-def test_what_a_user_can_mend_is_one_message(error: Exception):
-    assert ended(error) == (1, [str(error)])
+def test_what_the_system_refused_is_said_with_what_was_needed(number: int, advice: str):
+    status, (said,) = ended(OSError(number, os.strerror(number), "run/x"))
+    assert status == 1
+    assert said.startswith(f"run/x: {os.strerror(number)}{advice}")
 
 
 def test_ctrl_c_is_one_line(capsys: pytest.CaptureFixture[str]):

@@ -62,6 +62,12 @@ def test_rope_parameters_of_transformers_5():
         ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers is -1, needed 0 to 16777216"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, needed a number from 0 to 1e+15"),
         ({"rope_theta": 10**400}, f"rope_theta is 1{'0' * 79}..., needed a number from 0 to 1e+15"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps is 0, needed more than 0"),
+        ({"rope_theta": 0.0}, "rope_theta is 0, needed more than 0"),
+        (
+            {"architectures": ["LlamaForCausalLM"]},
+            "architectures is ['LlamaForCausalLM'], needed ['DeepseekV3ForCausalLM'] or ",
+        ),
         ({"torch_dtype": "float16"}, "torch_dtype is 'float16', needed bfloat16 or float32"),
         ({"rope_scaling": 3}, "rope_scaling is 3, needed an object or null"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.type is 'linear', needed yarn or"),

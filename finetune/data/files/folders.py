@@ -16,6 +16,7 @@ from mtp_model.files.objects import CloudError
 from mtp_model.files.open import as_place, written
 from mtp_model.files.place import Place
 from mtp_model.files.untrusted_json import shown
+from mtp_model.report_folder import REPORT_FILES, REPORT_JSON, is_report
 
 _STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 # Text about data, which lies beside it in many folders. Named on its own it is read.
@@ -79,6 +80,9 @@ def _below(folder: Place) -> Listed:
     for parts in seen:
         path, beside = _inner(folder, parts), by_place[parts[:-1]]
         kept = rows[parts[:-1]]
+        if parts[-1] in REPORT_FILES and is_report(_inner(folder, parts[:-1]) / REPORT_JSON):
+            listed.left_out.append(path)
+            continue
         if is_index(parts[-1], beside) or (kept is not None and parts[-1] in (_STATE, _INFO)):
             continue  # read with the data
         if _is_data(parts[-1]) and (kept is None or parts[-1] in kept):

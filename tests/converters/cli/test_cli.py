@@ -283,6 +283,22 @@ def test_verify_of_a_checkpoint_alone(checkpoint: Path, capsys: pytest.CaptureFi
     assert found["digests"]["files"] > 100
 
 
+def test_verify_leaves_the_reports_of_runs_and_checkpoints(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    checkpoint, made = tmp_path / "checkpoint", tmp_path / "run"
+    assert run(capsys, "import", source, checkpoint)[0] == 0
+    made.mkdir()
+    (made / "config.yaml").write_text("of the run")
+    (made / "report.json").write_text('{"report_version": 1}')
+    for folder in (made, checkpoint):
+        before = tree_bytes(folder)
+        status, _, err = run(capsys, "verify", checkpoint, "--report", folder)
+        assert status == 1
+        assert "which is a run or a checkpoint with reports of its own" in err
+        assert tree_bytes(folder) == before
+
+
 def test_verify_names_a_damaged_chunk(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -291,11 +291,17 @@ def test_every_damaged_file_is_named(copied: Pair):
     flipped.write_bytes(bytes([flipped.read_bytes()[0] ^ 1]) + flipped.read_bytes()[1:])
     (checkpoint / "params" / "norm.weight" / "0").unlink()
     (checkpoint / "tokenizer.json").write_text("{}")
+    (checkpoint / "params" / "_METADATA").write_text("{}")
+    (checkpoint / "params" / "_CHECKPOINT_METADATA").write_text("{")
+    (checkpoint / "params" / "array_metadatas" / "process_0").unlink()
     problems = check_digests(open_checkpoint(checkpoint)).problems
     assert {problem.subject: problem.detail.split(" (")[0] for problem in problems} == {
         "params/mtp.eh_proj.weight/0.0.0": "has other bytes than were written",
         "params/norm.weight/0": "cannot be read: No such file or directory",
         "tokenizer.json": "is gone or has other bytes than were written",
+        "params/_METADATA": "is gone or is not what was written",
+        "params/_CHECKPOINT_METADATA": "is gone or is not what was written",
+        "params/array_metadatas/process_0": "is gone or is not what was written",
     }
 
 

@@ -1,5 +1,6 @@
 """Text on disk and its tokens: every fault named by its line, nothing else left out."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -256,6 +257,22 @@ def run_settings(checkpoint, data, **changes):
 
 def model_config(checkpoint):
     return ModelConfig.from_dict(json.loads((checkpoint / "config.json").read_text()))
+
+
+def test_held_out_documents_that_are_trained_on_are_warned_of(checkpoint, tmp_path):
+    def said(*data: Path, **changes) -> str:
+        settings = dataclasses.replace(run_settings(checkpoint, tmp_path), data=data, **changes)
+        return open_run_text(settings, model_config(checkpoint)).description
+
+    records = [{"input_ids": [i, 1]} for i in range(10)]
+    first = write_jsonl(tmp_path / "a.jsonl", *records)
+    other = write_jsonl(tmp_path / "b.jsonl", *records)
+    every = EvaluationSettings(holdout_every=4)
+    warning = "; warning: {} documents held out are trained on too"
+    assert said(first, tmp_path, evaluation=every).endswith(warning.format(5))
+    assert said(tmp_path, eval_data=(first,)).endswith(warning.format(10))
+    assert "warning" not in said(first, other, evaluation=every)
+    assert "warning" not in said(first, eval_data=(other,))
 
 
 def test_every_nth_document_is_held_out(checkpoint, tmp_path):

@@ -206,7 +206,9 @@ def test_a_server_that_cannot_be_used_is_said(settings, prompts, monkeypatch, ca
     monkeypatch.setattr(progress, "LINE_EVERY_S", 0.05)
     with pytest.raises(ServerError, match=r"its models: the connection failed \(ConnectError\)"):
         generate(nobody)
-    assert f"reach {server.url}: " in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"reach {server.url}: " in said
+    assert "its models: the connection failed (ConnectError); trying again" in said
 
 
 @pytest.mark.parametrize(

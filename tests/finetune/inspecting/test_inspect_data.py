@@ -113,6 +113,14 @@ def test_a_table_has_what_lies_around_changes_in_colour_on_a_terminal(checkpoint
     assert shown[1:] == ["0", "2", "3", "5", "6", "7", "10", "11", "15"]
 
 
+def test_one_document_is_shown_as_the_message_says(checkpoint, record, capsys):
+    asked = ["inspect-data", "--checkpoint", str(checkpoint), "--data", str(record)]
+    assert cli.run(asked) == 1
+    advice = "--evaluation.holdout-every 0"
+    assert f"or {advice} to train without evaluation" in capsys.readouterr().err
+    assert cli.run([*asked, *advice.split()]) == 0
+
+
 def test_settings_that_cannot_be_used_are_named_together(checkpoint, record, capsys):
     wrong = options(checkpoint, record, **{"rows": 0, "row-tokens": 1, "holdout-every": 1})
     assert cli.run(["inspect-data", *map(str, wrong)]) == 2

@@ -7,6 +7,7 @@ import pytest
 
 from finetune.data.corpus import scan
 from finetune.data.records import DataError, Text
+from mtp_model.report_folder import Findings, write_report
 
 arrow = pytest.importorskip("pyarrow")
 
@@ -48,6 +49,17 @@ def test_a_saved_data_set_is_read_without_its_caches(tmp_path):
     assert left_out == ["cache-0123.arrow"]
     (folder / "state.json").unlink()
     assert texts(folder) == ["a", "b", "a", "b", "c"], "a folder of Arrow files is read whole"
+
+
+def test_a_report_that_was_left_beside_data_is_none(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    write_report(tmp_path / "b", Findings(title="found", plain={}, sections=()))
+    assert texts(tmp_path) == ["a"]
+    left_out = [path.name for path in scan([tmp_path], VOCAB).left_out]
+    assert left_out == ["report.html", "report.json", "report.md"]
+    (tmp_path / "b" / "report.json").unlink()
+    assert texts(tmp_path)[0] == "a"
+    assert len(texts(tmp_path)) == 2, "a report.md of the user's is text"
 
 
 def test_a_data_set_that_is_not_whole_is_an_error(tmp_path):
