@@ -4,7 +4,6 @@ Source: DeepSeek-V3 report (arXiv 2412.19437) section 2.1.1.
 B batch, T position, S key position, D hidden, N heads, H head size, C kv-lora, R rotary size.
 """
 
-import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -142,11 +141,8 @@ def _attend_heads(
     queries = jax.tree.map(to_whole_chunks, queries) if missing else queries
     parts = min(count, PARTS)
     ends = [chunk * (count * part // parts) for part in range(1, parts)]
-    seen = itertools.accumulate(_split(keys, ends, 2), functools.partial(_join, axis=2))
-    seen_segments = itertools.accumulate(
-        _split(segment_ids_BT, ends, 1), functools.partial(_join, axis=1)
-    )
-    out = map(attend_part, _split(queries, ends, 1), seen, seen_segments)
+    seen = _all_up_to(keys, ends, 2), _all_up_to(segment_ids_BT, ends, 1)
+    out = map(attend_part, _split(queries, ends, 1), *seen)
     return jnp.concatenate([*out], axis=1)[:, :length]
 
 
@@ -158,8 +154,13 @@ def _split(tree: Tree, ends: list[int], axis: int) -> Iterator[Tree]:
     return (jax.tree.unflatten(form, part) for part in zip(*parts, strict=True))
 
 
-def _join(first: Tree, second: Tree, axis: int) -> Tree:
-    return jax.tree.map(lambda *each: jnp.concatenate(each, axis), first, second)
+def _all_up_to(tree: Tree, ends: list[int], axis: int) -> Iterator[Tree]:
+    """The same parts, each with all before it."""
+
+    def join(first: Tree, second: Tree) -> Tree:
+        return jax.tree.map(lambda *each: jnp.concatenate(each, axis), first, second)
+
+    return itertools.accumulate(_split(tree, ends, axis), join)
 
 
 class MultiHeadLatentAttention(nnx.Module):

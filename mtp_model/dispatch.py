@@ -248,9 +248,10 @@ def _through_backward(shape, served, residuals, d_out_TD):
         def step(shape, seats, totals):
             return jax.tree.map(jnp.add, totals, gradient(shape, seats, own))
 
-        seats = jax.eval_shape(lambda: _take_seats(shape, plan, group, 0))
-        of_first = functools.partial(gradient, shape)
-        none = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_first, seats, own)[1])
+        def of_own():
+            return gradient(shape, _take_seats(shape, plan, group, 0), own)[1]
+
+        none = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_own))
         return _over_rounds(shape, plan, group, step, (total, none))
 
     start = jnp.zeros(x_TD.shape, jnp.float32), jnp.zeros(weights_TK.shape, jnp.float32)

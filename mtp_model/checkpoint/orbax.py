@@ -12,6 +12,7 @@ import numpy as np
 
 from mtp_model.checkpoint.chunks import Leaf
 from mtp_model.files.place import Place
+from mtp_model.files.untrusted_json import JsonError, parse
 
 ZARRAY = ".zarray"
 TREE_METADATA, CHECKPOINT_METADATA = "_METADATA", "_CHECKPOINT_METADATA"
@@ -79,8 +80,8 @@ def _tree_files(leaves: Mapping[str, Leaf]) -> dict[str, dict]:
 
 def _read(file: Place) -> Any:
     try:
-        return json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return parse(file.read_bytes())
+    except (OSError, JsonError):
         return None
 
 
