@@ -6,6 +6,8 @@ import itertools
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import clustered_steps
@@ -167,6 +169,21 @@ def test_where_the_first_process_dies_the_others_say_so(of_two_processes):
     assert said.endswith(
         "Run the same command on every host: it goes on from where it was last saved"
     )
+
+
+def test_nothing_is_said_after_the_last_words():
+    """By threads that go on talking, as JAX's do when they have heard of a lost process."""
+    talking = (
+        "import os, threading, time; from mtp_model import cluster\n"
+        "def talk():\n"
+        "    while True: os.write(2, b'...\\n')\n"
+        "for _ in range(4): threading.Thread(target=talk, daemon=True).start()\n"
+        "time.sleep(0.1)\n"
+        "cluster._end_with(b'error: it is lost\\n')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", talking], capture_output=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-2:] == [b"...", b"error: it is lost"]
 
 
 def test_what_would_be_noticed(on_one_device, batches, monkeypatch):
