@@ -51,10 +51,14 @@ def write(job: Job) -> dict[str, Any]:
     vllm = importlib.import_module("vllm")
     if job.keep_first_embedding:
         keep_first_embedding()
-    attend_any_size()
+    on_cpu = importlib.import_module("vllm.platforms").current_platform.is_cpu()
+    if on_cpu:
+        attend_any_size()
+    # On CPUs with AMX vLLM prefers a kernel that takes bfloat16 only (0.32.0).
+    backend = {"attention_backend": "CPU_MLA"} if on_cpu else {}
     speculative: dict[str, Any] | None = None
     if job.drafts:
-        speculative = {"method": "mtp", "num_speculative_tokens": job.drafts}
+        speculative = {"method": "mtp", "num_speculative_tokens": job.drafts, **backend}
         speculative |= {"draft_sample_method": "probabilistic"} if job.probabilistic else {}
         speculative |= {"model": job.draft_model} if job.draft_model else {}
     lengths = [len(p) + most for p, most in zip(job.prompts, job.most, strict=True)]
@@ -68,8 +72,9 @@ def write(job: Job) -> dict[str, Any]:
         disable_log_stats=False,
         skip_tokenizer_init=True,
         seed=job.seed,
+        **backend,
     )
-    mended = bool(job.temperature) and mend_temperatures()  # of kernels that loading chose
+    mended = on_cpu and bool(job.temperature) and mend_temperatures()  # of what loading chose
     kind = importlib.import_module("vllm.sampling_params").RequestOutputKind.DELTA
     for number, (prompt, most) in enumerate(zip(job.prompts, job.most, strict=True)):
         asked = {"temperature": job.temperature, "max_tokens": most, "seed": job.seed + number}
@@ -114,8 +119,6 @@ def keep_first_embedding() -> None:
 
 def attend_any_size() -> None:
     """Let the CPU decode latents of any size: its kernel knows DeepSeek-V3's 512 + 64 only."""
-    if not importlib.import_module("vllm.platforms").current_platform.is_cpu():
-        return
     torch: Any = importlib.import_module("torch")
     name = "vllm.v1.attention.backends.mla.cpu_mla"
     implementation: Any = importlib.import_module(name).CPUMLAImpl
@@ -146,8 +149,6 @@ def mend_temperatures() -> bool:
     that was never written (vllm-project/vllm issue 55005, open at 0.32.0).
     """
     torch: Any = importlib.import_module("torch")
-    if not importlib.import_module("vllm.platforms").current_platform.is_cpu():
-        return False
     sampler: Any = importlib.import_module("vllm.v1.sample.rejection_sampler")
 
     def repeated(x: Any, cu: Any, num_tokens: int, replace_from: int = 0, replace_to: int = 0):
