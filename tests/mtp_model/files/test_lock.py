@@ -32,7 +32,7 @@ def another(lock: ObjectPlace, gcs: GcsServer, name: str, **changes: object) -> 
 
 def test_who_watches_silent_locks_is_not_taken_for_silent(lock: ObjectPlace, gcs: GcsServer):
     """Shared holders died elsewhere; while one waits for them, nobody else gets the lock."""
-    for name in (".a", ".b"):
+    for name in (".a", ".b", ".c", ".d", ".e"):
         another(lock, gcs, name, host="elsewhere")
     inside: list[str] = []
     ended = threading.Event()
@@ -41,7 +41,7 @@ def test_who_watches_silent_locks_is_not_taken_for_silent(lock: ObjectPlace, gcs
         began = time.monotonic()
         with lock.locked(wait=True) as got:
             assert got
-            assert time.monotonic() - began < 1.9  # watched at once, not one after the other
+            assert time.monotonic() - began < 4.5  # watched at once, not one after the other
             inside.append("exclusive")
             ended.wait(20)
             inside.remove("exclusive")
