@@ -12,6 +12,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
@@ -133,8 +134,8 @@ def _end_with(last_words: bytes) -> NoReturn:
     What JAX's threads still have to say, in the moment that the end takes, is heard no more.
     """
     said = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
     os.write(said, last_words)
     os._exit(FAILED)
 
