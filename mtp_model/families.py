@@ -135,7 +135,7 @@ class _Reader:
         fields = {
             **self._sizes(),
             "q_lora_rank": self._size("q_lora_rank", minimum=1, optional=True),
-            "routed_scaling_factor": self._number(self.values, "routed_scaling_factor", 1.0),
+            "routed_scaling_factor": self._number(self.values, "routed_scaling_factor", 2.5),
             "rms_norm_eps": self._positive(self.values, "rms_norm_eps", 1e-6),
             "norm_topk_prob": self._flag(self.values, "norm_topk_prob", ""),
             "rope_theta": theta,

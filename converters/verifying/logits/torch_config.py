@@ -69,7 +69,7 @@ def as_read(config: Config) -> dict[str, Any]:
         if other in config:
             config[name] = _agreeing(config, other, name)
     _refuse(config)
-    defaults = {"norm_topk_prob": True, "routed_scaling_factor": 1.0, "rms_norm_eps": 1e-6}
+    defaults = {"norm_topk_prob": True, "routed_scaling_factor": 2.5, "rms_norm_eps": 1e-6}
     filled = {**defaults, **config, "rope": _rope(config)}
     filled["num_nextn_predict_layers"] = config.get("num_nextn_predict_layers") or 0
     filled["mtp_hidden_state"] = config.get("mtp_hidden_state") or "post_norm"

@@ -3,6 +3,7 @@
 Once by the model and once by the torch reference, which read the config independently.
 """
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ pytest.importorskip("transformers")
 
 import torch
 from imported import assert_close, assert_far, import_folder, load_float32
+from transformers import DeepseekV3Config
 from transformers_pair import pair_of, random_tokens, transformers_mtp
 
 from converters.verifying.logits.torch_config import as_read
@@ -137,6 +139,29 @@ def test_values_that_change_nothing_are_read(edit: dict[str, Any]):
     assert read["rope"] == as_read(TINY_CONFIG)["rope"]
     assert read["num_nextn_predict_layers"] == config.num_nextn_predict_layers
     assert ModelConfig.from_dict(config.to_dict()) == config
+
+
+LEFT_OUT = (
+    "routed_scaling_factor",
+    "norm_topk_prob",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_interleave",
+)
+
+
+@pytest.mark.parametrize("key", LEFT_OUT)
+def test_a_key_that_is_left_out_is_what_transformers_makes_of_it(key: str):
+    values = {k: v for k, v in TINY_CONFIG.items() if k != key}
+    theirs = DeepseekV3Config(**copy.deepcopy(values))
+    in_rope = key == "rope_theta"
+    wanted = theirs.rope_parameters[key] if in_rope else getattr(theirs, key)
+    assert getattr(ModelConfig.from_dict(values), key) == wanted
+    read = as_read(values)
+    assert wanted == {
+        "rope_theta": read["rope"]["theta"],
+        "rope_interleave": read["rope"]["interleave"],
+    }.get(key, read.get(key))
 
 
 def test_a_stand_alone_draft_is_named_as_what_it_is():
