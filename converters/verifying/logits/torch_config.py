@@ -26,7 +26,16 @@ _NOT_NEEDED = (
     "pretraining_tp use_cache transformers_version bos_token_id eos_token_id pad_token_id "
     "output_router_logits _name_or_path name_or_path _commit_hash tokenizer_class id2label "
     "label2id problem_type return_dict output_attentions output_hidden_states unsloth_fixed "
-    "unsloth_version model_max_length _attn_implementation _attn_implementation_autoset"
+    "unsloth_version model_max_length _attn_implementation _attn_implementation_autoset "
+    "attn_implementation _attn_implementation_internal _experts_implementation "
+    "_experts_implementation_internal mtp_new_layers router_aux_loss_coef router_jitter_noise "
+    "classifier_dropout num_labels finetuning_task task_specific_params prefix use_bfloat16 "
+    "tf_legacy_loss output_scores return_dict_in_generate sep_token_id decoder_start_token_id "
+    "forced_bos_token_id forced_eos_token_id suppress_tokens begin_suppress_tokens bad_words_ids "
+    "do_sample temperature top_k top_p typical_p num_beams num_beam_groups num_return_sequences "
+    "max_length min_length max_new_tokens early_stopping repetition_penalty length_penalty "
+    "diversity_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size "
+    "exponential_decay_length_penalty remove_invalid_values"
 ).split()
 _ONLY = {
     "hidden_act": ("silu",),
@@ -47,6 +56,11 @@ _ONLY = {
     "chunk_size_feed_forward": (0,),
     "torchscript": (False,),
     "layer_types": (None,),
+    "mlp_layer_types": (None,),
+    "per_layer_config": (None,),
+    "hidden_dropout": (0, None),
+    "cross_attention_hidden_size": (None,),
+    "tie_encoder_decoder": (False,),
 }
 _IN_ROPE = (
     "type rope_type rope_theta factor original_max_position_embeddings beta_fast beta_slow mscale "
