@@ -62,10 +62,11 @@ _ONLY = {
     "cross_attention_hidden_size": (None,),
     "tie_encoder_decoder": (False,),
 }
-_IN_ROPE = (
-    "type rope_type rope_theta factor original_max_position_embeddings beta_fast beta_slow mscale "
-    "mscale_all_dim attention_factor truncate partial_rotary_factor"
+_OF_YARN = (
+    "factor original_max_position_embeddings beta_fast beta_slow mscale mscale_all_dim "
+    "attention_factor truncate"
 ).split()
+_IN_ROPE = ("type", "rope_type", "rope_theta", "partial_rotary_factor", *_OF_YARN)
 
 
 def as_read(config: Config) -> dict[str, Any]:
@@ -135,6 +136,9 @@ def _rope(config: Config) -> dict[str, Any]:
     kind = one.get("rope_type") or "default"
     if kind not in ("default", "yarn"):
         raise UserError(f"config.json: rope_type {kind!r}: only 'yarn' is known")
+    unused = [key for key, value in one.items() if key in _OF_YARN and value is not None]
+    if kind == "default" and unused:
+        raise UserError(f"config.json: rope_type is default, and there is {', '.join(unused)}")
     return {
         "theta": one.get("rope_theta", 10000.0),
         "interleave": config.get("rope_interleave", True),

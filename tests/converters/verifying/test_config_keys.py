@@ -91,6 +91,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "rope_parameters.*rope_scaling",
     ),
     "two thetas": ({"rope_parameters": {**NEWER, "rope_theta": 7}}, "rope_theta"),
+    "yarn that is not said to be": (
+        {"rope_scaling": {k: v for k, v in YARN.items() if k != "type"}},
+        "beta_fast",
+    ),
+    "yarn under another name": ({"rope_scaling": {"type": "default", "factor": 40}}, "factor"),
     "two types": ({"rope_scaling": {**YARN, "rope_type": "default"}}, "type"),
     "a part of a head": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     "a part of a head in yarn": (
