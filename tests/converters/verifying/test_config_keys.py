@@ -82,6 +82,26 @@ def test_a_key_is_computed_as_transformers_does(case: str, unchanged: jax.Array,
     assert_close(out[1][:, :-1], draft, f"{case}: our MTP module")
 
 
+@torch.no_grad()
+def test_every_norm_has_the_rms_norm_eps_of_the_config(tmp_path: Path):
+    """As in vLLM and SGLang; Transformers has 1e-6 in the norms of the two latents, whatever it
+    says."""
+    make_tiny_checkpoint(tmp_path / "source", dtype="f32", sizes={"rms_norm_eps": 1e-3})
+    import_folder(tmp_path / "source", tmp_path / "checkpoint")
+    pair = pair_of(tmp_path / "source")
+    ours = jax.jit(lambda m, t: m(t).logits_BTV)(
+        load_float32(tmp_path / "checkpoint"), pair.tokens.numpy()
+    )
+    assert_far(pair.main.lm_head(pair.hidden).numpy(), ours, "1e-6 in the norms of latents")
+    for name, module in pair.main.named_modules():
+        if name.endswith("_a_layernorm"):
+            module.variance_epsilon = 1e-3
+    want = pair.main.lm_head(pair.main.model(pair.tokens).last_hidden_state).numpy()
+    assert_close(ours, want, "one epsilon in all norms: our model")
+    hidden = pair.reference.main(pair.tokens).hidden
+    assert_close(pair.reference.logits(hidden).numpy(), want, "the same: torch reference")
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a key that nobody knows": ({"lightning_heads": 3}, "lightning_heads"),
     "linear scaling": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
