@@ -289,7 +289,7 @@ class _Reader:
         kind = rope.get("rope_type") or "default"
         if kind == "default":
             if unused := [key for key in rope if key in OF_YARN and rope[key] is not None]:
-                needed = f"yarn, which alone computes {' and '.join(unused)}; or remove these"
+                needed = f"yarn, which alone computes {' and '.join(unused)}, or none of these"
                 self._fault("rope_scaling.type", kind, needed)
             return None
         if kind != "yarn":
