@@ -60,7 +60,7 @@ class ModelConfig:
     topk_group: int
     first_k_dense_replace: int
     num_nextn_predict_layers: int = 0
-    routed_scaling_factor: float = 1.0
+    routed_scaling_factor: float = 2.5
     norm_topk_prob: bool = True
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0

@@ -82,14 +82,15 @@ HARMLESS = set(
         "unsloth_fixed unsloth_version mtp_new_layers"
     ).split()
 )
-ROPE_KEYS = set(
+ROPE_TYPES = ("default", "yarn", None)
+OF_YARN = set(
     (
-        "type rope_type rope_theta factor original_max_position_embeddings beta_fast beta_slow "
-        "mscale mscale_all_dim attention_factor truncate partial_rotary_factor"
+        "factor original_max_position_embeddings beta_fast beta_slow mscale mscale_all_dim "
+        "attention_factor truncate"
     ).split()
 )
+ROPE_KEYS = OF_YARN | {"type", "rope_type", "rope_theta", "partial_rotary_factor"}
 QUANTISATION = {  # keys of quantization_config and the values that are read
-    "quant_method": ("fp8",),
     "fmt": ("e4m3",),
     "activation_scheme": ("dynamic",),
     "scale_fmt": ("ue8m0", "float", None),
@@ -98,7 +99,7 @@ QUANTISATION = {  # keys of quantization_config and the values that are read
     "expert_dtype": ("fp8", None),
 }
 NOT_CONVERTED = ("modules_to_not_convert", "ignored_layers")  # two names of one list
-OTHER_QUANTISATION = {"weight_block_size", *NOT_CONVERTED}
+OTHER_QUANTISATION = {"quant_method", "weight_block_size", *NOT_CONVERTED}
 DTYPES = ("bfloat16", "float32")
 
 
@@ -128,14 +129,15 @@ class _Reader:
 
     def fields(self) -> dict[str, Any]:
         self._resolve_aliases()
-        self._refuse_unknown("", self.values, COMPUTED | HARMLESS | REQUIRED.keys())
+        if self.values.get("model_type") in MODEL_TYPES:  # of another network, keys mean nothing
+            self._refuse_unknown("", self.values, COMPUTED | HARMLESS | REQUIRED.keys())
         self._require_architecture()
         rope = self._rope()
         theta = self._positive(rope, "rope_theta", 10000.0)
         fields = {
             **self._sizes(),
             "q_lora_rank": self._size("q_lora_rank", minimum=1, optional=True),
-            "routed_scaling_factor": self._number(self.values, "routed_scaling_factor", 1.0),
+            "routed_scaling_factor": self._number(self.values, "routed_scaling_factor", 2.5),
             "rms_norm_eps": self._positive(self.values, "rms_norm_eps", 1e-6),
             "norm_topk_prob": self._flag(self.values, "norm_topk_prob", ""),
             "rope_theta": theta,
@@ -265,9 +267,10 @@ class _Reader:
             found["rope_theta"], origin["rope_theta"] = self.values["rope_theta"], "rope_theta"
         for place in ("rope_parameters", "rope_scaling"):
             values = self._mapping(place)
-            self._refuse_unknown(f"{place}.", values, ROPE_KEYS)
             if values and "rope_type" not in values and "type" not in values:
                 values = {**values, "rope_type": "default"}
+            if values.get("rope_type", values.get("type")) in ROPE_TYPES:
+                self._refuse_unknown(f"{place}.", values, ROPE_KEYS)
             for key, value in values.items():
                 name = "rope_type" if key == "type" else key
                 if found.setdefault(name, value) != value:
@@ -285,6 +288,9 @@ class _Reader:
         """
         kind = rope.get("rope_type") or "default"
         if kind == "default":
+            if unused := [key for key in rope if key in OF_YARN and rope[key] is not None]:
+                needed = f"yarn, which alone computes {' and '.join(unused)}, or none of these"
+                self._fault("rope_scaling.type", kind, needed)
             return None
         if kind != "yarn":
             self._fault("rope_scaling.type", kind, "yarn or none")
@@ -322,6 +328,10 @@ class _Reader:
 
     def _quantisation(self) -> dict[str, Any]:
         found = self._mapping("quantization_config")
+        if (method := found.get("quant_method", "fp8")) != "fp8":
+            needed = "fp8 in blocks, or weights that were dequantised to bfloat16"
+            self._fault("quantization_config.quant_method", method, needed)
+            found = {}  # whose keys mean other things
         self._refuse_unknown(
             "quantization_config.", found, QUANTISATION.keys() | OTHER_QUANTISATION
         )
@@ -342,9 +352,8 @@ class _Reader:
             if not (isinstance(found, list) and all(isinstance(name, str) for name in found)):
                 self._fault(f"quantization_config.{key}", found, "a list of module names, or null")
         if len(lists) == 2 and lists[NOT_CONVERTED[0]] != lists[NOT_CONVERTED[1]]:
-            names = [f"quantization_config.{key}" for key in lists]
-            first, second = lists.values()
-            self._contradiction(names[0], first, names[1], second)
+            first, second = ((f"quantization_config.{key}", v) for key, v in lists.items())
+            self._contradiction(*first, *second)
 
     def _block(self, quantization: Mapping[str, Any]) -> tuple[int, int] | None:
         block = quantization.get("weight_block_size")
@@ -357,17 +366,14 @@ class _Reader:
 
     def _check_relations(self, fields: dict[str, Any]) -> None:
         experts, groups = fields["n_routed_experts"], fields["n_group"]
+        chosen, allowed = fields["num_experts_per_tok"], fields["topk_group"] * (experts // groups)
         if experts % groups or experts // groups < 2:
             self._fault("n_group", groups, f"a divisor of {experts} experts, 2 or more in a group")
         elif fields["topk_group"] > groups:
             self._fault("topk_group", fields["topk_group"], f"at most n_group {groups}")
-        elif fields["num_experts_per_tok"] > fields["topk_group"] * (experts // groups):
-            allowed = fields["topk_group"] * (experts // groups)
-            self._fault(
-                "num_experts_per_tok",
-                fields["num_experts_per_tok"],
-                f"at most the {allowed} experts of the kept groups",
-            )
+        elif chosen > allowed:
+            needed = f"at most the {allowed} experts of the kept groups"
+            self._fault("num_experts_per_tok", chosen, needed)
         rope, nope = fields["qk_rope_head_dim"], fields["qk_nope_head_dim"]
         if rope % 2:
             self._fault("qk_rope_head_dim", rope, "an even number")

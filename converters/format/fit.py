@@ -167,6 +167,7 @@ def _contradictions(
     if cfg.weight_block_size is None:
         yield from _quantisation_contradictions(tensors, wanted)
     yield from _dtype_contradictions(tensors, cfg, wanted)
+    yield from _module_contradictions(tensors, cfg, wanted, where)
 
 
 def _is_mtp(name: str, cfg: ModelConfig) -> bool:
@@ -278,6 +279,30 @@ def _dtype_contradictions(
         detail = f"is {cfg.dtype!r}, {count:,} of {len(named):,} unquantised tensors are {common}"
         problem = Problem("config", "torch_dtype", f"{detail}: {_TORCH_DTYPES[common]}")
         yield _Contradiction(problem, {n for n in named if tensors[n].dtype == common})
+
+
+def _module_contradictions(
+    tensors: Tensors, cfg: ModelConfig, wanted: Slots, where: str
+) -> Iterator[_Contradiction]:
+    """An MTP module in float32 beside a bfloat16 main model, as training leaves it; or reversed."""
+    embedding = "model.embed_tokens.weight"
+    if embedding not in tensors or tensors[embedding].dtype != wanted[embedding].dtype:
+        return  # the main model itself is in another dtype
+    other = {"F32": "BF16", "BF16": "F32"}[wanted[embedding].dtype]
+    scales = {slot.scale for slot in wanted.values()}
+    names = {
+        name
+        for name, slot in wanted.items()
+        if _is_mtp(name, cfg) and name not in scales and not slot.is_widened
+        if name in tensors and tensors[name].dtype == other
+    }
+    if names:
+        detail = f"holds {len(names):,} tensors in {other}, the main model's are not"
+        advice = f"to write them as the main model's, import with --mtp-from {shlex.quote(where)}"
+        layers = braces(layer for name in names if (layer := layer_of(name)) is not None)
+        yield _Contradiction(
+            Problem("dtype", f"model.layers.{layers}", f"{detail}; {advice}"), names
+        )
 
 
 def _missing(tensors: Tensors, wanted: Slots, explained: set[str]) -> Iterator[Problem]:

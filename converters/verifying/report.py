@@ -273,7 +273,11 @@ def _verdicts(found: Verification) -> Iterator[str]:
             yield f"FAILED: {total.differing:,} of {total.tensors:,} tensors differ from the source"
             yield from _changed_halves(found.storage.parts)
         else:
-            yield f"export writes the source's bytes for all {total.tensors:,} tensors"
+            stale = sum(difference.replaced for difference in found.storage.differences)
+            all_or_most = f"{total.tensors - stale:,} of" if stale else "all"
+            others = ", the main model's for the others, stale copies" if stale else ""
+            told = f"export writes the source's bytes for {all_or_most} {total.tensors:,} tensors"
+            yield told + others
         if found.storage.files:
             yield f"FAILED: {plural(len(found.storage.files), 'file')} would be written otherwise"
     if found.logits:

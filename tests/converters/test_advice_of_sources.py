@@ -60,6 +60,31 @@ def shard_of(src: Path, name: str) -> Path:
     return src / weight_map(src)[name]
 
 
+# --- an MTP module in another dtype
+
+
+@follows("to write them as the main model's, import with --mtp-from")
+def test_a_module_in_float32_beside_a_bfloat16_main_model(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    src = Path(shutil.copytree(made / "bf16", tmp_path / "src"))
+    stored = read_tensors(src)
+    tensors = {
+        name: tensor.astype("float32") if name.startswith("model.layers.4.") else tensor
+        for name, tensor in stored.items()
+    }
+    for file in src.glob("model*"):
+        file.unlink()
+    write_files(src, {"model.safetensors": tensors}, index=False)
+    said = refused(capsys, src)
+    assert f"1 problem in {src}: dtype model.layers.4 holds 55 tensors in F32" in said
+    out = read_tensors(imported(src, "--mtp-from", src))
+    assert out.keys() == stored.keys()
+    for name, tensor in stored.items():
+        assert out[name].dtype == tensor.dtype, name
+        assert out[name].tobytes() == tensor.tobytes(), name
+
+
 # --- files that no index names
 
 

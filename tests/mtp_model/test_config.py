@@ -97,3 +97,19 @@ def test_a_fault_is_named(changes, expected):
 def test_faults_are_collected():
     found = faults(model_type="llama", hidden_size=0, kv_lora_rank=None, rope_scaling=[1])
     assert len(found) == 4
+
+
+@pytest.mark.parametrize(
+    ("key", "foreign"),
+    [
+        ("rope_scaling.type", {"rope_scaling": {"rope_type": "llama3", "low_freq_factor": 1}}),
+        (
+            "quantization_config.quant_method",
+            {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {}}},
+        ),
+        ("model_type", {"model_type": "deepseek_v32", "index_topk": 2048}),
+    ],
+)
+def test_of_another_kind_the_kind_is_refused_and_no_key_told_to_be_removed(key, foreign):
+    [fault] = faults(**foreign)
+    assert fault.startswith(f"{key} is ")

@@ -26,7 +26,16 @@ _NOT_NEEDED = (
     "pretraining_tp use_cache transformers_version bos_token_id eos_token_id pad_token_id "
     "output_router_logits _name_or_path name_or_path _commit_hash tokenizer_class id2label "
     "label2id problem_type return_dict output_attentions output_hidden_states unsloth_fixed "
-    "unsloth_version model_max_length _attn_implementation _attn_implementation_autoset"
+    "unsloth_version model_max_length _attn_implementation _attn_implementation_autoset "
+    "attn_implementation _attn_implementation_internal _experts_implementation "
+    "_experts_implementation_internal mtp_new_layers router_aux_loss_coef router_jitter_noise "
+    "classifier_dropout num_labels finetuning_task task_specific_params prefix use_bfloat16 "
+    "tf_legacy_loss output_scores return_dict_in_generate sep_token_id decoder_start_token_id "
+    "forced_bos_token_id forced_eos_token_id suppress_tokens begin_suppress_tokens bad_words_ids "
+    "do_sample temperature top_k top_p typical_p num_beams num_beam_groups num_return_sequences "
+    "max_length min_length max_new_tokens early_stopping repetition_penalty length_penalty "
+    "diversity_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size "
+    "exponential_decay_length_penalty remove_invalid_values"
 ).split()
 _ONLY = {
     "hidden_act": ("silu",),
@@ -47,11 +56,17 @@ _ONLY = {
     "chunk_size_feed_forward": (0,),
     "torchscript": (False,),
     "layer_types": (None,),
+    "mlp_layer_types": (None,),
+    "per_layer_config": (None,),
+    "hidden_dropout": (0, None),
+    "cross_attention_hidden_size": (None,),
+    "tie_encoder_decoder": (False,),
 }
-_IN_ROPE = (
-    "type rope_type rope_theta factor original_max_position_embeddings beta_fast beta_slow mscale "
-    "mscale_all_dim attention_factor truncate partial_rotary_factor"
+_OF_YARN = (
+    "factor original_max_position_embeddings beta_fast beta_slow mscale mscale_all_dim "
+    "attention_factor truncate"
 ).split()
+_IN_ROPE = ("type", "rope_type", "rope_theta", "partial_rotary_factor", *_OF_YARN)
 
 
 def as_read(config: Config) -> dict[str, Any]:
@@ -69,7 +84,7 @@ def as_read(config: Config) -> dict[str, Any]:
         if other in config:
             config[name] = _agreeing(config, other, name)
     _refuse(config)
-    defaults = {"norm_topk_prob": True, "routed_scaling_factor": 1.0, "rms_norm_eps": 1e-6}
+    defaults = {"norm_topk_prob": True, "routed_scaling_factor": 2.5, "rms_norm_eps": 1e-6}
     filled = {**defaults, **config, "rope": _rope(config)}
     filled["num_nextn_predict_layers"] = config.get("num_nextn_predict_layers") or 0
     filled["mtp_hidden_state"] = config.get("mtp_hidden_state") or "post_norm"
@@ -121,6 +136,9 @@ def _rope(config: Config) -> dict[str, Any]:
     kind = one.get("rope_type") or "default"
     if kind not in ("default", "yarn"):
         raise UserError(f"config.json: rope_type {kind!r}: only 'yarn' is known")
+    unused = [key for key, value in one.items() if key in _OF_YARN and value is not None]
+    if kind == "default" and unused:
+        raise UserError(f"config.json: rope_type is default, and there is {', '.join(unused)}")
     return {
         "theta": one.get("rope_theta", 10000.0),
         "interleave": config.get("rope_interleave", True),

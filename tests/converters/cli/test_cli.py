@@ -196,6 +196,7 @@ def test_stale_copies_stop_an_import_until_told_what_to_take(
     status, out, _ = run(capsys, "verify", source, checkpoint)
     assert status == 0
     assert "stale in the source, export writes the main model's" in out
+    assert "the source's bytes for 330 of 331 tensors, the main model's for the others" in out
 
 
 def test_options_reach_the_import(source: Path, tmp_path: Path, capsys):

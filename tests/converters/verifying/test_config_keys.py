@@ -3,6 +3,7 @@
 Once by the model and once by the torch reference, which read the config independently.
 """
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ pytest.importorskip("transformers")
 
 import torch
 from imported import assert_close, assert_far, import_folder, load_float32
+from transformers import DeepseekV3Config
 from transformers_pair import pair_of, random_tokens, transformers_mtp
 
 from converters.verifying.logits.torch_config import as_read
+from mtp_model import families
 from mtp_model.config import ConfigError, ModelConfig
 from mtp_model.problems import UserError
 from tools.make_tiny_checkpoint import TINY_CONFIG, make_tiny_checkpoint
@@ -79,6 +82,26 @@ def test_a_key_is_computed_as_transformers_does(case: str, unchanged: jax.Array,
     assert_close(out[1][:, :-1], draft, f"{case}: our MTP module")
 
 
+@torch.no_grad()
+def test_every_norm_has_the_rms_norm_eps_of_the_config(tmp_path: Path):
+    """As in vLLM and SGLang; Transformers has 1e-6 in the norms of the two latents, whatever it
+    says."""
+    make_tiny_checkpoint(tmp_path / "source", dtype="f32", sizes={"rms_norm_eps": 1e-3})
+    import_folder(tmp_path / "source", tmp_path / "checkpoint")
+    pair = pair_of(tmp_path / "source")
+    ours = jax.jit(lambda m, t: m(t).logits_BTV)(
+        load_float32(tmp_path / "checkpoint"), pair.tokens.numpy()
+    )
+    assert_far(pair.main.lm_head(pair.hidden).numpy(), ours, "1e-6 in the norms of latents")
+    for name, module in pair.main.named_modules():
+        if name.endswith("_a_layernorm"):
+            module.variance_epsilon = 1e-3
+    want = pair.main.lm_head(pair.main.model(pair.tokens).last_hidden_state).numpy()
+    assert_close(ours, want, "one epsilon in all norms: our model")
+    hidden = pair.reference.main(pair.tokens).hidden
+    assert_close(pair.reference.logits(hidden).numpy(), want, "the same: torch reference")
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a key that nobody knows": ({"lightning_heads": 3}, "lightning_heads"),
     "linear scaling": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
@@ -88,6 +111,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "rope_parameters.*rope_scaling",
     ),
     "two thetas": ({"rope_parameters": {**NEWER, "rope_theta": 7}}, "rope_theta"),
+    "yarn that is not said to be": (
+        {"rope_scaling": {k: v for k, v in YARN.items() if k != "type"}},
+        "beta_fast",
+    ),
+    "yarn under another name": ({"rope_scaling": {"type": "default", "factor": 40}}, "factor"),
     "two types": ({"rope_scaling": {**YARN, "rope_type": "default"}}, "type"),
     "a part of a head": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     "a part of a head in yarn": (
@@ -137,6 +165,38 @@ def test_values_that_change_nothing_are_read(edit: dict[str, Any]):
     assert read["rope"] == as_read(TINY_CONFIG)["rope"]
     assert read["num_nextn_predict_layers"] == config.num_nextn_predict_layers
     assert ModelConfig.from_dict(config.to_dict()) == config
+
+
+LEFT_OUT = (
+    "routed_scaling_factor",
+    "norm_topk_prob",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_interleave",
+)
+
+
+@pytest.mark.parametrize("key", LEFT_OUT)
+def test_a_key_that_is_left_out_is_what_transformers_makes_of_it(key: str):
+    values = {k: v for k, v in TINY_CONFIG.items() if k != key}
+    theirs = DeepseekV3Config(**copy.deepcopy(values))
+    in_rope = key == "rope_theta"
+    wanted = theirs.rope_parameters[key] if in_rope else getattr(theirs, key)
+    assert getattr(ModelConfig.from_dict(values), key) == wanted
+    read = as_read(values)
+    assert wanted == {
+        "rope_theta": read["rope"]["theta"],
+        "rope_interleave": read["rope"]["interleave"],
+    }.get(key, read.get(key))
+
+
+def test_what_the_model_passes_over_the_reference_does_too():
+    """Older releases of Transformers write most of these keys; `verify --logits` reads them all."""
+    harmless = dict.fromkeys(families.HARMLESS, 1)
+    neutral = {key: values[0] for key, values in families.NEUTRAL.items()}
+    edited = {**TINY_CONFIG, **harmless, **neutral}
+    assert ModelConfig.from_dict(edited) == ModelConfig.from_dict(TINY_CONFIG)
+    as_read(edited)
 
 
 def test_a_stand_alone_draft_is_named_as_what_it_is():
