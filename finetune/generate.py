@@ -148,6 +148,7 @@ def generate(settings: GenerateSettings) -> Counts:
     check(settings)
     checkpoint = _open(settings)
     documents = open_documents(settings.checkpoint, settings.data, checkpoint.config)
+    _raise_if_prompts(settings.out, documents)
     if settings.server is not None:
         # Two minutes, if nobody answers.
         with progress(f"reach {settings.server}", "models") as report:
@@ -281,6 +282,14 @@ def _open(settings: GenerateSettings) -> Checkpoint:
             f"{settings.checkpoint} has no MTP module to draft; leave out --speculate"
         )
     return checkpoint
+
+
+def _raise_if_prompts(out: Path, documents: TokenDocuments) -> None:
+    """SettingsError where the answers would take the place of a file that prompts are read from."""
+    place = as_place(out)
+    if place.exists() and any(file.path.is_same(place) for file in documents.corpus.files):
+        found = f"--out is {written(out)}, which --data reads: needed another file"
+        raise SettingsError("settings that cannot be used", [found])
 
 
 def _made_by(

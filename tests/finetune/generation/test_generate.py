@@ -17,7 +17,7 @@ from finetune.data.tokens import Tokens
 from finetune.evaluate import EvaluateSettings, evaluate
 from finetune.generate import GenerateSettings, _before_last_answer, _prompt_of, prompts_of
 from finetune.generation.answers import AnswersError
-from finetune.settings import MeshSettings
+from finetune.settings import MeshSettings, SettingsError
 from mtp_model import moe
 from mtp_model.checkpoint.directory import CheckpointError, open_checkpoint
 from tools.make_tiny_checkpoint import BOS, EOS
@@ -151,6 +151,22 @@ def test_wrong_usage_is_said(settings, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "--rows is 0, needed 1 or more" in said
     assert "a.txt, needed a name that ends with .jsonl" in said
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_answers_never_take_the_place_of_their_prompts(settings, data, tmp_path, overwrite):
+    """Named by another path, or in a folder that is read."""
+    folder = tmp_path / "prompts"
+    folder.mkdir()
+    prompts = folder / "prompts.jsonl"
+    prompts.write_bytes(data.read_bytes())
+    (tmp_path / "link.jsonl").symlink_to(prompts)
+    mine = dataclasses.replace(settings, data=(folder,), overwrite=overwrite)
+    for out in (prompts, tmp_path / "link.jsonl"):
+        with pytest.raises(SettingsError, match="which --data reads: needed another file"):
+            generate.generate(dataclasses.replace(mine, out=out))
+    assert [each.name for each in folder.iterdir()] == ["prompts.jsonl"]
+    assert prompts.read_bytes() == data.read_bytes()
 
 
 def told(settings: GenerateSettings) -> str:
