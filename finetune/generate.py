@@ -15,7 +15,7 @@ import xxhash
 from jax.sharding import Mesh
 
 from finetune.data.run_text import open_documents
-from finetune.data.tokens import TokenDocuments
+from finetune.data.tokens import TokenDocuments, Tokens
 from finetune.devices import Workload, devices_for
 from finetune.generation.answers import Answers, Counts, about, in_batches, opened
 from finetune.generation.decoder import Decoding, Prompts, decode, room_for
@@ -55,7 +55,8 @@ class GenerateSettings:
     With --server its tokenizer and config are used, and no weights."""
     data: tuple[Path, ...]
     """Prompts, in the forms that training reads. Of a conversation, or a prompt with its
-    completion, all that comes before the last answer; of plain text its first tokens."""
+    completion, all that comes before the last answer, or all of it where the last turn is not the
+    assistant's; of plain text its first tokens."""
     out: Path
     """File of answers, .jsonl; local or gs://. Records {"input_ids", "loss_mask"}, the prompt not
     learnt."""
@@ -147,6 +148,7 @@ def generate(settings: GenerateSettings) -> Counts:
     check(settings)
     checkpoint = _open(settings)
     documents = open_documents(settings.checkpoint, settings.data, checkpoint.config)
+    _raise_if_prompts(settings.out, documents)
     if settings.server is not None:
         # Two minutes, if nobody answers.
         with progress(f"reach {settings.server}", "models") as report:
@@ -235,15 +237,25 @@ def _ask(
 def prompts_of(documents: TokenDocuments, prompt_tokens: int) -> Iterator[Prompt]:
     """A prompt of each document that has one, in their order.
 
-    Of a conversation, or a prompt with its completion, it is all that comes before the last answer;
-    of plain text, which is learnt from its start, the first `prompt_tokens`.
+    Of a conversation, or a prompt with its completion, it is all that comes before the last answer,
+    of a conversation that waits for its answer all of it, with the header of that answer; of plain
+    text, which is learnt from its start, the first `prompt_tokens`, of a shorter one all but EOS.
     """
     for document in range(len(documents)):
-        tokens = documents[document]
-        length = _before_last_answer(tokens.loss_mask)
-        ids = tokens.ids[: prompt_tokens if length == 0 else length]
+        if (question := documents.question(document)) is not None:
+            ids = question.ids
+        else:
+            ids = _prompt_of(documents[document], prompt_tokens, documents.encoder.eos)
         if len(ids):
             yield Prompt(document, ids)
+
+
+def _prompt_of(tokens: Tokens, prompt_tokens: int, eos: tuple[int, ...]) -> np.ndarray:
+    """The tokens of a document that an answer follows."""
+    if length := _before_last_answer(tokens.loss_mask):
+        return tokens.ids[:length]
+    ids = tokens.ids[:prompt_tokens]
+    return ids[:-1] if eos and ids[-1:].tolist() == [*eos] else ids
 
 
 def _before_last_answer(loss_mask: np.ndarray) -> int:
@@ -270,6 +282,14 @@ def _open(settings: GenerateSettings) -> Checkpoint:
             f"{settings.checkpoint} has no MTP module to draft; leave out --speculate"
         )
     return checkpoint
+
+
+def _raise_if_prompts(out: Path, documents: TokenDocuments) -> None:
+    """SettingsError where the answers would take the place of a file that prompts are read from."""
+    place = as_place(out)
+    if place.exists() and any(file.path.is_same(place) for file in documents.corpus.files):
+        found = f"--out is {written(out)}, which --data reads: needed another file"
+        raise SettingsError("settings that cannot be used", [found])
 
 
 def _made_by(

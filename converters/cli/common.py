@@ -11,7 +11,12 @@ from converters.format.listing import SourceCheckpoint, open_safetensors
 from converters.format.mtp_from import find_module, open_joined
 from converters.sources.open import open_source
 from converters.sources.source import Source, kind_fault
-from mtp_model.checkpoint.directory import COMPLETE, UNFINISHED, open_checkpoint
+from mtp_model.checkpoint.directory import (
+    COMPLETE,
+    UNFINISHED,
+    CheckpointError,
+    open_checkpoint,
+)
 from mtp_model.files.open import as_place, is_address
 from mtp_model.problems import Problem, ProblemsError, UserError
 from mtp_model.reporting import (
@@ -39,6 +44,17 @@ def checkpoint_of(src: str, mtp_from: str | None, *, follow_links: bool) -> Sour
     if mtp_from is None:
         return open_safetensors(source)
     return open_joined(source, find_module(any_source(mtp_from, follow_links=follow_links)))
+
+
+def raise_if_module_goes(dst: str | Path, mtp_from: str | None) -> None:
+    """CheckpointError where what is written would replace the module that it is made of."""
+    if mtp_from is None or not (is_address(mtp_from) or Path(mtp_from).exists()):
+        return  # none, or on the Hub
+    if as_place(dst).overlaps(as_place(mtp_from)):
+        raise CheckpointError(
+            f"{dst} and {mtp_from} of --mtp-from overlap; that is read while the other is written: "
+            "name another place"
+        )
 
 
 def any_source(src: str, *, follow_links: bool) -> Source:

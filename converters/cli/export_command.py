@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converters.cli.arguments import Export
-from converters.cli.common import checkpoint_of, print_result, source_of, time_and_rate
+from converters.cli.common import (
+    checkpoint_of,
+    print_result,
+    raise_if_module_goes,
+    source_of,
+    time_and_rate,
+)
 from converters.exporting.adapters import settings_of, write_adapters
 from converters.exporting.destination import forget_record
 from converters.exporting.exporter import export_checkpoint
@@ -52,6 +58,7 @@ def run_export(command: Export) -> int:
     checkpoint = open_checkpoint(command.ckpt)
     if (adapters := settings_of(checkpoint)) is not None:
         return _export_adapters(command, checkpoint, adapters)
+    raise_if_module_goes(command.dst, command.mtp_from)
     measured = read_measured(command.acceptance, command.ckpt, checkpoint.digest)
     base = None
     follow_links = command.follow_links

@@ -5,7 +5,12 @@ import time
 from collections.abc import Iterator, Sequence
 
 from converters.cli.arguments import Import
-from converters.cli.common import checkpoint_of, print_result, time_and_rate
+from converters.cli.common import (
+    checkpoint_of,
+    print_result,
+    raise_if_module_goes,
+    time_and_rate,
+)
 from converters.cli.inspect_command import plain_weights_text
 from converters.format.listing import SourceCheckpoint
 from converters.importing.finish import foreign_buffers
@@ -24,6 +29,7 @@ from mtp_model.reporting import (
 
 def run_import(command: Import) -> int:
     """Check all that the headers tell, then import; values are checked as they are read."""
+    raise_if_module_goes(command.dst, command.mtp_from)
     checkpoint = checkpoint_of(command.src, command.mtp_from, follow_links=command.follow_links)
     # The copies of another checkpoint's module may be of what its main model was before training.
     copies = "main" if checkpoint.taken else command.copies

@@ -47,11 +47,15 @@ class ChatTemplate:
         """Whether a template writes today's date."""
         return any("strftime_now" in each for each in self._templates.values())
 
-    def render(self, chat: Chat) -> Rendered:
-        """Text and learnt spans. Raises ValueError that says why there are none."""
+    def render(self, chat: Chat, *, asks: bool = False) -> Rendered:
+        """Text and learnt spans. Raises ValueError that says why there are none.
+
+        asks: the text goes on to where an assistant would answer, and nothing is learnt.
+        """
         request = {
             "messages": chat.messages,
             "learnt": list(chat.learnt),
+            "asks": asks,
             "tools": chat.tools,
             "day": chat.day,
             "variables": self._variables | (chat.variables or {}),

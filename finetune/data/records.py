@@ -80,6 +80,11 @@ class Chat:
     variables: dict[str, Any] | None = None  # others that the template may read
     day: str = "2000-01-01"  # today, for templates that write it: the day of the data's file
 
+    @property
+    def is_answered(self) -> bool:
+        """Whether its last word is an assistant's."""
+        return self.messages[-1]["role"] == ASSISTANT
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenIds:

@@ -126,10 +126,13 @@ class Renderer:
         self.takes_parts = self._takes_parts()
 
     def render(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The text of a conversation and the spans of it that are learnt."""
+        """The text of a conversation and the spans of it that are learnt; of one that asks for its
+        next turn, the text with that turn's header."""
         self.day = datetime.datetime.fromisoformat(request["day"])
         messages = [self._prepared(each) for each in request["messages"]]
         given = {"tools": request["tools"], "documents": None, **request["variables"]}
+        if request["asks"]:
+            return {"text": self._text(messages, given, prompt=True)[0], "spans": []}
         text, blocks = self._text(messages, given)
         assistant = [n for n, each in enumerate(messages) if each["role"] == "assistant"]
         learnt = request["learnt"]

@@ -59,6 +59,11 @@ class TextEncoder:
         ids = self._ended(self._begun(self._encode(record.text)))
         return _tokens((ids, [1] * len(ids)))
 
+    def encode_question(self, chat: Chat) -> Tokens:
+        """Tokens of a conversation up to where an assistant answers. Raises ValueError."""
+        assert self.chats is not None  # scan checks it
+        return self._encode_chat(self.chats.render(chat, asks=True))
+
     def encode_answer(self, text: str, ended: bool) -> list[int]:
         """Tokens of what a model wrote behind a prompt, with eos where one ended it.
 
@@ -134,6 +139,21 @@ class TokenDocuments:
         Raises DataError when an id is outside the vocabulary, or a text cannot be tokenised.
         """
         return self.stretch(document, 0)
+
+    def question(self, document: int) -> Tokens | None:
+        """What a conversation that waits for an answer asks for it with, None for all else.
+
+        Raises DataError where the chat template does not render it so.
+        """
+        if self.corpus.holds_ids(document) or self.corpus.is_long(document):
+            return None
+        record = self.corpus.read(document)
+        if not isinstance(record, Chat) or record.is_answered:
+            return None
+        try:
+            return self.encoder.encode_question(record)
+        except ValueError as error:
+            raise DataError([f"{self.corpus.where(document)} {error}"]) from error
 
     def stretch(self, document: int, begin: int) -> Tokens:
         """The stretch of a long document that begins where `following` of the one before says."""

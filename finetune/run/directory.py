@@ -149,6 +149,7 @@ class RunDirectory:
                 )
             return
         if overwrite:
+            self._raise_if_result(settings.checkpoint)
             return
         changed = forbidden_changes(saved, settings)
         found, wanted = self.computed_in(), settings.compute_dtype
@@ -162,6 +163,15 @@ class RunDirectory:
             raise RunError(
                 f"{self.place} is a finished run (its result is {self.final}); give --out another "
                 f"place, more --steps than {saved.steps} to go on, or --overwrite to train anew"
+            )
+
+    def _raise_if_result(self, checkpoint: str) -> None:
+        """RunError where what is trained is a result of the run that --overwrite would delete."""
+        place = as_place(checkpoint)
+        if place.exists() and any(entry.is_same(place) for entry in self.place.entries()):
+            raise RunError(
+                f"--overwrite would delete {checkpoint}, which --checkpoint names, with the run in "
+                f"{self.place}; nothing in it was touched; give --out another place"
             )
 
     def computed_in(self) -> ComputeDtype | None:

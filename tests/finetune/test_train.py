@@ -449,3 +449,16 @@ def test_a_step_without_a_target_moves_nothing(settings: RunSettings, checkpoint
     moved, _ = step(after, split.frozen, learnt)
     for old, new in zip(jax.tree.leaves(before.biases), jax.tree.leaves(moved.biases), strict=True):
         assert not np.array_equal(old, new)
+
+
+def test_overwrite_never_deletes_the_checkpoint_that_it_trains(finished, settings, tmp_path):
+    """Somebody trains on from a run's result, and names the run again; by a link too."""
+    out = tmp_path / "run"
+    shutil.copytree(finished.run.path, out)
+    (tmp_path / "latest").symlink_to(out / "final")
+    before = sorted(out.rglob("*"))
+    for checkpoint in (out / "final", tmp_path / "latest"):
+        again = dataclasses.replace(settings, checkpoint=str(checkpoint), out=out)
+        with pytest.raises(RunError, match=r"--overwrite would delete .*; give --out another"):
+            train(again, QUIET, overwrite=True)
+        assert sorted(out.rglob("*")) == before

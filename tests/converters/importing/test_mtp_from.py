@@ -411,3 +411,19 @@ def test_an_interrupted_import_continues_and_notices_another_module(made, tmp_pa
     name = "model.layers.4.eh_proj.weight"
     patch_tensor(other, name, {(0, 0): b"\x00\x40"})
     assert f"changed   {MTP_FILE} was" in refused(capsys, *command)
+
+
+def test_what_a_module_is_read_from_is_never_written_over(made, tmp_path, capsys):
+    """A checkpoint directory by import, a stand-alone draft by export, with --overwrite too."""
+    lost, ckpt, draft = (tmp_path / name for name in ("lost", "ckpt", "draft"))
+    without_module(made / "bf16", lost)
+    run("import", made / "other_bf16", ckpt)
+    run("export", ckpt, draft, "--draft", "vllm")
+    module, alone = tree_bytes(ckpt), tree_bytes(draft)
+    said = refused(capsys, "import", lost, ckpt, "--mtp-from", ckpt, "--overwrite")
+    assert f"{ckpt} and {ckpt} of --mtp-from overlap" in said
+    assert "name another place" in said
+    given = ("--base", lost, "--mtp-from", draft, "--overwrite")
+    assert "of --mtp-from overlap" in refused(capsys, "export", ckpt, draft, *given)
+    assert (tree_bytes(ckpt), tree_bytes(draft)) == (module, alone)
+    run("import", lost, tmp_path / "another", "--mtp-from", ckpt)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,15 @@ from imported import import_tiny
 from trained import SIZES
 
 from finetune import cli, generate
+from finetune.data.run_text import open_documents
 from finetune.data.tokens import Tokens
 from finetune.evaluate import EvaluateSettings, evaluate
-from finetune.generate import GenerateSettings, _before_last_answer, prompts_of
+from finetune.generate import GenerateSettings, _before_last_answer, _prompt_of, prompts_of
 from finetune.generation.answers import AnswersError
-from finetune.settings import MeshSettings
+from finetune.settings import MeshSettings, SettingsError
 from mtp_model import moe
-from mtp_model.checkpoint.directory import CheckpointError
+from mtp_model.checkpoint.directory import CheckpointError, open_checkpoint
+from tools.make_tiny_checkpoint import BOS, EOS
 
 
 def records(file: Path) -> list[dict]:
@@ -150,6 +153,22 @@ def test_wrong_usage_is_said(settings, tmp_path, capsys):
     assert "a.txt, needed a name that ends with .jsonl" in said
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_answers_never_take_the_place_of_their_prompts(settings, data, tmp_path, overwrite):
+    """Named by another path, or in a folder that is read."""
+    folder = tmp_path / "prompts"
+    folder.mkdir()
+    prompts = folder / "prompts.jsonl"
+    prompts.write_bytes(data.read_bytes())
+    (tmp_path / "link.jsonl").symlink_to(prompts)
+    mine = dataclasses.replace(settings, data=(folder,), overwrite=overwrite)
+    for out in (prompts, tmp_path / "link.jsonl"):
+        with pytest.raises(SettingsError, match="which --data reads: needed another file"):
+            generate.generate(dataclasses.replace(mine, out=out))
+    assert [each.name for each in folder.iterdir()] == ["prompts.jsonl"]
+    assert prompts.read_bytes() == data.read_bytes()
+
+
 def told(settings: GenerateSettings) -> str:
     with pytest.raises(CheckpointError) as error:
         generate.generate(settings)
@@ -187,5 +206,49 @@ def test_the_prompt_is_all_before_the_last_answer():
     assert _before_last_answer(mask[2:4]) == 0
     assert _before_last_answer(mask[:2]) == 2
     document = Tokens(np.arange(8, dtype=np.int32), mask)
-    (prompt,) = prompts_of([document], 3)  # pyright: ignore[reportArgumentType]
-    assert prompt.ids.tolist() == [0, 1, 2, 3, 4, 5]
+    assert _prompt_of(document, 3, (1,)).tolist() == [0, 1, 2, 3, 4, 5]
+
+
+TEMPLATE = """{{ bos_token }}{% for m in messages %}{{ '<' + m.role + '>' + m.content }}
+{%- if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}<assistant>{% endif %}"""
+
+
+def prompts_as_text(checkpoint: Path, folder: Path, rows: list[dict], prompt_tokens: int) -> list:
+    """The prompts of these records, as their tokens read."""
+    shutil.copytree(checkpoint, folder / "model")
+    (folder / "model" / "chat_template.jinja").write_text(TEMPLATE)
+    data = folder / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = open_checkpoint(folder / "model").config
+    documents = open_documents(str(folder / "model"), (data,), config)
+    tokenizer = documents.encoder.tokenizer
+    assert tokenizer is not None
+    return [
+        tokenizer.decode(prompt.ids.tolist(), skip_special_tokens=False)
+        for prompt in prompts_of(documents, prompt_tokens)
+    ]
+
+
+def test_a_conversation_that_waits_for_its_answer_is_asked_for_it(checkpoint, tmp_path):
+    """With the header of the answer, and not for an answer that it has already."""
+    question, answer, more = (
+        {"role": role, "content": content}
+        for role, content in (("user", "print"), ("assistant", "self"), ("user", "import"))
+    )
+    talks = [[question], [question, answer, more], [question, answer]]
+    asked = prompts_as_text(checkpoint, tmp_path, [{"messages": each} for each in talks], 4)
+    assert asked == [
+        f"{BOS}<user>print<assistant>",
+        f"{BOS}<user>print<assistant>self{EOS}<user>import<assistant>",
+        f"{BOS}<user>print<assistant>",
+    ]
+
+
+def test_a_text_that_is_shorter_than_a_prompt_goes_on(checkpoint, tmp_path):
+    """It is no whole document that another one follows; a longer one is cut as it was."""
+    rows = [{"text": "print"}, {"text": "print import self"}, {"input_ids": [0, 5, 6, 1]}]
+    short, long, ids = prompts_as_text(checkpoint, tmp_path, rows, 10)
+    assert short == f"{BOS}print"
+    assert f"{BOS}print import self".startswith(long)
+    assert EOS not in ids
