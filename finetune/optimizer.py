@@ -80,7 +80,31 @@ def make_optimizer(
     if settings.moments == "bfloat16":
         found = _with_short_moments(found)
     means = [_averaging(settings.ema)] if settings.ema else []
-    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), found, *means)
+    return optax.chain(_clip(settings.clip_norm), found, *means)
+
+
+def squares(grads: Any) -> list[jax.Array]:
+    """Of each leaf, the sum of its squares."""
+    return [jnp.sum(jnp.square(grad)) for grad in jax.tree.leaves(grads)]
+
+
+def norm_of(squares: list[jax.Array]) -> jax.Array:
+    """The norm of all leaves together."""
+    return jnp.sqrt(jnp.sum(jnp.stack(squares)))
+
+
+def _clip(longest: float) -> optax.GradientTransformation:
+    """`optax.clip_by_global_norm` as one factor, by which loops over the gradient multiply.
+
+    The quotient that optax has XLA for CPU computes first, of all of the gradient.
+    """
+
+    def clipped(updates: Any, params: Any) -> Any:
+        del params
+        factor = jnp.minimum(1.0, longest / norm_of(squares(updates)))
+        return jax.tree.map(lambda grad: grad * factor, updates)
+
+    return optax.stateless(clipped)
 
 
 def decay_groups(settings: OptimizerSettings) -> dict[str, float]:
@@ -130,14 +154,42 @@ def averaged(opt_state: Any) -> nnx.State | None:
     return last.ema if isinstance(last, Averaged) else None
 
 
+class _Moments(optax.ScaleByAdamState):
+    """Those of Adam, as they stay: of a step that does not count, those before it."""
+
+
+def _scale_by_adam(settings: OptimizerSettings) -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_adam`, whose updates are made of the moments that the step leaves.
+
+    Made of those of a step that may not count, they need the moments before it beside those after
+    it: XLA for CPU, where a loop writes one array, then copies all moments in each step.
+    """
+    b1, b2, epsilon = settings.beta1, settings.beta2, settings.epsilon
+    adam = optax.scale_by_adam(b1, b2, epsilon)
+
+    def init(params: Any) -> _Moments:
+        begun: Any = adam.init(params)
+        return _Moments(*begun)
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, counts: Any = True, **_: Any
+    ) -> tuple[Any, _Moments]:
+        del params
+        moved: Any = adam.update(updates, state)[1]
+        kept = jax.tree.map(lambda x, y: jnp.where(counts, x, y), _Moments(*moved), state)
+        mean: Any = optax.tree.bias_correction(kept.mu, b1, kept.count)
+        square: Any = optax.tree.bias_correction(kept.nu, b2, kept.count)
+        return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + epsilon), mean, square), kept
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
 def _adamw(settings: OptimizerSettings, rate: Any, decayed: Any) -> optax.GradientTransformation:
-    return optax.adamw(
-        rate,
-        b1=settings.beta1,
-        b2=settings.beta2,
-        eps=settings.epsilon,
-        weight_decay=settings.weight_decay,
-        mask=decayed,
+    """`optax.adamw`."""
+    return optax.chain(
+        _scale_by_adam(settings),
+        optax.add_decayed_weights(settings.weight_decay, decayed),
+        optax.scale_by_learning_rate(rate),
     )
 
 
@@ -181,15 +233,19 @@ _OPTIMIZERS: dict[str, Callable[[OptimizerSettings, Any, Any], Any]] = {
 
 def _with_short_moments(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
     """The same, its moments bfloat16 between steps and float32 in them."""
+    with_more = optax.with_extra_args_support(optimizer)
 
     def init(params: Any) -> optax.OptState:
         return _cast_floats(optimizer.init(params), jnp.bfloat16)
 
-    def update(updates: Any, state: optax.OptState, params: Any = None) -> tuple[Any, Any]:
-        updates, state = optimizer.update(updates, _cast_floats(state, jnp.float32), params)
+    def update(
+        updates: Any, state: optax.OptState, params: Any = None, **more: Any
+    ) -> tuple[Any, Any]:
+        whole = _cast_floats(state, jnp.float32)
+        updates, state = with_more.update(updates, whole, params, **more)
         return updates, _cast_floats(state, jnp.bfloat16)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _cast_floats(tree: T, dtype: Any) -> T:
@@ -276,19 +332,35 @@ def joined(trainable: nnx.State, low: nnx.State) -> nnx.State:
 
 
 def advance(
-    optimizer: optax.GradientTransformation, grads: nnx.State, opt_state: Any, trainable: nnx.State
+    optimizer: optax.GradientTransformation,
+    grads: nnx.State,
+    opt_state: Any,
+    trainable: nnx.State,
+    counts: jax.Array,
 ) -> tuple[nnx.State, optax.OptState]:
-    """Parameters and the optimizer's state after a step, each kept as it was."""
+    """Parameters and the optimizer's state after a step, each kept as it was.
+
+    counts: bool; without it nothing moves.
+    """
     in_halves = isinstance(opt_state, Halved)
     whole = joined(trainable, opt_state.low) if in_halves else _cast_floats(trainable, jnp.float32)
     inner = opt_state.optimizer if in_halves else opt_state
     with jax.numpy_dtype_promotion("standard"):  # optax mixes its int32 count with floats
-        updates, inner = optimizer.update(grads, inner, whole)
+        update = optax.with_extra_args_support(optimizer).update
+        updates, inner = update(grads, inner, whole, counts=counts)
     moved = cast(nnx.State, optax.apply_updates(whole, updates))
     if in_halves:
         high, low = halved(moved)
-        return high, Halved(inner, low)
-    return jax.tree.map(lambda new, old: new.astype(old.dtype), moved, trainable), inner
+        found = high, Halved(inner, low)
+    else:
+        found = jax.tree.map(lambda new, old: new.astype(old.dtype), moved, trainable), inner
+
+    def kept(new: Any, old: Any) -> Any:
+        return new if isinstance(new, _Moments) else jnp.where(counts, new, old)
+
+    return jax.tree.map(
+        kept, found, (trainable, opt_state), is_leaf=lambda node: isinstance(node, _Moments)
+    )
 
 
 def initial(

@@ -28,7 +28,15 @@ from finetune.objective.losses import (
     targets_by_depth,
 )
 from finetune.objective.objectives import lambdas, objective
-from finetune.optimizer import abstract_initial, advance, averaged, initial, steps_taken
+from finetune.optimizer import (
+    abstract_initial,
+    advance,
+    averaged,
+    initial,
+    norm_of,
+    squares,
+    steps_taken,
+)
 from finetune.settings import Kept, Part, RunSettings, TrainMode
 from mtp_model import DeepSeekV3, RouterBias
 from mtp_model.sharding import BATCH_AXES, active_mesh, everywhere, placement
@@ -67,7 +75,7 @@ class StepResult(NamedTuple):
     loss: jax.Array  # float32 scalar
     grad_norm: jax.Array  # float32 scalar, before clipping
     measured: Measured
-    finite_grads: jax.Array  # bool, one entry a trainable leaf
+    finite_grads: jax.Array  # bool, one entry a trainable leaf: of the sum of its squares
 
 
 def num_parameters(state: nnx.State) -> int:
@@ -149,15 +157,16 @@ def make_train_step(
             counts_of(targets_by_depth(batch, depths), asked),
         )
         loss = objective(measured, part, mixture, mtp_weight)
-        trainable, opt_state = advance(optimizer, grads, state.opt_state, state.trainable)
-        biases = balance(state.biases, load, settings.router_bias_rate)
-        moved = TrainState(trainable, biases, opt_state)
-        norm = optax.tree.norm(grads)
-        finite_grads = jnp.stack([jnp.isfinite(grad).all() for grad in jax.tree.leaves(grads)])
+        norm = norm_of(squares(grads))
+        finite_grads = jnp.isfinite(jnp.stack(squares(grads)))
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        learnt = jnp.any(_targets(measured, part) > 0)
+        # Without a target, or a finite loss, no weight, no moment and no router bias moves.
+        counts = finite & jnp.any(_targets(measured, part) > 0)
+        moved = advance(optimizer, grads, state.opt_state, state.trainable, counts)
+        biases = balance(state.biases, load, settings.router_bias_rate)
+        biases = jax.tree.map(lambda new, old: jnp.where(counts, new, old), biases, state.biases)
         result = StepResult(loss, norm, measured, finite_grads)
-        return _placed((_where(learnt & finite, moved, state), result))
+        return _placed((TrainState(moved[0], biases, moved[1]), result))
 
     return jax.jit(step, donate_argnums=0)
 
@@ -223,14 +232,6 @@ def _held(trainable: nnx.State) -> nnx.State:
 def _targets(measured: Measured, part: Part) -> jax.Array:
     """Numbers of targets that the loss of what learns is a mean over, int32 [depths]."""
     return measured.num_targets_K1[1:] if part == "mtp" else measured.num_targets_K1
-
-
-def _where(good: jax.Array, moved: TrainState, state: TrainState) -> TrainState:
-    """What a step leaves: without a target, or a finite loss, nothing moves.
-
-    That is no weight, no moment and no router bias.
-    """
-    return jax.tree.map(lambda new, old: jnp.where(good, new, old), moved, state)
 
 
 def _placed(tree: T) -> T:

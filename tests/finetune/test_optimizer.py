@@ -3,10 +3,12 @@
 import dataclasses
 import itertools
 import shutil
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from imported import import_tiny
@@ -181,6 +183,57 @@ def two_gradients() -> list[np.ndarray]:
 CONSTANT = {"learning_rate": 0.1, "warmup_fraction": 0.0, "schedule": "constant", "clip_norm": 1e9}
 
 
+def test_adamw_is_optaxs(two_gradients):
+    """Clipped and with weight decay, after a step that counts, one that does not, and another."""
+    settings = OptimizerSettings(weight_decay=0.05, **(CONSTANT | {"clip_norm": 0.5}))
+    optimizer = make_optimizer(settings, 10, lambda _: True)
+    theirs = optax.chain(
+        optax.clip_by_global_norm(0.5),
+        optax.adamw(0.1, settings.beta1, settings.beta2, settings.epsilon, weight_decay=0.05),
+    )
+    weight = nnx.State({"o_proj": {"weight": nnx.Param(jnp.asarray(two_gradients[0]) * 0.1)}})
+    wanted = jax.tree.leaves(weight)[0]
+    state, their_state = optimizer.init(weight), theirs.init(wanted)
+    for grad, counts in zip([*two_gradients, two_gradients[0]], [True, False, True], strict=True):
+        before = weight, state
+        grads = jax.tree.map(lambda _, grad=grad: jnp.asarray(grad), weight)
+        weight, state = advance(optimizer, grads, state, weight, jnp.asarray(counts))
+        if counts:
+            with jax.numpy_dtype_promotion("standard"):
+                updates, their_state = theirs.update(jnp.asarray(grad), their_state, wanted)
+            wanted = wanted + updates
+        else:
+            for new, old in zip(*map(jax.tree.leaves, ((weight, state), before)), strict=True):
+                np.testing.assert_array_equal(new, old)
+        np.testing.assert_allclose(jax.tree.leaves(weight)[0], wanted, rtol=1e-6, atol=1e-7)
+    assert steps_taken(state) == 2
+    assert np.abs(wanted - two_gradients[0] * 0.1).max() > 0.1  # negative control: it moved
+
+
+def test_a_step_on_cpu_copies_no_moment():
+    """What it takes beside its arguments, which it writes its results over, is less than one."""
+    weight = nnx.State({"o_proj": {"weight": nnx.Param(jnp.zeros((1024, 1536)))}})
+
+    def temporary_bytes(optimizer, after) -> int:
+        def step(weight, state, grads, counts):
+            return after(optimizer, grads, state, weight, counts)
+
+        jitted = jax.jit(step, donate_argnums=(0, 1))
+        lowered = jitted.lower(weight, optimizer.init(weight), weight, jnp.asarray(True))
+        used: Any = lowered.compile().memory_analysis()
+        return used.temp_size_in_bytes
+
+    def by_optax(optimizer, grads, state, weight, counts):
+        updates, moved = optimizer.update(grads, state, weight)
+        new = optax.apply_updates(weight, updates), moved
+        return jax.tree.map(lambda x, y: jnp.where(counts, x, y), new, (weight, state))
+
+    ours = make_optimizer(OptimizerSettings(), 10, lambda _: True)
+    assert temporary_bytes(ours, advance) < 4 * 1024 * 1536
+    with jax.numpy_dtype_promotion("standard"):  # negative control
+        assert temporary_bytes(optax.adamw(0.1), by_optax) >= 2 * 4 * 1024 * 1536
+
+
 def test_muon_is_torchs_on_each_matrix_of_a_stack(two_gradients):
     """In the first step: later optax corrects the mean for its beginning, and torch does not."""
     torch = pytest.importorskip("torch")
@@ -299,7 +352,7 @@ def test_a_mean_of_the_parameters_is_kept():
         optimizer = make_optimizer(settings, 10, lambda _: True)
         state, passed = optimizer.init(weight), []
         for grad in grads:
-            weight, state = advance(optimizer, grad, state, weight)
+            weight, state = advance(optimizer, grad, state, weight, jnp.asarray(True))
             passed.append(weight)
         return passed, averaged(state)
 
