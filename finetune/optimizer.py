@@ -1,7 +1,6 @@
-"""The optimizer of a run: learning rate, weight decay, and how parameters and moments are kept."""
+"""The optimizer of a run: weight decay, and how parameters and moments are kept."""
 
 import itertools
-import math
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar, cast
@@ -13,41 +12,13 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.tree_util import DictKey
 
-from finetune.settings import Kept, OptimizerSettings, Schedule
+from finetune.run.learning_rate import learning_rates
+from finetune.settings import Kept, OptimizerSettings
 from mtp_model.lora import named_by
 from mtp_model.model import leaf_name
 from mtp_model.sharding import everywhere
 
 T = TypeVar("T")
-
-
-def learning_rates(settings: OptimizerSettings, steps: int) -> Callable[[Any], Any]:
-    """Learning rate of a step (counted from 1): linear up to the highest, then by its schedule.
-
-    The last step has `final_fraction` of the highest, unless the rate is constant.
-    """
-    warmup = math.ceil(settings.warmup_fraction * steps)
-    falling = max(steps - warmup, 1)
-    left_of = _SCHEDULES[settings.schedule]
-    low = 1.0 if settings.schedule == "constant" else settings.final_fraction
-
-    def rate(step):
-        rising = step / max(warmup, 1)
-        progress = jnp.clip((step - warmup) / falling, 0.0, 1.0)
-        fallen = low + (1.0 - low) * left_of(progress)
-        return settings.learning_rate * jnp.where(step < warmup, rising, fallen)
-
-    return rate
-
-
-# What is left of the way down, 1 to 0, after a part of the steps that follow warm-up.
-_DECAY = 0.2  # of the steps, in which wsd falls
-_SCHEDULES: dict[Schedule, Callable[[Any], Any]] = {
-    "cosine": lambda progress: 0.5 * (1.0 + jnp.cos(math.pi * progress)),
-    "linear": lambda progress: 1.0 - progress,
-    "constant": lambda _: 1.0,
-    "wsd": lambda progress: jnp.minimum(1.0, (1.0 - progress) / _DECAY),
-}
 
 
 def make_optimizer(
@@ -84,7 +55,7 @@ def make_optimizer(
 
 
 def squares(grads: Any) -> list[jax.Array]:
-    """Of each leaf, the sum of its squares."""
+    """Of each leaf, their sum."""
     return [jnp.sum(jnp.square(grad)) for grad in jax.tree.leaves(grads)]
 
 
@@ -94,10 +65,7 @@ def norm_of(squares: list[jax.Array]) -> jax.Array:
 
 
 def _clip(longest: float) -> optax.GradientTransformation:
-    """`optax.clip_by_global_norm` as one factor, by which loops over the gradient multiply.
-
-    The quotient that optax has XLA for CPU computes first, of all of the gradient.
-    """
+    """`optax.clip_by_global_norm` as one factor: its quotient takes a loop of its own on CPUs."""
 
     def clipped(updates: Any, params: Any) -> Any:
         del params
@@ -129,8 +97,8 @@ class Averaged(NamedTuple):
 def _averaging(decay: float) -> optax.GradientTransformation:
     """Moves nothing: keeps a mean of the parameters, in which the last steps count most.
 
-    The decay is at first less than asked for, as in tf.train.ExponentialMovingAverage: a short run
-    would else end with what it began with.
+    The decay is at first less, as in tf.train.ExponentialMovingAverage: a short run would else end
+    with what it began with.
     """
 
     def init(params: Any) -> Averaged:
@@ -159,10 +127,10 @@ class _Moments(optax.ScaleByAdamState):
 
 
 def _scale_by_adam(settings: OptimizerSettings) -> optax.GradientTransformationExtraArgs:
-    """`optax.scale_by_adam`, whose updates are made of the moments that the step leaves.
+    """`optax.scale_by_adam`, whose updates are on CPUs made of the moments that the step leaves.
 
-    Made of those of a step that may not count, they need the moments before it beside those after
-    it: XLA for CPU, where a loop writes one array, then copies all moments in each step.
+    Made of those of a step that may not count, as on TPUs, where it takes less memory, they need
+    the moments before it too: XLA for CPU, where a loop writes one array, copies them all.
     """
     b1, b2, epsilon = settings.beta1, settings.beta2, settings.epsilon
     adam = optax.scale_by_adam(b1, b2, epsilon)
@@ -176,9 +144,11 @@ def _scale_by_adam(settings: OptimizerSettings) -> optax.GradientTransformationE
     ) -> tuple[Any, _Moments]:
         del params
         moved: Any = adam.update(updates, state)[1]
-        kept = jax.tree.map(lambda x, y: jnp.where(counts, x, y), _Moments(*moved), state)
-        mean: Any = optax.tree.bias_correction(kept.mu, b1, kept.count)
-        square: Any = optax.tree.bias_correction(kept.nu, b2, kept.count)
+        moved = _Moments(*moved)
+        kept = jax.tree.map(lambda x, y: jnp.where(counts, x, y), moved, state)
+        of = jax.lax.platform_dependent(kept, moved, cpu=lambda x, _: x, default=lambda _, x: x)
+        mean: Any = optax.tree.bias_correction(of.mu, b1, of.count)
+        square: Any = optax.tree.bias_correction(of.nu, b2, of.count)
         return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + epsilon), mean, square), kept
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -24,7 +24,7 @@ from finetune.data.run_text import RunText, digest_of, held_out_batches
 from finetune.devices import Trained, Workload, abstract_batch, devices_for, on_mesh, spread
 from finetune.objective.losses import Asked
 from finetune.objective.objectives import forgets
-from finetune.optimizer import learning_rates, make_optimizer
+from finetune.optimizer import make_optimizer
 from finetune.run.checkpoints import (
     Checkpoints,
     RunPosition,
@@ -33,6 +33,7 @@ from finetune.run.checkpoints import (
     saved_steps,
 )
 from finetune.run.directory import RunDirectory, opened
+from finetune.run.learning_rate import learning_rates
 from finetune.run.metrics import RunLog, Summary, first_and_last, measure_text, summarise
 from finetune.run.not_finite import cause, raise_unless_finite
 from finetune.run.plots import draw_curves, just_drawn, write_run_report

@@ -8,10 +8,10 @@ import contextlib
 from rich.console import Console
 
 from finetune.data.run_text import RunText
-from finetune.optimizer import learning_rates
 from finetune.run.changes import differences, given_to_all
 from finetune.run.checkpoints import Checkpoints, DamagedError, RunPosition
 from finetune.run.directory import RunDirectory, RunError
+from finetune.run.learning_rate import learning_rates
 from finetune.run.metrics import RunLog
 from finetune.settings import RunSettings
 from finetune.state import TrainState

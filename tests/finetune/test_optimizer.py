@@ -24,12 +24,12 @@ from finetune.optimizer import (
     initial,
     join,
     joined,
-    learning_rates,
     make_optimizer,
     steps_taken,
 )
 from finetune.run.checkpoints import Checkpoints
 from finetune.run.directory import RunError
+from finetune.run.learning_rate import learning_rates
 from finetune.settings import CheckpointSettings, Kept, OptimizerSettings, RunSettings
 from finetune.settings_file import read_yaml
 from finetune.state import as_served, make_train_step, start
