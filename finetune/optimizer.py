@@ -54,14 +54,14 @@ def make_optimizer(
     return optax.chain(_clip(settings.clip_norm), found, *means)
 
 
-def squares(grads: Any) -> list[jax.Array]:
-    """Of each leaf, their sum."""
-    return [jnp.sum(jnp.square(grad)) for grad in jax.tree.leaves(grads)]
+def squares(grads: Any) -> jax.Array:
+    """The sum of each leaf's squares, float32 [leaves]."""
+    return jnp.stack([jnp.sum(jnp.square(grad)) for grad in jax.tree.leaves(grads)])
 
 
-def norm_of(squares: list[jax.Array]) -> jax.Array:
-    """The norm of all leaves together."""
-    return jnp.sqrt(jnp.sum(jnp.stack(squares)))
+def norm_of(sums: jax.Array) -> jax.Array:
+    """The norm of all leaves together, of the sums of their squares."""
+    return jnp.sqrt(jnp.sum(sums))
 
 
 def _clip(longest: float) -> optax.GradientTransformation:

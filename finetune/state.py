@@ -157,16 +157,16 @@ def make_train_step(
             counts_of(targets_by_depth(batch, depths), asked),
         )
         loss = objective(measured, part, mixture, mtp_weight)
-        norm = norm_of(squares(grads))
-        finite_grads = jnp.isfinite(jnp.stack(squares(grads)))
+        sums = squares(grads)
+        norm, finite_grads = norm_of(sums), jnp.isfinite(sums)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         # Without a target, or a finite loss, no weight, no moment and no router bias moves.
         counts = finite & jnp.any(_targets(measured, part) > 0)
-        moved = advance(optimizer, grads, state.opt_state, state.trainable, counts)
+        trainable, opt_state = advance(optimizer, grads, state.opt_state, state.trainable, counts)
         biases = balance(state.biases, load, settings.router_bias_rate)
         biases = jax.tree.map(lambda new, old: jnp.where(counts, new, old), biases, state.biases)
         result = StepResult(loss, norm, measured, finite_grads)
-        return _placed((TrainState(moved[0], biases, moved[1]), result))
+        return _placed((TrainState(trainable, biases, opt_state), result))
 
     return jax.jit(step, donate_argnums=0)
 

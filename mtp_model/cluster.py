@@ -12,7 +12,6 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
@@ -21,7 +20,7 @@ from jax._src import distributed  # as Orbax does: the address is public nowhere
 from jax.experimental import multihost_utils
 
 from mtp_model import progress
-from mtp_model.commands import FAILED, INTERRUPTED
+from mtp_model.commands import FAILED, INTERRUPTED, silence
 from mtp_model.problems import UserError
 
 # A process that has not been heard of for so long is gone, and ends the others.
@@ -134,8 +133,7 @@ def _end_with(last_words: bytes) -> NoReturn:
     What JAX's threads still have to say, in the moment that the end takes, is heard no more.
     """
     said = os.dup(2)
-    with Path(os.devnull).open("w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
+    silence(2)
     os.write(said, last_words)
     os._exit(FAILED)
 

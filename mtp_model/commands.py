@@ -28,8 +28,7 @@ def exit_status(
         status = run()
         sys.stdout.flush()  # here, where a reader that has gone is no traceback
     except BrokenPipeError:
-        with Path(os.devnull).open("w") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        silence(sys.stdout.fileno())
         return FAILED
     except UserError as error:
         tell(error)
@@ -41,6 +40,12 @@ def exit_status(
         print(interrupted, file=sys.stderr)
         return INTERRUPTED
     return status
+
+
+def silence(descriptor: int) -> None:
+    """What is written to it from now on goes nowhere."""
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), descriptor)
 
 
 def _in_words(error: OSError) -> UserError:

@@ -122,7 +122,8 @@ def _npy(file: BinaryIO, nbytes: int) -> TokenFile:
         found: Any = ast.literal_eval(header.decode("latin-1").strip())
         kind, shape = found["descr"], found["shape"]
     except (ValueError, SyntaxError, TypeError, LookupError, RecursionError, MemoryError) as error:
-        why = shown(str(error) or "it cannot be parsed")  # a MemoryError has no words
+        told = "" if isinstance(error, MemoryError) else str(error)  # words from Python 3.12 on
+        why = shown(told or "it cannot be parsed")
         raise FileError(f"has a header that is none of NumPy's: {why}") from error
     is_whole = isinstance(kind, str) and re.fullmatch(r"[<>|][iu][1248]", kind)
     if not is_whole or not isinstance(shape, tuple) or [*map(type, shape)] != [int]:

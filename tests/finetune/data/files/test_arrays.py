@@ -198,7 +198,7 @@ FAULTS = {
     ),
     "a deep header": (
         {"a.npy": npy_header("-" * 60_000)},
-        "has a header that is none of NumPy's: ",
+        "has a header that is none of NumPy's: it cannot be parsed",
     ),
     "no index": ({"a.bin": b"", "a.idx": b"words"}, "a.idx, that is none of Megatron's: remove it"),
     "index version": ({"a.bin": b"", "a.idx": index([], version=2)}, "has version 2 and type 8"),
