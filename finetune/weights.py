@@ -91,6 +91,8 @@ def raise_unless_fitting(
     faults = short_rows(row_tokens_option, row_tokens, settings.draft_tokens, modules)
     if settings.draft_input == "own" and modules > 1:
         faults.append(f"--draft-input is own, needed text for a model of {modules} MTP modules")
+    elif settings.draft_input == "own" and settings.draft_tokens < 2:  # nothing follows a draft
+        faults.append("--draft-input is own, needed --draft-tokens 2 or more beside it")
     faults += _groups_of_nothing(settings, config)
     if faults:
         raise SettingsError("settings that cannot be used", faults)

@@ -27,6 +27,7 @@ from converters.publishing.serving import (
     PRE_NORM,
     RECYCLING,
     SAMPLING,
+    main_was_trained,
     num_drafts,
     serve_lines,
 )
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
 
 _MOST_NAMES = 12
 _MOST_REQUANTISED = 8
-_MAIN_MODEL = f"{MAIN_MODEL} is the one that the module was trained beside, in the same format"
 
 
 def run_export(command: Export) -> int:
@@ -275,12 +275,20 @@ def serving(
     if not drafts:
         return
     yield "\n".join([f"to serve it with its MTP module ({ENGINES}):", *lines])
-    notes = [_MAIN_MODEL, SAMPLING] if is_draft else [SAMPLING]
+    notes = [_main_model(checkpoint), SAMPLING] if is_draft else [SAMPLING]
     if drafts > checkpoint.config.num_nextn_predict_layers:
         notes.append(RECYCLING)
     if checkpoint.config.mtp_hidden_state == "pre_norm":
         notes.append(PRE_NORM)
     yield Facts([("note", note) for note in notes])
+
+
+def _main_model(checkpoint: Checkpoint) -> str:
+    """Which model a draft of the checkpoint goes beside."""
+    if main_was_trained(checkpoint.provenance):
+        whole = f"`convert-deepseek export {checkpoint.path} DIR`"
+        return f"{MAIN_MODEL} was trained with the module: {whole} writes it"
+    return f"{MAIN_MODEL} is the one that the module was trained beside, in the same format"
 
 
 def _files_over_base(summary: ExportSummary) -> Grid:

@@ -14,6 +14,7 @@ from converters.publishing.serving import (
     ENGINES,
     MAIN_MODEL,
     SAMPLING_ENGINES,
+    main_was_trained,
     num_drafts,
     serve_lines,
 )
@@ -80,7 +81,7 @@ def _section(
     draft: str | None,
 ) -> str:
     parts = [f"# {repo_id.split('/')[-1]}", _origin(provenance)]
-    parts += [_ALONE.format(engine=_ENGINE_NAMES[draft])] if draft else []
+    parts += [_alone(provenance, _ENGINE_NAMES[draft])] if draft else []
     parts.append(_table(provenance, config))
     parts += _acceptance(provenance.get("derived", []))
     parts += [measured_table(measured), _MEASURED] if measured else []
@@ -96,14 +97,18 @@ def _section(
 
 
 _ENGINE_NAMES = {"vllm": "vLLM", "sglang": "SGLang"}
-_ALONE = (
-    "The MTP module alone, as {engine} loads a draft, in the number format of the main model that "
-    "it was trained beside: it drafts for that one, and generates nothing by itself."
-)
 _MEASURED = (
     "Accepted: the first k drafts of a round are all accepted. Rules: `greedy`; `target`: the main "
     "model samples, drafts are greedy; `rejection`: drafts are sampled too."
 )
+
+
+def _alone(provenance: Mapping[str, Any], engine: str) -> str:
+    main = "was trained with it" if main_was_trained(provenance) else "it was trained beside"
+    return (
+        f"The MTP module alone, as {engine} loads a draft, in the number format of the main model "
+        f"that {main}: it drafts for that one, and generates nothing by itself."
+    )
 
 
 def _origin(provenance: Mapping[str, Any]) -> str:

@@ -34,6 +34,12 @@ def num_drafts(provenance: Mapping[str, Any], config: Mapping[str, Any]) -> int:
     return (next(filter(None, reversed(trained)), None) or modules) if modules else 0
 
 
+def main_was_trained(provenance: Mapping[str, Any]) -> bool:
+    """Whether the main model is another one than the source's."""
+    changed = (path for record in provenance.get("derived", ()) for path in record["changed"])
+    return any(path.split(".")[0] != "mtp" for path in changed)
+
+
 def serve_lines(
     model: str, drafts: int, *, draft: str | None = None, sampled: bool = False
 ) -> tuple[str, str]:

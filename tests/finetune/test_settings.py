@@ -231,6 +231,28 @@ def test_weight_decays_of_what_is_not_there(checkpoint):
     )
 
 
+@pytest.mark.parametrize(
+    ("modules", "drafts", "fault"),
+    [
+        (1, 0, "needed --draft-tokens 2 or more beside it"),
+        (1, 1, "needed --draft-tokens 2 or more beside it"),
+        (1, 2, None),
+        (2, 0, "needed text for a model of 2 MTP modules"),
+        (2, 3, "needed text for a model of 2 MTP modules"),
+    ],
+)
+def test_drafts_own_tokens_need_a_draft_after_the_first(checkpoint, modules, drafts, fault):
+    config = open_checkpoint(checkpoint).config
+    config = dataclasses.replace(config, num_nextn_predict_layers=modules)
+    settings = parsed("--draft-input", "own", "--draft-tokens", str(drafts))
+    if fault is None:
+        raise_unless_fitting(settings, config)
+        return
+    with pytest.raises(SettingsError) as caught:
+        raise_unless_fitting(settings, config)
+    assert caught.value.faults == [f"--draft-input is own, {fault}"]
+
+
 def test_differences_are_named_as_options():
     before, now = parsed(), parsed("--optimizer.clip-norm", "3", "--eval-data", "c", "d")
     assert differences(before, now) == {

@@ -48,6 +48,23 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_draft_of_a_trained_main_model_goes_beside_the_whole_export(
+    made: Path, tmp_path: Path, capsys
+):
+    tuned = open_checkpoint(made / "tuned")
+
+    def rows(index: tuple[int, ...], start: int, stop: int) -> np.ndarray:
+        return tuned.read_rows("norm.weight", index, start, stop).astype(np.float32) + np.float32(1)
+
+    changed = {"norm.weight": leaf_of_rows(np.dtype(np.float32), rows)}
+    write_derived(tuned, tmp_path / "both", changed, {"settings": {"train": "all"}})
+    done("export", tmp_path / "both", tmp_path / "draft", "--draft", "vllm")
+    said = " ".join(capsys.readouterr().out.split())
+    whole = f"`convert-deepseek export {tmp_path / 'both'} DIR`"
+    assert f"MAIN_MODEL was trained with the module: {whole} writes it" in said
+    assert "trained beside" not in said
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_draft_has_the_bytes_of_the_whole_export(made: Path, tmp_path: Path, capsys, engine: str):
     done("export", made / "tuned", tmp_path / "draft", "--draft", engine)
