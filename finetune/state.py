@@ -197,7 +197,10 @@ def _accumulated(
         rows: Batch, whole: TargetCounts | None
     ) -> tuple[nnx.State, tuple[Measured, ExpertLoad]]:
         grads, sums = gradient(rows, whole)
-        return jax.tree.map(lambda grad: grad.astype(jnp.float32), _placed(grads)), sums
+        # XLA for TPU would do the optimizer's arithmetic before the last reshape of a gradient, as
+        # float32 arrays of their own.
+        grads = jax.lax.optimization_barrier(_placed(grads))
+        return jax.tree.map(lambda grad: grad.astype(jnp.float32), grads), sums
 
     if parts == 1:
         return of(batch, None)
