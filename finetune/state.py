@@ -182,6 +182,14 @@ def traced_step(
     return state, step.trace(state, split.frozen, batch)
 
 
+def _widened(grad: jax.Array) -> jax.Array:
+    """A gradient as float32, where it is used."""
+    if grad.dtype == jnp.float32:
+        return grad
+    # XLA for TPU would widen it before its last reshape, into an array of its own.
+    return jax.lax.optimization_barrier(grad).astype(jnp.float32)
+
+
 def _accumulated(
     gradient: Callable[[Batch, TargetCounts | None], Any],
     batch: Batch,
@@ -197,10 +205,7 @@ def _accumulated(
         rows: Batch, whole: TargetCounts | None
     ) -> tuple[nnx.State, tuple[Measured, ExpertLoad]]:
         grads, sums = gradient(rows, whole)
-        # XLA for TPU would do the optimizer's arithmetic before the last reshape of a gradient, as
-        # float32 arrays of their own.
-        grads = jax.lax.optimization_barrier(_placed(grads))
-        return jax.tree.map(lambda grad: grad.astype(jnp.float32), grads), sums
+        return jax.tree.map(_widened, _placed(grads)), sums
 
     if parts == 1:
         return of(batch, None)

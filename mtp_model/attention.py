@@ -100,6 +100,9 @@ def attend(
     def in_turns(x):  # [..., N, size]
         return jnp.moveaxis(x.reshape(*x.shape[:-2], turns, -1, x.shape[-1]), -3, 0)
 
+    if not keeps_scores(*q_BTNH.shape[:3]):
+        # Of a turn is kept what goes in: keys of each part would be 2.5 times all keys.
+        of_heads = jax.checkpoint(of_heads)
     heads = q_BTNH, shared, own
     if turns == 1:
         return of_heads(heads)

@@ -89,3 +89,22 @@ def test_a_key_behind_its_query_would_be_seen(monkeypatch):
 )
 def test_heads_take_turns_where_their_scores_are_large(rows, length, heads, turns):
     assert attention.turns_of_heads(rows, length, heads) == turns
+
+
+def test_the_backward_pass_keeps_neither_scores_nor_keys_of_parts(monkeypatch):
+    """Of a long row, heads in turns: some chunks' scores, and keys and values a few times. Kept for
+    each turn, the keys and values of all parts, each with those before it, take twice that."""
+    monkeypatch.setattr(attention, "SCORES_BYTES", 8 << 20)
+    long, heads = 4096, 16
+    shapes = [jax.ShapeDtypeStruct((1, long, heads, size), jnp.float32) for size in (H, H, G)]
+
+    def loss(q, k, v):
+        context = make_context(jnp.zeros((1, long), jnp.int32))
+        return jnp.sum(attention.attend(q, KeysValues(k, v), context, SCALE) ** 2)
+
+    compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*shapes).compile()
+    assert attention.turns_of_heads(1, long, heads) == 8
+    a_chunk = 4 * heads // 8 * attention.QUERY_CHUNK * long
+    keys_values = 4 * long * heads * (H + G)
+    taken = compiled.memory_analysis().temp_size_in_bytes
+    assert taken < 4 * a_chunk + 4 * keys_values
