@@ -285,6 +285,13 @@ def status(argv) -> Any:
         ([*NEEDED, "--steps", "-4"], "--steps is -4, needed more than 0"),
         (["evaluate", "--checkpoint", "C", "--data", "d", "--rows", "0"], "--rows is 0"),
         (["evaluate", "--checkpoint", "C", "--data"], "--data is empty"),
+        ([*NEEDED, "--data", "c"], "--data is given 2 times, needed once: --data with all values"),
+        ([*NEEDED, "--eval_data", "c", "--eval-data=d"], "--eval-data is given 2 times"),
+        (
+            [*NEEDED, "--lora.projections", "a", "--lora.projections", "b"],
+            "--lora.projections is given 2",
+        ),
+        (["capture", "--checkpoint", "C", "--out", "o", *2 * ["--data", "d"]], "--data is given 2"),
     ],
 )
 def test_wrong_usage_has_status_2_and_says_what(argv, said, capsys):
@@ -292,6 +299,11 @@ def test_wrong_usage_has_status_2_and_says_what(argv, said, capsys):
     out, err = capsys.readouterr()
     assert said in err
     assert not out
+
+
+def test_an_option_of_one_value_may_come_twice():
+    """The last one counts, so that a command can be called again with something added."""
+    assert parsed("--steps", "4", "--steps", "6").steps == 6
 
 
 def test_help_gives_units_and_defaults(capsys, monkeypatch):
