@@ -19,6 +19,10 @@ from mtp_model.checkpoint.directory import open_checkpoint
 NEEDED = ["train", "--checkpoint", "CKPT", "--data", "a.txt", "b", "--out", "RUN"]
 
 
+ADAMW, MUON, ADAFACTOR = (["--optimizer.name", name] for name in ("adamw", "muon", "adafactor"))
+DECAY, CE = ["--objective.depth-decay", "0.5"], ["--objective.ce", "1"]
+
+
 def parsed(*extra: str) -> RunSettings:
     command = parse([*NEEDED, *extra])
     assert isinstance(command, TrainCommand)
@@ -134,6 +138,22 @@ def test_an_empty_settings_file_is_the_defaults(tmp_path):
             "--mtp-lambda-schedule linear or step",
             ["--mtp-lambda-schedule", "linear"],
         ),
+        (
+            ["--train", "lora", "--router-bias-rate", "0.1"],
+            "--train mtp or all",
+            ["--train", "all"],
+        ),
+        (["--train", "lora", *MUON], "--train mtp or all", ["--train", "mtp"]),
+        ([*MUON, "--optimizer.epsilon", "0.1"], "--optimizer.name adamw", ADAMW),
+        ([*ADAFACTOR, "--optimizer.epsilon", "0.1"], "--optimizer.name adamw", ADAMW),
+        ([*ADAFACTOR, "--optimizer.beta1", "0.5"], "--optimizer.name adamw", ADAMW),
+        ([*ADAFACTOR, "--optimizer.beta2", "0.5"], "--optimizer.name adamw", ADAMW),
+        (DECAY, "--objective.ce, kl, tv or lk", ["--objective.kl", "1"]),
+        (
+            [*DECAY, "--objective.e2e-tv", "1"],
+            "--objective.ce, kl, tv or lk",
+            ["--objective.ce", "1"],
+        ),
     ],
 )
 def test_a_setting_that_would_change_nothing_is_refused(given, needed, with_it):
@@ -180,7 +200,9 @@ NUMBERS = [name for name, value in flat(parsed()).items() if isinstance(value, f
 @pytest.mark.parametrize("name", NUMBERS)
 def test_no_setting_is_infinite_or_no_number(name: str, value: float):
     """1e39 is a number, but none of float32, which steps are computed in."""
-    asks_all = ["--train", "lora", "--lora.part", "all", "--mtp-lambda-schedule", "linear"]
+    asks_all = ["--train", "all", "--mtp-lambda-schedule", "linear"]
+    if name.startswith("lora."):
+        asks_all += ["--train", "lora", "--lora.part", "all"]
     settings = parsed(*asks_all, f"{option(name)}={value}")
     with pytest.raises(SettingsError) as caught:
         check(settings)
@@ -229,6 +251,12 @@ def test_weight_decays_of_what_is_not_there(checkpoint):
         ),
         config,
     )
+    adapters = parsed(
+        *("--train", "lora", "--lora.projections", "o_proj"),
+        *("--optimizer.weight-decay-of", "o_proj=0.1", "down_proj=0.1"),
+    )
+    with pytest.raises(SettingsError, match="names down_proj, needed the end of what learns: o_pr"):
+        raise_unless_fitting(adapters, config)
 
 
 @pytest.mark.parametrize(
