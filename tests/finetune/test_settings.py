@@ -110,7 +110,12 @@ def test_every_fault_of_a_yaml_file_is_reported(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [", "is not YAML"), ("- 1\n- 2\n", "the file is .* needed names with values")],
+    [
+        ("a: [", "is not YAML"),
+        ("- 1\n- 2\n", "the file is .* needed names with values"),
+        ("steps: 1\nseed: 1\nsteps: 2\n", "it has steps twice in what begins in line 1"),
+        ("steps: 1\nbatch:\n  rows: 1\n  rows: 2\n", "it has rows twice in what begins in line 3"),
+    ],
 )
 def test_what_is_no_settings_file(tmp_path, text, message):
     with pytest.raises(SettingsError, match=message):
