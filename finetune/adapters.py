@@ -31,11 +31,16 @@ def raise_unless_there(lora: LoraSettings, config: ModelConfig) -> None:
 
 def add_adapters(model: DeepSeekV3, lora: LoraSettings, make: Make) -> None:
     """Give a model the adapters that are asked for, in place."""
+    every = projections(model)
+    adapt({name: every[name] for name in adapted(model, lora)}, lora.rank, lora.alpha, make)
+
+
+def adapted(model: DeepSeekV3, lora: LoraSettings) -> list[str]:
+    """Projections that get an adapter."""
     names = _names(model, lora)
     of_target = named_by(lora.projections, names).values()
     chosen = {name for found in of_target for name in found} if lora.projections else set(names)
-    every = projections(model)
-    adapt({name: every[name] for name in names if name in chosen}, lora.rank, lora.alpha, make)
+    return [name for name in names if name in chosen]
 
 
 def _names(model: DeepSeekV3, lora: LoraSettings) -> list[str]:

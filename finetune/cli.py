@@ -8,6 +8,7 @@ import dataclasses
 import json
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ from finetune.run.report import (
     sources_sections,
 )
 from finetune.run.stopping import Stopped, Stopping
-from finetune.settings import ClusterSettings, RunSettings, SettingsError, blank
+from finetune.settings import ClusterSettings, RunSettings, SettingsError, blank, flat, option
 from finetune.settings_file import read_yaml
 from finetune.train import Result, train
 from mtp_model import cluster
@@ -140,7 +141,7 @@ def parse(argv: Sequence[str]) -> Command:
     """The command line over its YAML file over the defaults; exits with 2 for wrong usage."""
     file = _config_file(argv)
     default = TrainCommand(settings=_settings_in(file) if file else blank())
-    return tyro.cli(
+    command = tyro.cli(
         Annotated[TrainCommand, tyro.conf.subcommand("train", default=default)]
         | Annotated[EvaluateSettings, tyro.conf.subcommand("evaluate")]
         | Annotated[GenerateSettings, tyro.conf.subcommand("generate")]
@@ -153,6 +154,22 @@ def parse(argv: Sequence[str]) -> Command:
         args=list(argv),
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+    _raise_if_repeated(command, argv)
+    return command
+
+
+def _raise_if_repeated(command: "Command", argv: Sequence[str]) -> None:
+    """SettingsError for options of several values that come twice: the first would be forgotten."""
+    settings = command.settings if isinstance(command, TrainCommand) else command
+    names = {option(name) for name, value in flat(settings).items() if isinstance(value, tuple)}
+    given = Counter(word.partition("=")[0].replace("_", "-") for word in argv)
+    faults = [
+        f"{name} is given {given[name]} times, needed once: {name} with all values behind it"
+        for name in sorted(names)
+        if given[name] > 1
+    ]
+    if faults:
+        raise SettingsError("settings that cannot be used", faults)
 
 
 def _settings_in(file: Path) -> RunSettings:

@@ -14,10 +14,21 @@ from finetune.settings import RunSettings, SettingsError, blank, flat
 from mtp_model.files.open import as_place, written
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which no name is given twice: of two values one would be lost."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+            found = f"{', '.join(twice)} twice in what begins in line {node.start_mark.line + 1}"
+            raise yaml.YAMLError(f"it has {found}")
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> RunSettings:
     """Defaults with the file's values over them. Raises SettingsError naming all its faults."""
     try:
-        values = yaml.safe_load(as_place(path).read_bytes().decode("utf-8"))
+        values = yaml.load(as_place(path).read_bytes().decode("utf-8"), _UniqueKeys)
     except OSError as error:
         raise SettingsError(written(path), [f"cannot be read: {error.strerror}"]) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

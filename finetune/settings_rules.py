@@ -116,11 +116,27 @@ def _without_effect(settings: Any, infinite: Container[str]) -> list[str]:
         beside["mtp_lambda_end"] = "--mtp-lambda-schedule linear or step"
     if not values.get("states"):
         beside["skip_unusable"] = "--states"
+    beside |= _of_no_optimizer(settings)
+    # The default is e2e_tv with a frozen main model; modules that are new can name their lk.
+    if not {*settings.objective.weights()} - {"e2e_tv"} and settings.part == "mtp":
+        beside["objective.depth_decay"] = "--objective.ce, kl, tv or lk"
     return [
         f"{option(name)} is {values[name]}, needed {needed} beside it"
         for name, needed in beside.items()
         if name in values and name not in infinite and values[name] != usual[name]
     ]
+
+
+def _of_no_optimizer(settings: Any) -> dict[str, str]:
+    """Settings of an optimizer that what learns, or the optimizer itself, has no use for."""
+    found: dict[str, str] = {}
+    name = settings.optimizer.name
+    if settings.train == "lora":
+        found["router_bias_rate"] = "--train mtp or all"
+        if name == "muon":  # all but projections are AdamW's, and adapters are none
+            found["optimizer.name"] = "--train mtp or all"
+    unused = {"adafactor": ("beta1", "beta2", "epsilon"), "muon": ("epsilon",)}.get(name, ())
+    return found | {f"optimizer.{each}": "--optimizer.name adamw" for each in unused}
 
 
 def _decays(groups: tuple[str, ...]) -> list[str]:

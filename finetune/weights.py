@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from finetune.adapters import add_adapters, merged, moved_leaf, raise_unless_there
+from finetune.adapters import adapted, add_adapters, merged, moved_leaf, raise_unless_there
 from finetune.data.files.kinds import is_on_hub
 from finetune.objective.objectives import are_new
 from finetune.optimizer import Halved, decay_groups, group, join
@@ -104,8 +104,12 @@ def _groups_of_nothing(settings: RunSettings, config: ModelConfig) -> Iterator[s
     """What is wrong with weight decays of weights that do not learn."""
     if not (groups := decay_groups(settings.optimizer)):
         return
-    names = leaves_by_name(abstract_model(config))
-    learns = [name for name in names if settings.part == "all" or name.startswith("mtp.")]
+    model = abstract_model(config)
+    if settings.train == "lora":
+        learns = [f"{name}.lora_A" for name in adapted(model, settings.lora)]
+    else:
+        names = leaves_by_name(model)
+        learns = [name for name in names if settings.part == "all" or name.startswith("mtp.")]
     there = ", ".join(dict.fromkeys(name.split(".")[-2] for name in learns))
     for end in groups:
         if not any(group(name, [end]) for name in learns):

@@ -1,6 +1,7 @@
 """How a command ends: its exit status, and one message for what its user can mend."""
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -25,6 +26,7 @@ def exit_status(
     traceback.
     """
     try:
+        _open_stdout()
         status = run()
         sys.stdout.flush()  # here, where a reader that has gone is no traceback
     except BrokenPipeError:
@@ -40,6 +42,19 @@ def exit_status(
         print(interrupted, file=sys.stderr)
         return INTERRUPTED
     return status
+
+
+def _open_stdout() -> None:
+    """Results can be written, whatever their characters are and wherever they go.
+
+    What the encoding of a locale lacks is escaped, as on stderr, instead of ending a command whose
+    work is done. A stdout that is closed (`>&-`) is none to Python, and the next file that is
+    opened would have its number.
+    """
+    if sys.stdout is None:
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+    elif isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def silence(descriptor: int) -> None:

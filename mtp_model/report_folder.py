@@ -19,6 +19,7 @@ from mtp_model.reporting import Picture, Section, html, is_page, markdown, to_js
 
 REPORT_FILES = REPORT_MD, REPORT_HTML, REPORT_JSON = "report.md", "report.html", "report.json"
 RUN_SETTINGS = "config.yaml"  # which makes a folder a run's
+RUN_RESOLVED = "resolved.yaml"  # which is beside it
 REPORT_VERSION = 1  # of report.json; a key that is new does not change it
 
 

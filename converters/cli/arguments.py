@@ -2,8 +2,9 @@
 
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Literal
 
 import tyro
@@ -221,11 +222,21 @@ def parse(argv: Sequence[str]) -> Command:
         args=list(argv),
         config=(tyro.conf.FlagCreatePairsOff,),
     )
-    fault = _usage_fault(command)
+    fault = _repeated(command, argv) or _usage_fault(command)
     if fault:
         print(f"{PROG}: {fault}", file=sys.stderr)
         raise SystemExit(2)
     return command
+
+
+def _repeated(command: Command, argv: Sequence[str]) -> str | None:
+    """What is wrong with an option of several values that comes twice: the first was forgotten."""
+    given = Counter(word.partition("=")[0].replace("_", "-") for word in argv)
+    for entry in fields(command):
+        name = "--" + entry.name.replace("_", "-")
+        if isinstance(getattr(command, entry.name), tuple) and given[name] > 1:
+            return f"{name} is given {given[name]} times, needed once, with all values behind it"
+    return None
 
 
 def _usage_fault(command: Command) -> str | None:

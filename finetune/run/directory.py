@@ -18,7 +18,7 @@ from mtp_model.checkpoint.directory import COMPLETE
 from mtp_model.files.open import absolute, as_place
 from mtp_model.files.place import Place
 from mtp_model.problems import UserError
-from mtp_model.report_folder import REPORT_HTML, RUN_SETTINGS, clear_report
+from mtp_model.report_folder import REPORT_HTML, RUN_RESOLVED, RUN_SETTINGS, clear_report
 
 _LOCK = "lock"
 _SELDOM_S = 30.0
@@ -50,7 +50,7 @@ class RunDirectory:
     @property
     def resolved(self) -> Path:
         """What `auto` in config.yaml stood for where the run began."""
-        return self.path / "resolved.yaml"
+        return self.path / RUN_RESOLVED
 
     @property
     def metrics(self) -> Path:

@@ -19,6 +19,10 @@ from mtp_model.checkpoint.directory import open_checkpoint
 NEEDED = ["train", "--checkpoint", "CKPT", "--data", "a.txt", "b", "--out", "RUN"]
 
 
+ADAMW, MUON, ADAFACTOR = (["--optimizer.name", name] for name in ("adamw", "muon", "adafactor"))
+DECAY, CE = ["--objective.depth-decay", "0.5"], ["--objective.ce", "1"]
+
+
 def parsed(*extra: str) -> RunSettings:
     command = parse([*NEEDED, *extra])
     assert isinstance(command, TrainCommand)
@@ -106,7 +110,12 @@ def test_every_fault_of_a_yaml_file_is_reported(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [", "is not YAML"), ("- 1\n- 2\n", "the file is .* needed names with values")],
+    [
+        ("a: [", "is not YAML"),
+        ("- 1\n- 2\n", "the file is .* needed names with values"),
+        ("steps: 1\nseed: 1\nsteps: 2\n", "it has steps twice in what begins in line 1"),
+        ("steps: 1\nbatch:\n  rows: 1\n  rows: 2\n", "it has rows twice in what begins in line 3"),
+    ],
 )
 def test_what_is_no_settings_file(tmp_path, text, message):
     with pytest.raises(SettingsError, match=message):
@@ -133,6 +142,22 @@ def test_an_empty_settings_file_is_the_defaults(tmp_path):
             ["--train", "all", "--mtp-lambda-end", "0.5"],
             "--mtp-lambda-schedule linear or step",
             ["--mtp-lambda-schedule", "linear"],
+        ),
+        (
+            ["--train", "lora", "--router-bias-rate", "0.1"],
+            "--train mtp or all",
+            ["--train", "all"],
+        ),
+        (["--train", "lora", *MUON], "--train mtp or all", ["--train", "mtp"]),
+        ([*MUON, "--optimizer.epsilon", "0.1"], "--optimizer.name adamw", ADAMW),
+        ([*ADAFACTOR, "--optimizer.epsilon", "0.1"], "--optimizer.name adamw", ADAMW),
+        ([*ADAFACTOR, "--optimizer.beta1", "0.5"], "--optimizer.name adamw", ADAMW),
+        ([*ADAFACTOR, "--optimizer.beta2", "0.5"], "--optimizer.name adamw", ADAMW),
+        (DECAY, "--objective.ce, kl, tv or lk", ["--objective.kl", "1"]),
+        (
+            [*DECAY, "--objective.e2e-tv", "1"],
+            "--objective.ce, kl, tv or lk",
+            ["--objective.ce", "1"],
         ),
     ],
 )
@@ -180,7 +205,9 @@ NUMBERS = [name for name, value in flat(parsed()).items() if isinstance(value, f
 @pytest.mark.parametrize("name", NUMBERS)
 def test_no_setting_is_infinite_or_no_number(name: str, value: float):
     """1e39 is a number, but none of float32, which steps are computed in."""
-    asks_all = ["--train", "lora", "--lora.part", "all", "--mtp-lambda-schedule", "linear"]
+    asks_all = ["--train", "all", "--mtp-lambda-schedule", "linear"]
+    if name.startswith("lora."):
+        asks_all += ["--train", "lora", "--lora.part", "all"]
     settings = parsed(*asks_all, f"{option(name)}={value}")
     with pytest.raises(SettingsError) as caught:
         check(settings)
@@ -229,6 +256,12 @@ def test_weight_decays_of_what_is_not_there(checkpoint):
         ),
         config,
     )
+    adapters = parsed(
+        *("--train", "lora", "--lora.projections", "o_proj"),
+        *("--optimizer.weight-decay-of", "o_proj=0.1", "down_proj=0.1"),
+    )
+    with pytest.raises(SettingsError, match="names down_proj, needed the end of what learns: o_pr"):
+        raise_unless_fitting(adapters, config)
 
 
 @pytest.mark.parametrize(
@@ -285,6 +318,13 @@ def status(argv) -> Any:
         ([*NEEDED, "--steps", "-4"], "--steps is -4, needed more than 0"),
         (["evaluate", "--checkpoint", "C", "--data", "d", "--rows", "0"], "--rows is 0"),
         (["evaluate", "--checkpoint", "C", "--data"], "--data is empty"),
+        ([*NEEDED, "--data", "c"], "--data is given 2 times, needed once: --data with all values"),
+        ([*NEEDED, "--eval_data", "c", "--eval-data=d"], "--eval-data is given 2 times"),
+        (
+            [*NEEDED, "--lora.projections", "a", "--lora.projections", "b"],
+            "--lora.projections is given 2",
+        ),
+        (["capture", "--checkpoint", "C", "--out", "o", *2 * ["--data", "d"]], "--data is given 2"),
     ],
 )
 def test_wrong_usage_has_status_2_and_says_what(argv, said, capsys):
@@ -292,6 +332,11 @@ def test_wrong_usage_has_status_2_and_says_what(argv, said, capsys):
     out, err = capsys.readouterr()
     assert said in err
     assert not out
+
+
+def test_an_option_of_one_value_may_come_twice():
+    """The last one counts, so that a command can be called again with something added."""
+    assert parsed("--steps", "4", "--steps", "6").steps == 6
 
 
 def test_help_gives_units_and_defaults(capsys, monkeypatch):

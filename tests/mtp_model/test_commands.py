@@ -84,3 +84,40 @@ def test_a_reader_that_has_gone_ends_it_in_silence(module: str):
     assert process.wait(timeout=60) == 1
     assert process.stderr.read() == b""
     process.stderr.close()
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("utf-8", "｜"), ("latin-1", "\\uff5c")])  # noqa: RUF001
+def test_characters_that_a_locale_lacks_are_escaped(encoding: str, shown: str):
+    """DeepSeek's special tokens have some, which `inspect-data` prints."""
+    code = (
+        "import sys; from mtp_model.commands import exit_status\n"
+        "from mtp_model.reporting import show, stdout\n"
+        "def run():\n    print('\\uff5c'); show(stdout(), ['a\\uff5c'])\n    return 0\n"
+        "sys.exit(exit_status(run, tell=print, interrupted=''))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        capture_output=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.decode(encoding) == f"{shown}\na{shown}\n"
+
+
+def test_a_command_whose_stdout_is_closed_does_its_work(tmp_path):
+    code = (
+        "import sys; from mtp_model.commands import exit_status\n"
+        "from mtp_model.reporting import show, stdout\n"
+        f"def run():\n    with open({str(tmp_path / 'made')!r}, 'w') as file:\n"
+        "        file.write('made')\n        file.flush()\n"
+        "        print('a result'); show(stdout(), ['a result'])\n    return 0\n"
+        "sys.exit(exit_status(run, tell=print, interrupted=''))"
+    )
+    done = subprocess.run(
+        ["/bin/sh", "-c", '"$0" -c "$1" >&-', sys.executable, code],
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (tmp_path / "made").read_text() == "made"

@@ -7,6 +7,7 @@ caches. One of several splits is a folder of such folders.
 
 import json
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,13 @@ from mtp_model.files.objects import CloudError
 from mtp_model.files.open import as_place, written
 from mtp_model.files.place import Place
 from mtp_model.files.untrusted_json import shown
-from mtp_model.report_folder import REPORT_FILES, REPORT_JSON, is_report
+from mtp_model.report_folder import (
+    REPORT_FILES,
+    REPORT_JSON,
+    RUN_RESOLVED,
+    RUN_SETTINGS,
+    is_report,
+)
 
 _STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 # Text about data, which lies beside it in many folders. Named on its own it is read.
@@ -80,6 +87,9 @@ def _below(folder: Place) -> Listed:
     for parts in seen:
         path, beside = _inner(folder, parts), by_place[parts[:-1]]
         kept = rows[parts[:-1]]
+        if _is_of_a_run(parts, by_place):
+            listed.left_out.append(path)
+            continue
         if parts[-1] in REPORT_FILES and is_report(_inner(folder, parts[:-1]) / REPORT_JSON):
             listed.left_out.append(path)
             continue
@@ -90,6 +100,15 @@ def _below(folder: Place) -> Listed:
         else:
             listed.left_out.append(path)
     return listed
+
+
+def _is_of_a_run(parts: tuple[str, ...], by_place: Mapping[tuple[str, ...], set[str]]) -> bool:
+    """Whether a file is below the folder of a run: its logs are .jsonl, and grow while it trains.
+
+    A run whose --out is in the folder of its data has to read the same when it goes on.
+    """
+    above = (parts[:depth] for depth in range(1, len(parts)))
+    return any({RUN_SETTINGS, RUN_RESOLVED} <= by_place.get(folder, set()) for folder in above)
 
 
 def _inner(folder: Place, parts: tuple[str, ...]) -> Place:

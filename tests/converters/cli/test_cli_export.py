@@ -141,6 +141,7 @@ def test_another_base_is_told(tuned: Checkpoint, tmp_path: Path, capsys):
         (["--push", ""], "needed ORG/NAME"),
         (["--push", "org/name@main"], "needed ORG/NAME"),
         (["--push", "../name"], "needed ORG/NAME"),
+        (2 * ["--acceptance", "a.json"], "--acceptance is given 2 times, needed once, with all"),
     ],
 )
 def test_wrong_usage_is_status_2(args: list[str], told: str, capsys):

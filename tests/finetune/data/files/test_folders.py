@@ -51,6 +51,22 @@ def test_a_saved_data_set_is_read_without_its_caches(tmp_path):
     assert texts(folder) == ["a", "b", "a", "b", "c"], "a folder of Arrow files is read whole"
 
 
+def test_a_run_whose_folder_is_in_that_of_its_data_reads_the_same_when_it_goes_on(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    run = tmp_path / "runs" / "first"
+    (run / "final").mkdir(parents=True)
+    (run / "config.yaml").write_text("steps: 6\n")
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    (run / "final" / "merges.txt").write_text("a b")
+    assert "metrics.jsonl:1 has the keys loss, step" in faults(tmp_path), "no run: config.yaml only"
+    (run / "resolved.yaml").write_text("compute_dtype: float32\n")
+    corpus = scan([tmp_path], VOCAB)
+    assert texts(tmp_path) == ["a"]
+    assert "metrics.jsonl" in [path.name for path in corpus.left_out]
+    assert corpus.digest == scan([tmp_path / "a.jsonl"], VOCAB).digest
+    assert "metrics.jsonl:1 has the keys loss, step" in faults(run / "metrics.jsonl"), "named"
+
+
 def test_a_report_that_was_left_beside_data_is_none(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     write_report(tmp_path / "b", Findings(title="found", plain={}, sections=()))
