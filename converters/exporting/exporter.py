@@ -171,12 +171,14 @@ class _Export:
         self._done = self._total - sum(file.size for file in todo)
         if not self._base:
             self._files.raise_if_full(self._total - self._done)
+            self._files.unmark()
             self._report(0)
             return self._write_all(todo, workers)
         kept = self._unchanged(self._base, todo, workers)
         changed = [file for file in todo if file not in kept]
         copied = [f for f in kept if self._files.needs_room(self._base.source, f.file)]
         self._files.raise_if_full(sum(file.size for file in (*changed, *copied)))
+        self._files.unmark()
         taken = {file.file: self._take(self._base, file) for file in kept}
         return taken | self._write_all(changed, workers)
 

@@ -9,7 +9,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mtp_model.checkpoint.directory import COMPLETE, PROVENANCE
+from mtp_model.checkpoint.directory import (
+    COMPLETE,
+    PROVENANCE,
+    UNFINISHED,
+    unfinished_fault,
+)
 from mtp_model.files.place import Place
 from mtp_model.problems import Problem
 
@@ -34,11 +39,13 @@ BOOKKEEPING = (".git", ".cache")  # of git and of huggingface_hub: copies of the
 
 def kind_fault(files: Collection[str]) -> str | None:
     """What a set of files is instead of a safetensors checkpoint, and what to do."""
-    if {COMPLETE, PROVENANCE} - set(files):
-        return None
-    found = "is a checkpoint directory, not a safetensors checkpoint"
-    advice = "name what it was imported from, or what `convert-deepseek export` made of it"
-    return f"{found}; {advice}"
+    if {COMPLETE, PROVENANCE} <= set(files):
+        found = "is a checkpoint directory, not a safetensors checkpoint"
+        advice = "name what it was imported from, or what `convert-deepseek export` made of it"
+        return f"{found}; {advice}"
+    if any(file.startswith(f"{UNFINISHED}/") for file in files):
+        return unfinished_fault()  # written over another checkpoint, it is in part still that one
+    return None
 
 
 class Source(Protocol):

@@ -206,8 +206,7 @@ def raise_unless_complete(path: Place) -> None:
         found = "is a file" if path.exists() else "does not exist"
         advice = "name a checkpoint directory that `convert-deepseek import` or training wrote"
     elif (path / UNFINISHED).is_dir():
-        found = "is unfinished: what was writing it was interrupted or is still running"
-        advice = "run the same command again, it continues where it stopped"
+        raise CheckpointError(f"{path} {unfinished_fault()}")
     elif (path / PARAMS).is_dir():
         found = f"has no {COMPLETE} file: it is unfinished, or only part of it was copied"
         advice = "copy all of it, or empty the folder and import it again"
@@ -218,6 +217,13 @@ def raise_unless_complete(path: Place) -> None:
         found = "is no checkpoint directory"
         advice = "name a directory that `convert-deepseek import` or training wrote"
     raise CheckpointError(f"{path} {found}; {advice}")
+
+
+def unfinished_fault() -> str:
+    """What a folder with UNFINISHED in it is, and what to do; it reads on after the folder."""
+    found = "is unfinished: what was writing it was interrupted or is still running"
+    advice = "run the same command again, it continues where it stopped"
+    return f"{found}; {advice}"
 
 
 def digest_of_json(value: Any) -> str:
