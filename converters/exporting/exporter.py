@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from converters.exporting.destination import claimed, keep_record, raise_if_within
+from converters.exporting.destination import claimed, keep_record
 from converters.exporting.draft import Engine, draft_plan
 from converters.exporting.encode import Encoder, Requantisation
 from converters.exporting.files import ExportFiles
@@ -33,6 +33,7 @@ from converters.format.header import Header, TensorInfo
 from converters.format.listing import SUFFIX, Listing
 from converters.format.mapping import TABLE_VERSION, mtp_layers
 from converters.format.writer import StreamWriter
+from converters.sources.source import raise_if_overlapping
 from mtp_model.checkpoint.directory import COMPLETE, UNFINISHED, Checkpoint
 from mtp_model.files.journal import Fingerprint, Journal
 from mtp_model.files.open import as_place
@@ -74,8 +75,7 @@ def export_checkpoint(
         plan = draft_plan(plan, checkpoint, draft)
     _raise_if_damaged(checkpoint, checkpoint.damaged_files(_copied(checkpoint, plan)))
     if base:
-        if base.source.folder:
-            raise_if_within(dst, base.source.folder)
+        raise_if_overlapping(dst, base.source)
         check_base(base, checkpoint)
     fingerprint = _fingerprint(checkpoint, dtype, base, draft)
     with claimed(dst, fingerprint, overwrite=overwrite):

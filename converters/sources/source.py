@@ -13,6 +13,7 @@ from mtp_model.checkpoint.directory import (
     COMPLETE,
     PROVENANCE,
     UNFINISHED,
+    CheckpointError,
     unfinished_fault,
 )
 from mtp_model.files.place import Place
@@ -123,6 +124,18 @@ def replaced_files(
     for file, was in began.items():
         if any(was.get(key) != value for key, value in source.fingerprint(file).items()):
             yield Problem("changed", file, f"was replaced while it was read; {advice}")
+
+
+def raise_if_overlapping(dst: Place, source: Source) -> None:
+    """Raise CheckpointError where files of a source are in the folder to write, or the reverse.
+
+    Wherever the files really are: a folder of links is in no other.
+    """
+    places = (source.folder, *map(source.place, source.files()))
+    if any(place and dst.overlaps(place) for place in places):
+        raise CheckpointError(
+            f"{dst} and {source.name}, which it is made of, overlap; name another place"
+        )
 
 
 def range_fault(size: int, begin: int, nbytes: int) -> str | None:

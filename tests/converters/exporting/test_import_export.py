@@ -443,6 +443,30 @@ def test_destinations_are_respected(fp8: Path, kept: Checkpoint, tmp_path: Path)
     assert tree_bytes(mine) == {"thesis.tex": b"precious"}
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_import_never_removes_its_source(
+    fp8: Path, kept: Checkpoint, tmp_path: Path, overwrite: bool
+):
+    """Exports and originals lie in checkpoint directories, which --overwrite would empty first."""
+    dst = Path(shutil.copytree(kept.path, tmp_path / "dst"))
+    shutil.copytree(fp8, dst / "src")
+    links, alone = tmp_path / "links", Path(shutil.copytree(fp8, tmp_path / "alone"))
+    shutil.copytree(dst / "src", links, copy_function=lambda src, dst: Path(dst).symlink_to(src))
+    (tmp_path / "link").symlink_to(dst)
+    before = tree_bytes(tmp_path)
+    for src, place in (
+        (dst / "src", dst),
+        (dst / "src", tmp_path / "link"),
+        (links, dst),
+        (alone, alone / "ckpt"),
+        (alone, tmp_path),
+    ):
+        source = open_safetensors(LocalSource(str(src), follow_links=True))
+        with pytest.raises(CheckpointError, match="overlap; name another place"):
+            import_checkpoint(source, place, overwrite=overwrite)
+    assert tree_bytes(tmp_path) == before
+
+
 def test_overwrite_replaces_a_checkpoint(fp8: Path, kept: Checkpoint, tmp_path: Path):
     other = make_source(tmp_path / "other", dtype="bf16", seed=5, num_files=9)
     run_import(other, tmp_path / "ckpt")
