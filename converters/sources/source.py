@@ -152,14 +152,3 @@ def byte_view(buffer: Buffer) -> NDArray[np.uint8]:
     if not buffer.flags.c_contiguous:
         raise ValueError(f"needs a C-contiguous array, found strides {buffer.strides}")
     return buffer.reshape(-1).view(np.uint8)
-
-
-def name_fault(file: str) -> str | None:
-    """Why `file` cannot be the name of a file inside a folder; None when it can."""
-    if file.startswith("/"):
-        return "is an absolute path; file names are relative to the checkpoint's folder"
-    if ".." in file.split("/"):
-        return "leaves the checkpoint's folder"
-    if not file or "\0" in file or {"", "."} & set(file.split("/")):
-        return "is not a plain relative path"
-    return None

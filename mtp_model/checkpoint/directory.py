@@ -22,8 +22,8 @@ from mtp_model.checkpoint.chunks import Index, Leaf, chunk_file_name
 from mtp_model.checkpoint.orbax import ZARRAY, leaf_from_zarray
 from mtp_model.config import ModelConfig
 from mtp_model.files.open import as_place
-from mtp_model.files.place import Place, digest
-from mtp_model.files.untrusted_json import Each, Maybe, faults
+from mtp_model.files.place import Place, digest, name_fault
+from mtp_model.files.untrusted_json import Each, Maybe, faults, shown
 from mtp_model.problems import UserError
 
 FORMAT_VERSION = 1
@@ -281,7 +281,21 @@ def _read_json(path: Place, name: str) -> dict[str, Any]:
     value = _parsed(path, name)
     for fault in faults(value, _SHAPES[name]):
         raise _unreadable(path, name, fault)
+    for file in _names_in(name, value):
+        if fault := name_fault(file):
+            raise _unreadable(path, name, f"{shown(file)} {fault}")
     return value
+
+
+def _names_in(name: str, value: Mapping[str, Any]) -> Iterator[str]:
+    """Names of files that are read or written by what a file of the directory says."""
+    if name == COMPLETE:
+        yield from (*value["files"], *value["side_files"])
+    elif name == LAYOUT:
+        yield from value["headers"]
+    elif name == PROVENANCE:
+        sources = (value["source"], value.get("mtp_source") or {"files": {}})
+        yield from (*value["leaves"], *(file for source in sources for file in source["files"]))
 
 
 def _parsed(path: Place, name: str) -> dict[str, Any]:
