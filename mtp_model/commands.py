@@ -24,6 +24,7 @@ def exit_status(
     Ctrl-C with the line `interrupted`. Every other exception is a bug of ours: it keeps its
     traceback.
     """
+    _open_stderr()
     try:
         status = run()
         sys.stdout.flush()  # here, where a reader that has gone is no traceback
@@ -40,6 +41,16 @@ def exit_status(
         print(interrupted, file=sys.stderr)
         return INTERRUPTED
     return status
+
+
+def _open_stderr() -> None:
+    """A stderr that is closed (`2>&-`) is none to Python: what goes there goes nowhere.
+
+    It failed the command, and the next file that is opened would have its number, and what
+    libraries say there.
+    """
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
 
 
 def silence(descriptor: int) -> None:

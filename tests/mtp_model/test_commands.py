@@ -84,3 +84,18 @@ def test_a_reader_that_has_gone_ends_it_in_silence(module: str):
     assert process.wait(timeout=60) == 1
     assert process.stderr.read() == b""
     process.stderr.close()
+
+
+def test_a_closed_stderr_is_no_fault():
+    """As in `convert-deepseek ... 2>&-`: nothing else gets its number, and what it says is lost."""
+    code = (
+        "import os, sys; from mtp_model.commands import exit_status\n"
+        "from mtp_model.reporting import show, stderr\n"
+        "def run():\n"
+        "    show(stderr(), ['progress'])\n"
+        "    return int(os.open(os.devnull, os.O_RDONLY) <= 2)\n"
+        "sys.exit(exit_status(run, tell=print, interrupted=''))"
+    )
+    command = ["sh", "-c", 'exec "$0" -c "$1" 2>&-', sys.executable, code]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
