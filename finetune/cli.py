@@ -43,7 +43,7 @@ from mtp_model import cluster
 from mtp_model.commands import FAILED, exit_status
 from mtp_model.files.open import absolute, is_address, written
 from mtp_model.files.place import Place
-from mtp_model.reporting import Section, show, stdout
+from mtp_model.reporting import Section, show, stdout, visible
 
 WRONG_USAGE = 2
 
@@ -81,7 +81,7 @@ def run(argv: Sequence[str]) -> int:
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     return exit_status(
         lambda: _run(argv, errors),
-        tell=lambda error: errors.print(f"error: {error}", markup=False),
+        tell=lambda error: errors.print(f"error: {visible(str(error))}", markup=False),
         interrupted="interrupted; train, generate and capture go on with the same command",
     )
 
