@@ -8,7 +8,6 @@ import dataclasses
 import json
 import shlex
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,10 +40,10 @@ from finetune.settings import ClusterSettings, RunSettings, SettingsError, blank
 from finetune.settings_file import read_yaml
 from finetune.train import Result, train
 from mtp_model import cluster
-from mtp_model.commands import FAILED, exit_status
+from mtp_model.commands import FAILED, exit_status, repeated
 from mtp_model.files.open import absolute, is_address, written
 from mtp_model.files.place import Place
-from mtp_model.reporting import Section, show, stdout
+from mtp_model.reporting import Section, show, stdout, visible
 
 WRONG_USAGE = 2
 
@@ -82,7 +81,7 @@ def run(argv: Sequence[str]) -> int:
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     return exit_status(
         lambda: _run(argv, errors),
-        tell=lambda error: errors.print(f"error: {error}", markup=False),
+        tell=lambda error: errors.print(f"error: {visible(str(error))}", markup=False),
         interrupted="interrupted; train, generate and capture go on with the same command",
     )
 
@@ -162,13 +161,7 @@ def _raise_if_repeated(command: "Command", argv: Sequence[str]) -> None:
     """SettingsError for options of several values that come twice: the first would be forgotten."""
     settings = command.settings if isinstance(command, TrainCommand) else command
     names = {option(name) for name, value in flat(settings).items() if isinstance(value, tuple)}
-    given = Counter(word.partition("=")[0].replace("_", "-") for word in argv)
-    faults = [
-        f"{name} is given {given[name]} times, needed once: {name} with all values behind it"
-        for name in sorted(names)
-        if given[name] > 1
-    ]
-    if faults:
+    if faults := repeated(names, argv):
         raise SettingsError("settings that cannot be used", faults)
 
 

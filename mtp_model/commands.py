@@ -4,7 +4,8 @@ import errno
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from mtp_model.problems import UserError
@@ -25,8 +26,8 @@ def exit_status(
     Ctrl-C with the line `interrupted`. Every other exception is a bug of ours: it keeps its
     traceback.
     """
+    _open_streams()
     try:
-        _open_stdout()
         status = run()
         sys.stdout.flush()  # here, where a reader that has gone is no traceback
     except BrokenPipeError:
@@ -44,16 +45,27 @@ def exit_status(
     return status
 
 
-def _open_stdout() -> None:
-    """Results can be written, whatever their characters are and wherever they go.
+def repeated(options: Iterable[str], argv: Sequence[str]) -> list[str]:
+    """What is wrong with options of several values that come twice: the first would be lost."""
+    given = Counter(word.partition("=")[0].replace("_", "-") for word in argv)
+    return [
+        f"{name} is given {given[name]} times, needed once, with all values behind it"
+        for name in sorted(options)
+        if given[name] > 1
+    ]
 
-    What the encoding of a locale lacks is escaped, as on stderr, instead of ending a command whose
-    work is done. A stdout that is closed (`>&-`) is none to Python, and the next file that is
-    opened would have its number.
+
+def _open_streams() -> None:
+    """Results and messages can be written, whatever their characters are and wherever they go.
+
+    A stream that is closed (`>&-`, `2>&-`) is none to Python, and the next file that is opened
+    would have its number, and what libraries say there. What the encoding of a locale lacks is
+    escaped on stdout, as it is on stderr, instead of ending a command whose work is done.
     """
-    if sys.stdout is None:
-        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
-    elif isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, io.TextIOWrapper(io.FileIO(os.devnull, "w")))
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
 
 

@@ -20,6 +20,9 @@ from mtp_model.problems import Problem, ProblemsError, group_problems
 _MOST_LINES = 60
 LEGEND = "upper right"  # of drawings; to look for the best place takes seconds with many points
 _PIPED_WIDTH = 120  # a file or a pipe has no width of its own
+# Control characters, and those that turn the direction of writing.
+_OBEYED = (*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_SPELT_OUT = {code: ascii(chr(code))[1:-1] for code in _OBEYED if chr(code) not in "\n\t"}
 
 
 @dataclass(frozen=True)
@@ -75,17 +78,24 @@ def show(console: Console, sections: Iterable[Section]) -> None:
         console.file.write("\n" * (number > 0) + text + "\n")
 
 
+def visible(text: str) -> str:
+    """The same text without what a terminal obeys: names come from files nobody vouches for."""
+    return text.translate(_SPELT_OUT)
+
+
 def _rich(section: Section) -> Table | Text:
     if isinstance(section, str):
-        return Text(section)
+        return Text(visible(section))
     if isinstance(section, Facts):
         width = max((len(name) for name, _ in section.pairs), default=0)
-        return Text("\n".join(f"{name:<{width}}  {value}" for name, value in section.pairs))
+        lines = (f"{name:<{width}}  {value}" for name, value in section.pairs)
+        return Text(visible("\n".join(lines)))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(section.columns):
-        table.add_column(column, justify="right" if number else "left", overflow="fold")
+        justify = "right" if number else "left"
+        table.add_column(visible(column), justify=justify, overflow="fold")
     for row in section.rows:
-        table.add_row(*row)
+        table.add_row(*map(visible, row))
     return table
 
 

@@ -2,13 +2,14 @@
 
 import re
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import Positional, arg, subcommand
+
+from mtp_model.commands import repeated
 
 PROG = "convert-deepseek"
 _MODEL = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -222,21 +223,16 @@ def parse(argv: Sequence[str]) -> Command:
         args=list(argv),
         config=(tyro.conf.FlagCreatePairsOff,),
     )
-    fault = _repeated(command, argv) or _usage_fault(command)
+    several = (
+        "--" + entry.name.replace("_", "-")
+        for entry in fields(command)
+        if isinstance(getattr(command, entry.name), tuple)
+    )
+    fault = "; ".join(repeated(several, argv)) or _usage_fault(command)
     if fault:
         print(f"{PROG}: {fault}", file=sys.stderr)
         raise SystemExit(2)
     return command
-
-
-def _repeated(command: Command, argv: Sequence[str]) -> str | None:
-    """What is wrong with an option of several values that comes twice: the first was forgotten."""
-    given = Counter(word.partition("=")[0].replace("_", "-") for word in argv)
-    for entry in fields(command):
-        name = "--" + entry.name.replace("_", "-")
-        if isinstance(getattr(command, entry.name), tuple) and given[name] > 1:
-            return f"{name} is given {given[name]} times, needed once, with all values behind it"
-    return None
 
 
 def _usage_fault(command: Command) -> str | None:

@@ -1,5 +1,6 @@
 """What the commands share: opening what the user named, printing results and errors."""
 
+import contextlib
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,6 +28,7 @@ from mtp_model.reporting import (
     show,
     stdout,
     to_json,
+    visible,
 )
 
 
@@ -80,10 +82,11 @@ def print_result(sections: Iterable[Section], plain: dict[str, Any], *, as_json:
 def tell(error: UserError, *, as_json: bool) -> None:
     """Say on stderr what is wrong, alike problems as one line; in full on stdout for --json."""
     problems = error if isinstance(error, ProblemsError) else None
-    if as_json:
-        print(to_json(problems_as_json(problems) if problems else {"error": f"{PROG}: {error}"}))
     found = problem_report(problems.where, problems.problems) if problems else f"{PROG}: {error}"
-    print(found, file=sys.stderr)
+    print(visible(found), file=sys.stderr)
+    if as_json:
+        with contextlib.suppress(OSError):  # a full disk under stdout is what was told
+            print(to_json(problems_as_json(problems) if problems else {"error": found}), flush=True)
 
 
 def time_and_rate(nbytes: int, seconds: float) -> str:

@@ -44,12 +44,6 @@ def forget_record(dst: str | Path | Place) -> None:
             (dst / _CACHE).delete_tree()
 
 
-def raise_if_within(dst: Place, source: Place) -> None:
-    """Raise CheckpointError when one of the two folders is the other, or in it."""
-    if dst.overlaps(source):
-        raise CheckpointError(f"{dst} and the base {source} overlap; name another place")
-
-
 def _take_up(dst: Place, fingerprint: Fingerprint) -> None:
     """Go on with a finished export of this very checkpoint."""
     if (dst / _RECORD).is_dir() and not begun_by_another(dst / _RECORD, fingerprint):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from converters.exporting.destination import claimed, keep_record, raise_if_within
+from converters.exporting.destination import claimed, keep_record
 from converters.exporting.draft import Engine, draft_plan
 from converters.exporting.encode import Encoder, Requantisation
 from converters.exporting.files import ExportFiles
@@ -33,6 +33,7 @@ from converters.format.header import Header, TensorInfo
 from converters.format.listing import SUFFIX, Listing
 from converters.format.mapping import TABLE_VERSION, mtp_layers
 from converters.format.writer import StreamWriter
+from converters.sources.source import raise_if_overlapping
 from mtp_model.checkpoint.directory import COMPLETE, UNFINISHED, Checkpoint
 from mtp_model.files.journal import Fingerprint, Journal
 from mtp_model.files.open import as_place
@@ -74,8 +75,7 @@ def export_checkpoint(
         plan = draft_plan(plan, checkpoint, draft)
     _raise_if_damaged(checkpoint, checkpoint.damaged_files(_copied(checkpoint, plan)))
     if base:
-        if base.source.folder:
-            raise_if_within(dst, base.source.folder)
+        raise_if_overlapping(dst, base.source)
         check_base(base, checkpoint)
     fingerprint = _fingerprint(checkpoint, dtype, base, draft)
     with claimed(dst, fingerprint, overwrite=overwrite):
@@ -171,12 +171,14 @@ class _Export:
         self._done = self._total - sum(file.size for file in todo)
         if not self._base:
             self._files.raise_if_full(self._total - self._done)
+            self._files.unmark()
             self._report(0)
             return self._write_all(todo, workers)
         kept = self._unchanged(self._base, todo, workers)
         changed = [file for file in todo if file not in kept]
         copied = [f for f in kept if self._files.needs_room(self._base.source, f.file)]
         self._files.raise_if_full(sum(file.size for file in (*changed, *copied)))
+        self._files.unmark()
         taken = {file.file: self._take(self._base, file) for file in kept}
         return taken | self._write_all(changed, workers)
 

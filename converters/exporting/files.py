@@ -7,7 +7,7 @@ from typing import Literal
 
 import xxhash
 
-from converters.format.listing import SUFFIX
+from converters.format.listing import CONFIG_FILE, INDEX_FILE, SUFFIX
 from converters.sources.source import Source, byte_view, read_pieces
 from mtp_model.checkpoint.directory import UNFINISHED
 from mtp_model.files.local import raise_if_full
@@ -48,6 +48,13 @@ class ExportFiles:
     def raise_if_full(self, needed: int) -> None:
         """UserError when there is no room for so many bytes."""
         raise_if_full(self.folder.room_for(needed), "name another place")
+
+    def unmark(self) -> None:
+        """Take what makes a checkpoint of the folder: while it is written it is part this one, part
+        that. An index of that one would stay where this one has none."""
+        for name in (CONFIG_FILE, INDEX_FILE):
+            if (self.folder / name).is_file():
+                (self.folder / name).unlink()
 
     def open(self, name: str) -> Appended:
         """A file to write; one that is there is replaced when the new one is whole."""

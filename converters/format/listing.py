@@ -15,7 +15,8 @@ from converters.format.header import (
     read_header,
 )
 from converters.format.mapping import layer_of, mtp_layers, unfused
-from converters.sources.source import Fingerprint, Source, name_fault
+from converters.sources.source import Fingerprint, Source
+from mtp_model.files.place import name_fault
 from mtp_model.files.untrusted_json import JsonError, is_text_map, parse, shown
 from mtp_model.problems import Problem, ProblemsError, braces, raise_if_any
 

@@ -24,7 +24,7 @@ from converters.importing.convert import (
 from converters.importing.finish import finish_import, raise_if_stale
 from converters.importing.plan import Copies, Dtype, ImportPlan, make_plan
 from converters.sources.ahead import room_for_fetched
-from converters.sources.source import Finish
+from converters.sources.source import Finish, raise_if_overlapping
 from mtp_model.checkpoint.chunks import DEFAULT_POLICY, ChunkPolicy
 from mtp_model.checkpoint.claim import claim, clear
 from mtp_model.checkpoint.directory import COMPLETE, UNFINISHED, CheckpointError, open_checkpoint
@@ -92,9 +92,12 @@ def import_checkpoint(
     to end finishes the directory. mtp_hidden_state None: as the config says.
 
     Raises ProblemsError for a source that is unfit, was changed, or holds values that no such
-    tensor may have (all of these in one report), CheckpointError for a destination in use.
+    tensor may have (all of these in one report), CheckpointError for a destination in use, or one
+    that holds the source or is in it.
     """
     dst = as_place(dst)
+    for source in (checkpoint.source, *([checkpoint.taken.source] if checkpoint.taken else [])):
+        raise_if_overlapping(dst, source)
     plan = make_plan(
         checkpoint,
         scope=scope,

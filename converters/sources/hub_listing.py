@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.hf_api import RepoSibling
 
 from converters.sources.hub_errors import hub_error, persist
-from converters.sources.source import name_fault
+from mtp_model.files.place import name_fault
 from mtp_model.files.untrusted_json import shown
 from mtp_model.problems import Problem, raise_if_any
 

@@ -11,12 +11,12 @@ from converters.sources.source import (
     Source,
     byte_view,
     kind_fault,
-    name_fault,
     range_fault,
 )
 from mtp_model.files.object_place import ObjectPlace
 from mtp_model.files.objects import CloudError, ObjectState, state, states
 from mtp_model.files.open import object_place
+from mtp_model.files.place import name_fault
 from mtp_model.files.untrusted_json import shown
 from mtp_model.problems import Problem, ProblemsError, raise_if_any
 

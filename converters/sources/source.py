@@ -9,7 +9,13 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mtp_model.checkpoint.directory import COMPLETE, PROVENANCE
+from mtp_model.checkpoint.directory import (
+    COMPLETE,
+    PROVENANCE,
+    UNFINISHED,
+    CheckpointError,
+    unfinished_fault,
+)
 from mtp_model.files.place import Place
 from mtp_model.problems import Problem
 
@@ -34,11 +40,13 @@ BOOKKEEPING = (".git", ".cache")  # of git and of huggingface_hub: copies of the
 
 def kind_fault(files: Collection[str]) -> str | None:
     """What a set of files is instead of a safetensors checkpoint, and what to do."""
-    if {COMPLETE, PROVENANCE} - set(files):
-        return None
-    found = "is a checkpoint directory, not a safetensors checkpoint"
-    advice = "name what it was imported from, or what `convert-deepseek export` made of it"
-    return f"{found}; {advice}"
+    if {COMPLETE, PROVENANCE} <= set(files):
+        found = "is a checkpoint directory, not a safetensors checkpoint"
+        advice = "name what it was imported from, or what `convert-deepseek export` made of it"
+        return f"{found}; {advice}"
+    if any(file.startswith(f"{UNFINISHED}/") for file in files):
+        return unfinished_fault()  # written over another checkpoint, it is in part still that one
+    return None
 
 
 class Source(Protocol):
@@ -118,6 +126,18 @@ def replaced_files(
             yield Problem("changed", file, f"was replaced while it was read; {advice}")
 
 
+def raise_if_overlapping(dst: Place, source: Source) -> None:
+    """Raise CheckpointError where files of a source are in the folder to write, or the reverse.
+
+    Wherever the files really are: a folder of links is in no other.
+    """
+    places = (source.folder, *map(source.place, source.files()))
+    if any(place and dst.overlaps(place) for place in places):
+        raise CheckpointError(
+            f"{dst} and {source.name}, which it is made of, overlap; name another place"
+        )
+
+
 def range_fault(size: int, begin: int, nbytes: int) -> str | None:
     """What is wrong with asking a file of `size` bytes for these; None where it has them."""
     if begin < 0 or nbytes < 0 or begin + nbytes > size:
@@ -132,14 +152,3 @@ def byte_view(buffer: Buffer) -> NDArray[np.uint8]:
     if not buffer.flags.c_contiguous:
         raise ValueError(f"needs a C-contiguous array, found strides {buffer.strides}")
     return buffer.reshape(-1).view(np.uint8)
-
-
-def name_fault(file: str) -> str | None:
-    """Why `file` cannot be the name of a file inside a folder; None when it can."""
-    if file.startswith("/"):
-        return "is an absolute path; file names are relative to the checkpoint's folder"
-    if ".." in file.split("/"):
-        return "leaves the checkpoint's folder"
-    if not file or "\0" in file or {"", "."} & set(file.split("/")):
-        return "is not a plain relative path"
-    return None

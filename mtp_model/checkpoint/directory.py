@@ -22,8 +22,8 @@ from mtp_model.checkpoint.chunks import Index, Leaf, chunk_file_name
 from mtp_model.checkpoint.orbax import ZARRAY, leaf_from_zarray
 from mtp_model.config import ModelConfig
 from mtp_model.files.open import as_place
-from mtp_model.files.place import Place, digest
-from mtp_model.files.untrusted_json import Each, Maybe, faults
+from mtp_model.files.place import Place, digest, name_fault
+from mtp_model.files.untrusted_json import Each, Maybe, faults, shown
 from mtp_model.problems import UserError
 
 FORMAT_VERSION = 1
@@ -206,8 +206,7 @@ def raise_unless_complete(path: Place) -> None:
         found = "is a file" if path.exists() else "does not exist"
         advice = "name a checkpoint directory that `convert-deepseek import` or training wrote"
     elif (path / UNFINISHED).is_dir():
-        found = "is unfinished: what was writing it was interrupted or is still running"
-        advice = "run the same command again, it continues where it stopped"
+        raise CheckpointError(f"{path} {unfinished_fault()}")
     elif (path / PARAMS).is_dir():
         found = f"has no {COMPLETE} file: it is unfinished, or only part of it was copied"
         advice = "copy all of it, or empty the folder and import it again"
@@ -218,6 +217,13 @@ def raise_unless_complete(path: Place) -> None:
         found = "is no checkpoint directory"
         advice = "name a directory that `convert-deepseek import` or training wrote"
     raise CheckpointError(f"{path} {found}; {advice}")
+
+
+def unfinished_fault() -> str:
+    """What a folder with UNFINISHED in it is, and what to do; it reads on after the folder."""
+    found = "is unfinished: what was writing it was interrupted or is still running"
+    advice = "run the same command again, it continues where it stopped"
+    return f"{found}; {advice}"
 
 
 def digest_of_json(value: Any) -> str:
@@ -275,7 +281,21 @@ def _read_json(path: Place, name: str) -> dict[str, Any]:
     value = _parsed(path, name)
     for fault in faults(value, _SHAPES[name]):
         raise _unreadable(path, name, fault)
+    for file in _names_in(name, value):
+        if fault := name_fault(file):
+            raise _unreadable(path, name, f"{shown(file)} {fault}")
     return value
+
+
+def _names_in(name: str, value: Mapping[str, Any]) -> Iterator[str]:
+    """Names of files that are read or written by what a file of the directory says."""
+    if name == COMPLETE:
+        yield from (*value["files"], *value["side_files"])
+    elif name == LAYOUT:
+        yield from value["headers"]
+    elif name == PROVENANCE:
+        sources = (value["source"], value.get("mtp_source") or {"files": {}})
+        yield from (*value["leaves"], *(file for source in sources for file in source["files"]))
 
 
 def _parsed(path: Place, name: str) -> dict[str, Any]:

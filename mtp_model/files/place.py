@@ -239,3 +239,14 @@ class Place(Protocol):
     def kvstore(self) -> dict[str, Any]:
         """The folder as tensorstore names it, to read the array that is stored in it."""
         ...
+
+
+def name_fault(file: str) -> str | None:
+    """Why `file` cannot be the name of a file inside a folder; None when it can."""
+    if file.startswith("/"):
+        return "is an absolute path; file names are relative to the checkpoint's folder"
+    if ".." in file.split("/"):
+        return "leaves the checkpoint's folder"
+    if not file or "\0" in file or {"", "."} & set(file.split("/")):
+        return "is not a plain relative path"
+    return None

@@ -227,7 +227,7 @@ def test_a_place_that_another_process_writes(src, tmp_path, capsys):
     done("import", src, tmp_path / "dst")
 
 
-@follows(" overlap; name another place")
+@follows(", which it is made of, overlap; name another place")
 def test_an_export_into_its_base(src, whole, tmp_path, capsys):
     command = ("export", whole, src / "out", "--base", src)
     assert "overlap; name another place" in told(capsys, *command)

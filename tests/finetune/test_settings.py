@@ -318,7 +318,7 @@ def status(argv) -> Any:
         ([*NEEDED, "--steps", "-4"], "--steps is -4, needed more than 0"),
         (["evaluate", "--checkpoint", "C", "--data", "d", "--rows", "0"], "--rows is 0"),
         (["evaluate", "--checkpoint", "C", "--data"], "--data is empty"),
-        ([*NEEDED, "--data", "c"], "--data is given 2 times, needed once: --data with all values"),
+        ([*NEEDED, "--data", "c"], "--data is given 2 times, needed once, with all values"),
         ([*NEEDED, "--eval_data", "c", "--eval-data=d"], "--eval-data is given 2 times"),
         (
             [*NEEDED, "--lora.projections", "a", "--lora.projections", "b"],

@@ -121,3 +121,18 @@ def test_a_command_whose_stdout_is_closed_does_its_work(tmp_path):
     )
     assert (done.returncode, done.stderr) == (0, b"")
     assert (tmp_path / "made").read_text() == "made"
+
+
+def test_a_closed_stderr_is_no_fault():
+    """As in `convert-deepseek ... 2>&-`: nothing else gets its number, and what it says is lost."""
+    code = (
+        "import os, sys; from mtp_model.commands import exit_status\n"
+        "from mtp_model.reporting import show, stderr\n"
+        "def run():\n"
+        "    show(stderr(), ['progress'])\n"
+        "    return int(os.open(os.devnull, os.O_RDONLY) <= 2)\n"
+        "sys.exit(exit_status(run, tell=print, interrupted=''))"
+    )
+    command = ["sh", "-c", 'exec "$0" -c "$1" 2>&-', sys.executable, code]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")

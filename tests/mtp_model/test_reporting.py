@@ -1,13 +1,15 @@
 """A page of results needs nothing beside it, and runs nothing that a name says."""
 
+import io
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from browser import assert_readable, seen
+from rich.console import Console
 
-from mtp_model.reporting import Facts, Grid, drawing, html
+from mtp_model.reporting import Facts, Grid, drawing, html, show
 
 SPITEFUL = "<script>alert('x')</script><img src=http://example.org>"
 
@@ -39,6 +41,16 @@ def test_names_are_shown_and_not_run():
     assert page.text.count(SPITEFUL) == 7
     assert not {tag for tag, _ in page.elements} & {"script", "img"}
     assert "script" in {tag for tag, _ in Reader(SPITEFUL).elements}  # the control
+
+
+def test_a_terminal_is_told_nothing_by_a_name():
+    name = "\x1b]0;title\x07\x1b[31m\x9b2J\r\u202egpj"
+    told = r"\x1b]0;title\x07\x1b[31m\x9b2J\r\u202egpj"
+    out = io.StringIO()
+    console = Console(file=out, width=120)
+    show(console, [f"{name}\né", Facts([(name, name)]), Grid((name,), [(name,)])])
+    assert out.getvalue().count(told) == 5
+    assert set(out.getvalue()) - {"\n", "é", "─"} <= set(map(chr, range(0x20, 0x7F)))
 
 
 def test_a_page_asks_for_nothing_from_elsewhere():

@@ -28,6 +28,7 @@ from roundtrip import (
     tree_bytes,
 )
 
+from converters.cli.common import source_of
 from converters.exporting import encode, exporter
 from converters.exporting import plan as export_plan
 from converters.exporting import stream as export_stream
@@ -35,13 +36,18 @@ from converters.exporting.encode import Encoder, held_slots
 from converters.exporting.exporter import export_checkpoint
 from converters.format import fp8 as fp8_format
 from converters.format.header import make_header, parse_header
-from converters.format.listing import open_safetensors
+from converters.format.listing import INDEX_FILE, open_safetensors
 from converters.format.mapping import slots
 from converters.importing.importer import import_checkpoint
 from converters.sources.local import LocalSource
 from mtp_model.checkpoint.chunks import Leaf
 from mtp_model.checkpoint.derived import write_derived
-from mtp_model.checkpoint.directory import Checkpoint, CheckpointError, open_checkpoint
+from mtp_model.checkpoint.directory import (
+    UNFINISHED,
+    Checkpoint,
+    CheckpointError,
+    open_checkpoint,
+)
 from mtp_model.config import ModelConfig
 from mtp_model.files.local import LocalPlace
 from mtp_model.problems import ProblemsError, UserError
@@ -437,6 +443,30 @@ def test_destinations_are_respected(fp8: Path, kept: Checkpoint, tmp_path: Path)
     assert tree_bytes(mine) == {"thesis.tex": b"precious"}
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_import_never_removes_its_source(
+    fp8: Path, kept: Checkpoint, tmp_path: Path, overwrite: bool
+):
+    """Exports and originals lie in checkpoint directories, which --overwrite would empty first."""
+    dst = Path(shutil.copytree(kept.path, tmp_path / "dst"))
+    shutil.copytree(fp8, dst / "src")
+    links, alone = tmp_path / "links", Path(shutil.copytree(fp8, tmp_path / "alone"))
+    shutil.copytree(dst / "src", links, copy_function=lambda src, dst: Path(dst).symlink_to(src))
+    (tmp_path / "link").symlink_to(dst)
+    before = tree_bytes(tmp_path)
+    for src, place in (
+        (dst / "src", dst),
+        (dst / "src", tmp_path / "link"),
+        (links, dst),
+        (alone, alone / "ckpt"),
+        (alone, tmp_path),
+    ):
+        source = open_safetensors(LocalSource(str(src), follow_links=True))
+        with pytest.raises(CheckpointError, match="overlap; name another place"):
+            import_checkpoint(source, place, overwrite=overwrite)
+    assert tree_bytes(tmp_path) == before
+
+
 def test_overwrite_replaces_a_checkpoint(fp8: Path, kept: Checkpoint, tmp_path: Path):
     other = make_source(tmp_path / "other", dtype="bf16", seed=5, num_files=9)
     run_import(other, tmp_path / "ckpt")
@@ -450,6 +480,39 @@ def test_overwrite_replaces_a_checkpoint(fp8: Path, kept: Checkpoint, tmp_path: 
     run_import(fp8, tmp_path / "ckpt", overwrite=True)
     assert_same_files(tmp_path / "ckpt", kept.path)
     export_checkpoint(kept, tmp_path / "out", overwrite=True)
+    assert_same_files(tmp_path / "out", fp8)
+
+
+def test_overwrite_leaves_no_index_of_what_was_there(fp8: Path, tmp_path: Path):
+    whole = make_source(tmp_path / "whole", num_files=1)
+    assert not (whole / INDEX_FILE).exists()
+    run_import(whole, tmp_path / "ckpt")
+    shutil.copytree(fp8, tmp_path / "out")
+    export_checkpoint(open_checkpoint(tmp_path / "ckpt"), tmp_path / "out", overwrite=True)
+    assert_same_files(tmp_path / "out", whole)
+
+
+@pytest.mark.parametrize("base", [False, True])
+def test_overwrite_that_is_stopped_leaves_no_checkpoint_of_two(
+    fp8: Path, kept: Checkpoint, tmp_path: Path, base: bool
+):
+    """Its files are in part those of one, in part those of another, and their names the same."""
+    shutil.copytree(make_source(tmp_path / "other", seed=5), tmp_path / "out")
+    options = {"overwrite": True, "base": opened(fp8) if base else None}
+
+    def stop(done: int, total: int) -> None:
+        if done > total * 3 // 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export_checkpoint(kept, tmp_path / "out", progress=stop, **options)
+    assert tree_bytes(tmp_path / "out").keys() > {"model-00001-of-000007.safetensors"}
+    with pytest.raises(ProblemsError, match="is unfinished: what was writing it was interrupted"):
+        source_of(str(tmp_path / "out"), follow_links=False)
+    shutil.copytree(tmp_path / "out", tmp_path / "moved", ignore=lambda *_: [UNFINISHED])
+    with pytest.raises(ProblemsError, match=r"config\.json is missing"):
+        opened(tmp_path / "moved")
+    export_checkpoint(kept, tmp_path / "out", **options)
     assert_same_files(tmp_path / "out", fp8)
 
 

@@ -1,6 +1,8 @@
 """A checkpoint directory's JSON files with keys deleted or of other types are refused by name."""
 
 import json
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from mtp_model.checkpoint.directory import (
     CheckpointError,
     open_checkpoint,
 )
+from mtp_model.files.place import digest
 from mtp_model.files.untrusted_json import Each, Maybe, faults
 
 FILES = (PROVENANCE, LAYOUT, COMPLETE)
@@ -170,6 +173,32 @@ def test_another_value_of_the_right_type_is_refused(
     finally:
         file.write_text(before)
     read_all(checkpoint)
+
+
+OUTSIDE = ("../evil", "/tmp/evil", "a/../../evil")
+
+
+@pytest.mark.parametrize("evil", OUTSIDE)
+@pytest.mark.parametrize("keys", [("headers", "files"), ("side_files",), ("leaves", "pieces")])
+def test_no_name_leaves_the_folder(
+    checkpoint: Path, keys: tuple[str, ...], evil: str, tmp_path: Path
+):
+    """Export would write there; whoever made the directory made the digests of its records too."""
+    ckpt = Path(shutil.copytree(checkpoint, tmp_path / "ckpt"))
+    records = {name: json.loads((ckpt / name).read_bytes()) for name in (LAYOUT, PROVENANCE)}
+    complete = json.loads((ckpt / COMPLETE).read_bytes())
+    source = records[PROVENANCE]["source"]
+    for record in (records[LAYOUT], records[PROVENANCE], source, complete):
+        for key in keys:
+            if key in record and not (record is complete and key == "files"):
+                first = min(record[key])
+                record[key] = {evil if k == first else k: v for k, v in record[key].items()}
+    for name, record in records.items():
+        (ckpt / name).write_text(json.dumps(record))
+        complete["files"][name] = digest((ckpt / name).read_bytes())
+    (ckpt / COMPLETE).write_text(json.dumps(complete))
+    with pytest.raises(CheckpointError, match=f"cannot be read .{re.escape(evil)} (leaves|is an)"):
+        read_all(ckpt)
 
 
 def test_faults_name_every_place():
