@@ -9,8 +9,6 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional, arg, subcommand
 
-from mtp_model.commands import repeated
-
 PROG = "convert-deepseek"
 _MODEL = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _SHARE = re.compile(r"(\d{1,6})/(\d{1,6})", re.ASCII)
@@ -223,6 +221,8 @@ def parse(argv: Sequence[str]) -> Command:
         args=list(argv),
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+    from mtp_model.commands import repeated  # which imports jax: --help need not wait for it
+
     several = (
         "--" + entry.name.replace("_", "-")
         for entry in fields(command)
