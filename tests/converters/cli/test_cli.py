@@ -369,7 +369,7 @@ def test_a_report_is_written_over_no_file_of_another_origin(
         (["export", "SOURCE", "dst"], "is a safetensors checkpoint, not a checkpoint directory"),
         (["import", "CHECKPOINT", "dst"], "is a checkpoint directory, not a safetensors"),
         (["inspect", "CHECKPOINT"], "is a checkpoint directory, not a safetensors"),
-        (["import", "SOURCE", "SOURCE"], "is not empty and no checkpoint directory"),
+        (["import", "SOURCE", "SOURCE"], "which it is made of, overlap; name another place"),
         (["export", "CHECKPOINT", "SOURCE"], "name another place"),
         (["verify", "CHECKPOINT", "--report", "/dev/null"], "but /dev/null is a file; name"),
     ],
