@@ -136,7 +136,8 @@ class OptimizerSettings:
     """Highest learning rate, reached after warm-up."""
     schedule: Schedule = "cosine"
     """How it goes from there to that of the last step: by a cosine, by a line, not at all
-    (constant), or by a line over the last fifth of the steps (wsd: warm-up, stable, decay)."""
+    (constant), or by a line over the last fifth of the steps after warm-up (wsd: warm-up, stable,
+    decay)."""
     warmup_fraction: float = 0.05
     """Part of the steps in which the learning rate rises from 0."""
     final_fraction: float = 0.1

@@ -117,6 +117,8 @@ def _without_effect(settings: Any, infinite: Container[str]) -> list[str]:
     if not values.get("states"):
         beside["skip_unusable"] = "--states"
     beside |= _of_no_optimizer(settings)
+    if values.get("optimizer.schedule") == "constant":
+        beside["optimizer.final_fraction"] = "--optimizer.schedule cosine, linear or wsd"
     # The default is e2e_tv with a frozen main model; modules that are new can name their lk.
     if not {*settings.objective.weights()} - {"e2e_tv"} and settings.part == "mtp":
         beside["objective.depth_decay"] = "--objective.ce, kl, tv or lk"

@@ -29,7 +29,6 @@ _Ckpt = Annotated[
 _Workers = Annotated[int, arg(metavar="N", help="threads; memory grows with their number")]
 _Axis = Annotated[int | None, arg(metavar="N")]
 _Json = Annotated[bool, arg(help="print JSON instead of tables")]
-_Overwrite = Annotated[bool, arg(help="replace what DST holds, if this toolkit wrote it")]
 _FollowLinks = Annotated[
     bool, arg(help="read what symbolic links of SRC and SRC2 lead to, also out of the folder")
 ]
@@ -86,7 +85,8 @@ class Import:
     workers: _Workers = 3
     worker: Annotated[str, arg(metavar="I/N")] = "1/1"
     """do the I-th of N shares, for N processes or hosts with one DST; the last finishes it"""
-    overwrite: _Overwrite = False
+    overwrite: bool = False
+    """replace the checkpoint directory that DST holds"""
     follow_links: _FollowLinks = False
     json: _Json = False
 
@@ -114,7 +114,8 @@ class Export:
     acceptance: Annotated[tuple[str, ...], arg(metavar="FILE", help=_ACCEPTANCE)] = ()
     verify: Annotated[bool, arg(help=_NO_VERIFY)] = True
     workers: _Workers = 3
-    overwrite: _Overwrite = False
+    overwrite: bool = False
+    """replace the safetensors checkpoint that DST holds"""
     follow_links: _FollowLinks = False
     json: _Json = False
 

@@ -149,6 +149,11 @@ def test_an_empty_settings_file_is_the_defaults(tmp_path):
             ["--train", "all"],
         ),
         (["--train", "lora", *MUON], "--train mtp or all", ["--train", "mtp"]),
+        (
+            ["--optimizer.schedule", "constant", "--optimizer.final-fraction", "0"],
+            "--optimizer.schedule cosine, linear or wsd",
+            ["--optimizer.schedule", "wsd"],
+        ),
         ([*MUON, "--optimizer.epsilon", "0.1"], "--optimizer.name adamw", ADAMW),
         ([*ADAFACTOR, "--optimizer.epsilon", "0.1"], "--optimizer.name adamw", ADAMW),
         ([*ADAFACTOR, "--optimizer.beta1", "0.5"], "--optimizer.name adamw", ADAMW),
