@@ -17,10 +17,8 @@ from finetune.weights import raise_unless_fitting
 from mtp_model.checkpoint.directory import open_checkpoint
 
 NEEDED = ["train", "--checkpoint", "CKPT", "--data", "a.txt", "b", "--out", "RUN"]
-
-
 ADAMW, MUON, ADAFACTOR = (["--optimizer.name", name] for name in ("adamw", "muon", "adafactor"))
-DECAY, CE = ["--objective.depth-decay", "0.5"], ["--objective.ce", "1"]
+DECAY = ["--objective.depth-decay", "0.5"]
 
 
 def parsed(*extra: str) -> RunSettings:

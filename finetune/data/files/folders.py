@@ -87,10 +87,8 @@ def _below(folder: Place) -> Listed:
     for parts in seen:
         path, beside = _inner(folder, parts), by_place[parts[:-1]]
         kept = rows[parts[:-1]]
-        if _is_of_a_run(parts, by_place):
-            listed.left_out.append(path)
-            continue
-        if parts[-1] in REPORT_FILES and is_report(_inner(folder, parts[:-1]) / REPORT_JSON):
+        reported = _inner(folder, parts[:-1]) / REPORT_JSON
+        if _is_of_a_run(parts, by_place) or (parts[-1] in REPORT_FILES and is_report(reported)):
             listed.left_out.append(path)
             continue
         if is_index(parts[-1], beside) or (kept is not None and parts[-1] in (_STATE, _INFO)):
