@@ -6,7 +6,6 @@ an estimate whose terms are shown.
 """
 
 import math
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -30,17 +29,16 @@ from finetune.devices import (
     stored_bytes,
 )
 from finetune.optimizer import make_optimizer
-from finetune.planning.collectives import Sent, collectives_of
+from finetune.planning.collectives import Sent
 from finetune.planning.estimate import terms_of
 from finetune.planning.flops import adapted_flops, model_flops, program_flops
 from finetune.planning.slices import (
     FAMILIES,
     HERE,
     Slice,
+    compile_step,
     family_of,
-    memory_in,
     open_slice,
-    refusal,
 )
 from finetune.settings import (
     BatchSettings,
@@ -111,6 +109,9 @@ class PlanSettings:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     lora: LoraSettings = field(default_factory=LoraSettings)
     mesh: MeshSettings = field(default_factory=MeshSettings)
+    in_full: bool = False
+    """Compile for a TPU with all the optimisations that `train` has, in three times the time.
+    Without it that is done where the compiler's first level leaves open whether the step fits."""
     json: bool = False
     """Print one JSON object instead of a table."""
 
@@ -149,6 +150,7 @@ class Plan:
     step_s: float | None
     tokens_per_s: float | None
     compile_s: float
+    compiled_in_full: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,17 +282,12 @@ def _compiled(settings: PlanSettings, work: Workload, place: Slice, shape: MeshS
         report(1, 3, "lowering")
         lowered = step.traced.lower()
         report(2, 3, "compiling")
-        memory, limit, needed, collectives = None, place.memory, None, None
-        try:
-            memory, collectives = _compile(lowered, place)
-        except jax.errors.JaxRuntimeError as error:
-            needed, has = memory_in(error)
-            if has is None:
-                raise refusal(place, error) from error
+        found = compile_step(lowered, place, settings.in_full)
+        if found.is_open:
+            report(2, 3, "compiling in full")
+            found = compile_step(lowered, place, in_full=True)
         report(3, 3)
-    if memory is not None:
-        kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
-        needed = memory.argument_size_in_bytes + kept + memory.temp_size_in_bytes
+    memory = found.memory
     trainable, frozen = (num_parameters(part) for part in (step.split.trainable, step.split.frozen))
     depths = settings.draft_tokens or work.config.num_nextn_predict_layers
     size = rows, settings.row_tokens, depths
@@ -301,7 +298,7 @@ def _compiled(settings: PlanSettings, work: Workload, place: Slice, shape: MeshS
         formula = model_flops(work.config, settings.part, *size, captured=settings.captured)
     of_program = program_flops(step.traced.jaxpr.jaxpr)
     tokens = rows * settings.row_tokens
-    terms = terms_of(place, of_program, memory, collectives or {})
+    terms = terms_of(place, of_program, memory, found.collectives or {})
     step_s = sum(terms.values()) if terms else None
     return Plan(
         topology=place.name,
@@ -312,9 +309,9 @@ def _compiled(settings: PlanSettings, work: Workload, place: Slice, shape: MeshS
         captured=settings.captured,
         rows=rows,
         row_tokens=settings.row_tokens,
-        fits=None if limit is None else memory is not None,
-        limit_bytes=limit,
-        total_bytes=needed,
+        fits=None if found.limit is None else memory is not None,
+        limit_bytes=found.limit,
+        total_bytes=found.needed,
         argument_bytes=memory and memory.argument_size_in_bytes,
         temporary_bytes=memory and memory.temp_size_in_bytes,
         parameters_trained=trainable,
@@ -322,30 +319,15 @@ def _compiled(settings: PlanSettings, work: Workload, place: Slice, shape: MeshS
         checkpoint_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(step.state)),
         flops_formula=formula,
         flops_compiled=of_program,
-        collectives=collectives,
+        collectives=found.collectives,
         compute_s=terms.get("compute"),
         memory_s=terms.get("memory"),
         interconnect_s=terms.get("interconnect"),
         step_s=step_s,
         tokens_per_s=tokens / step_s if step_s else None,
         compile_s=time.perf_counter() - began,
+        compiled_in_full=found.in_full,
     )
-
-
-def _compile(lowered: jax.stages.Lowered, place: Slice) -> tuple[Any, dict[str, Sent] | None]:
-    """What the program takes of memory, and what it sends.
-
-    Programs for slices are written down by the compiler: jaxlib 0.10 cannot read them back where
-    they have asynchronous calls of several operands.
-    """
-    if place.family is None:
-        compiled = lowered.compile()
-        return compiled.memory_analysis(), collectives_of(compiled.as_text() or "")
-    with tempfile.TemporaryDirectory(prefix="plan-") as folder:
-        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-        memory = lowered.compile(compiler_options=options).memory_analysis()
-        text = next(Path(folder).glob("*.after_optimizations.txt"), None)
-        return memory, collectives_of(text.read_text()) if text else None
 
 
 def _step(settings: PlanSettings, work: Workload, mesh: Mesh, rows: int) -> _Step:

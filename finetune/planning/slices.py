@@ -1,4 +1,4 @@
-"""Slices of TPUs that need not be here: their devices, to compile for, and their speed.
+"""Slices of TPUs that need not be here: their devices, their speed, and compiling for them.
 
 A file of its own: it knows of hardware, and nothing of models.
 Source of the speeds: Google's pages on TPU system architecture (cloud.google.com/tpu/docs), a chip.
@@ -7,15 +7,18 @@ Source of the speeds: Google's pages on TPU system architecture (cloud.google.co
 import importlib.util
 import os
 import re
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
+from finetune.planning.collectives import Sent, collectives_of
 from mtp_model import make_mesh
 from mtp_model.problems import UserError
 
@@ -23,6 +26,12 @@ HERE = "here"  # the topology of the devices of this machine
 
 # What libtpu is told where there is no TPU: ask nobody for one, and let others load it too.
 _WITHOUT_A_TPU = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+# The compiler for TPUs optimises at levels. At its first (EFFORT_O1 of xla's ExecutionOptions) a
+# step of DeepSeek-V3 is compiled in a third of the time and two thirds of the host's memory, and
+# takes 0.2 of 100 GB more of a device than that of `train`, which has them all
+# (docs/performance.md).
+_FIRST_LEVEL = 19
+_BETWEEN_LEVELS = 0.03  # of a device's memory: more than may lie between the two
 _MOST_SAID = 800  # characters of what the compiler says
 _AVAILABLE = re.compile(r"available HBM \(([\d.]+)G\)|of ([\d.]+)G hbm")
 
@@ -79,6 +88,25 @@ class Slice:
     family: Family | None  # None: of another kind of device
 
 
+class Compiled(NamedTuple):
+    """A step as it was compiled; bytes are those of one device."""
+
+    memory: Any | None  # None: it does not fit
+    needed: int | None  # bytes; None: the compiler did not say
+    limit: int | None  # bytes; None: nobody knows
+    collectives: dict[str, Sent] | None
+    in_full: bool  # with all the optimisations that `train` has
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the step may fit, or not fit, when it is compiled in full."""
+        if self.in_full or self.limit is None:
+            return False
+        if self.needed is None:
+            return True
+        return abs(self.needed - self.limit) < _BETWEEN_LEVELS * self.limit
+
+
 def open_slice(name: str) -> Slice:
     """The slice of a topology, `v5p:2x2x4`; `here` are the devices of this machine.
 
@@ -117,6 +145,41 @@ def family_of(name: str) -> str:
         known = ", ".join(FAMILIES)
         raise UserError(f"--topology is {name}, needed {HERE} or a slice of {known}: v5p:2x2x4")
     return family
+
+
+def compile_step(lowered: jax.stages.Lowered, place: Slice, in_full: bool) -> Compiled:
+    """Compile for a slice; for devices of another kind always in full.
+
+    Raises UserError where the compiler refuses the step for another reason than its memory.
+    """
+    in_full = in_full or place.family is None
+    try:
+        memory, collectives = _memory_and_sent(lowered, place, in_full)
+    except jax.errors.JaxRuntimeError as error:
+        needed, has = memory_in(error)
+        if has is None:
+            raise refusal(place, error) from error
+        return Compiled(None, needed, place.memory, None, in_full)
+    kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    needed = memory.argument_size_in_bytes + kept + memory.temp_size_in_bytes
+    return Compiled(memory, needed, place.memory, collectives, in_full)
+
+
+def _memory_and_sent(
+    lowered: jax.stages.Lowered, place: Slice, in_full: bool
+) -> tuple[Any, dict[str, Sent] | None]:
+    """Programs for slices are written down by the compiler: jaxlib 0.10 cannot read them back where
+    they have asynchronous calls of several operands."""
+    if place.family is None:
+        compiled = lowered.compile()
+        return compiled.memory_analysis(), collectives_of(compiled.as_text() or "")
+    with tempfile.TemporaryDirectory(prefix="plan-") as folder:
+        options: dict[str, Any] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        if not in_full:
+            options["optimization_level"] = _FIRST_LEVEL
+        memory = lowered.compile(compiler_options=options).memory_analysis()
+        text = next(Path(folder).glob("*.after_optimizations.txt"), None)
+        return memory, collectives_of(text.read_text()) if text else None
 
 
 def memory_in(error: Exception) -> tuple[int | None, int | None]:

@@ -12,7 +12,7 @@ from imported import import_tiny
 from trained import QUIET, SIZES
 
 from finetune import cli
-from finetune.planning import plan
+from finetune.planning import plan, slices
 from finetune.settings import (
     BatchSettings,
     CheckpointSettings,
@@ -81,4 +81,5 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 @pytest.fixture
 def _uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiling is most of a plan's time, and for what else it says it is not needed."""
-    monkeypatch.setattr(plan, "_compile", lambda *_: (None, None))
+    none = slices.Compiled(None, None, None, None, True)
+    monkeypatch.setattr(plan, "compile_step", lambda *_: none)

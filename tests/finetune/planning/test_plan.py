@@ -11,12 +11,16 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from finetune import cli
+from finetune.planning import plan as planning
 from finetune.planning import slices
 from finetune.planning.flops import model_flops, program_flops
+from finetune.planning.slices import Compiled
 from finetune.weights import load_for_training
 from mtp_model import ModelConfig, load, make_mesh
 from mtp_model.checkpoint.directory import open_checkpoint
 from mtp_model.dispatch import FEWEST_SLOTS, FIRST_ROUND, LATER_ROUNDS
+
+GB = 10**9
 
 
 def planned(capsys, *words: str) -> tuple[int, dict]:
@@ -205,6 +209,51 @@ def test_the_compilers_words_are_read():
     )
     assert len(str(refused)) < 1000
     assert "LIBTPU" not in str(refused)
+
+
+@pytest.mark.parametrize(
+    ("needed", "in_full", "is_open"),
+    [
+        (50 * GB, False, False),
+        (96 * GB, False, False),
+        (98 * GB, False, True),
+        (102 * GB, False, True),
+        (104 * GB, False, False),
+        (None, False, True),  # it does not fit, and by how much is not said
+        (98 * GB, True, False),
+        (None, True, False),
+    ],
+)
+def test_what_the_first_level_leaves_open(needed: int | None, in_full: bool, is_open: bool):
+    assert Compiled(None, needed, 100 * GB, None, in_full).is_open == is_open
+    assert not Compiled(None, needed, None, None, in_full).is_open  # nobody could say
+
+
+@pytest.mark.parametrize(
+    ("words", "first", "asked"),
+    [
+        ((), 50 * GB, [False]),
+        ((), 102 * GB, [False, True]),
+        ((), 150 * GB, [False]),
+        (("--in-full",), 102 * GB, [True]),
+    ],
+)
+def test_close_to_the_limit_a_step_is_compiled_in_full(
+    words, first, asked, checkpoint, monkeypatch, capsys
+):
+    """What is said is what was compiled last. CI has no libtpu: which levels it is asked for."""
+    given = []
+
+    def compiled(_lowered, _place, in_full: bool) -> Compiled:
+        given.append(in_full)
+        return Compiled(None, 99 * GB if in_full else first, 100 * GB, None, in_full)
+
+    monkeypatch.setattr(planning, "compile_step", compiled)
+    words = ("--checkpoint", str(checkpoint), "--row-tokens", "16", *words)
+    _, found = planned(capsys, *words)
+    assert given == asked
+    assert found["compiled_in_full"] == asked[-1]
+    assert found["total_bytes"] == (99 * GB if asked[-1] else first)
 
 
 @follows("; set LIBTPU_INIT_ARGS=--xla_tpu_scoped_vmem_limit_kib=98304 and run it again")
