@@ -52,7 +52,8 @@ def lambdas(settings: RunSettings) -> Callable[[jax.Array], jax.Array]:
     first, last, steps = settings.mtp_lambda, settings.mtp_lambda_end, settings.steps
 
     def linear(step: jax.Array) -> jax.Array:
-        return first + (last - first) * (step.astype(jnp.float32) - 1) / max(steps - 1, 1)
+        done = jnp.minimum((step.astype(jnp.float32) - 1) / max(steps - 1, 1), 1)
+        return first + (last - first) * done
 
     def at_once(step: jax.Array) -> jax.Array:
         return jnp.where(3 * step <= 2 * steps, first, last)

@@ -5,9 +5,11 @@ The loop begins with a state, wherever that comes from.
 
 import contextlib
 
+import jax.numpy as jnp
 from rich.console import Console
 
 from finetune.data.run_text import RunText
+from finetune.objective.objectives import lambdas
 from finetune.run.changes import differences, given_to_all
 from finetune.run.checkpoints import Checkpoints, DamagedError, RunPosition
 from finetune.run.directory import RunDirectory, RunError
@@ -23,6 +25,11 @@ from mtp_model.files.place import Place
 
 _LOOKED_AT = 1000  # files of the data, each of which may be a request
 _NAMED = 5
+# What of a step depends on how many there are in all.
+_FOLLOWS_STEPS = {
+    "the learning rate": lambda settings: learning_rates(settings.optimizer, settings.steps),
+    "lambda": lambdas,
+}
 
 
 def inputs_of(text: RunText, base: Checkpoint) -> dict[str, str]:
@@ -124,15 +131,14 @@ def _go_on_with(run: RunDirectory, settings: RunSettings, done: int, console: Co
         console.print(line)
     if aside:
         console.print(f"the result of {saved.steps} steps is {aside} now")
-    old, new = (
-        float(learning_rates(settings.optimizer, steps)(done + 1))
-        for steps in (saved.steps, settings.steps)
-    )
-    if old != new and done < settings.steps:
-        console.print(
-            f"the learning rate follows {settings.steps} steps from step {done + 1} on: {new:.3g} "
-            f"there, {old:.3g} with {saved.steps}"
-        )
+    if done < settings.steps:
+        for what, of in _FOLLOWS_STEPS.items():
+            old, new = (float(of(each)(jnp.asarray(done + 1))) for each in (saved, settings))
+            if old != new:
+                console.print(
+                    f"{what} follows {settings.steps} steps from step {done + 1} on: {new:.3g} "
+                    f"there, {old:.3g} with {saved.steps}"
+                )
 
 
 def say_what_is_done_again(log: RunLog, at: RunPosition, console: Console) -> None:

@@ -182,6 +182,25 @@ def test_a_lengthened_run_with_a_constant_rate_equals_the_long_one(
     assert read_yaml(long.out / "config.yaml").steps == 4
 
 
+def test_a_lambda_that_depends_on_the_steps_follows_the_new_number(
+    settings: RunSettings, tmp_path: Path
+):
+    short = dataclasses.replace(
+        settings,
+        train="all",
+        steps=3,
+        optimizer=CONSTANT,
+        mtp_lambda=0.4,
+        mtp_lambda_end=0.1,
+        mtp_lambda_schedule="linear",
+        out=tmp_path / "run",
+    )
+    train(short, QUIET)
+    printed = said(dataclasses.replace(short, steps=5))
+    assert "lambda follows 5 steps from step 4 on: 0.175 there, 0.1 with 3\n" in printed
+    assert "learning rate" not in printed
+
+
 def test_a_rate_that_depends_on_the_steps_follows_the_new_number(
     finished: Result, settings: RunSettings, tmp_path: Path
 ):
