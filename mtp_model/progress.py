@@ -14,6 +14,7 @@ from mtp_model.reporting import human_bytes, human_time
 
 LINE_EVERY_S = 10.0  # the README promises a line every 30 s
 _REDRAW_EVERY_S = 1.0
+_NOTHING_COUNTED = "{desc}: {elapsed}{postfix}"  # of a bar, before there is an amount (compiling)
 
 _hushed = False
 
@@ -97,6 +98,7 @@ class _Bar:
             dynamic_ncols=True,
             leave=False,
             file=sys.stderr,
+            bar_format=None if done or total else _NOTHING_COUNTED,
         )
 
     def report(self, done: int, total: int | None, note: str = "") -> None:
@@ -106,6 +108,7 @@ class _Bar:
                 bar.initial = bar.n = bar.last_print_n = done
                 self._moved = True
             bar.total = total
+            bar.bar_format = None if done or total else _NOTHING_COUNTED
             bar.set_postfix_str(note, refresh=False)
             bar.update(done - bar.n)
 
@@ -145,7 +148,7 @@ class _Lines:
         now = time.monotonic()
         first_s, already = self._first or (now, done)
         rate = (done - already) / max(now - first_s, 1e-9)  # what a resumed run found is not speed
-        parts = [self._amount(done, total)] if self._first or total else []
+        parts = [self._amount(done, total)] if done or total else []
         if rate > 0:
             parts.append(f"{self._counted(rate)}/s")
             parts += [f"{human_time((total - done) / rate)} left"] if total else []

@@ -274,19 +274,18 @@ def _compiled(settings: PlanSettings, work: Workload, place: Slice, shape: MeshS
     mesh = make_mesh(**shape, devices=place.devices[:count])
     rows = settings.rows or count // shape["tensor"]
     with (
-        progress(f"plan {place.name}, {axes_in_words(shape)}", "steps", total=3) as report,
+        progress(f"plan {place.name}, {axes_in_words(shape)}", "steps") as report,
         on_mesh(mesh),
     ):
-        report(0, 3, "tracing")
+        report(0, None, "tracing")
         step = _step(settings, work, mesh, rows)
-        report(1, 3, "lowering")
+        report(0, None, "lowering")
         lowered = step.traced.lower()
-        report(2, 3, "compiling")
+        report(0, None, "compiling")
         found = compile_step(lowered, place, settings.in_full)
         if found.is_open:
-            report(2, 3, "compiling in full")
+            report(0, None, "compiling in full")
             found = compile_step(lowered, place, in_full=True)
-        report(3, 3)
     memory = found.memory
     trainable, frozen = (num_parameters(part) for part in (step.split.trainable, step.split.frozen))
     depths = settings.draft_tokens or work.config.num_nextn_predict_layers

@@ -69,6 +69,9 @@ def test_lines_come_while_the_work_says_nothing(capsys: pytest.CaptureFixture[st
     with progress.progress("evaluate", "batches") as report:
         report(7, None)
         wait_for(capsys, "evaluate: 7 batches, 0 s so far\n")
+    with progress.progress("plan") as report:
+        report(0, None, "compiling")  # no amount, no rate, no time left that nobody knows
+        wait_for(capsys, "plan: 0 s so far, compiling\n")
 
 
 @pytest.mark.usefixtures("often")
@@ -108,7 +111,7 @@ def test_a_log_that_cannot_be_written_stops_no_work(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.usefixtures("often")
-@pytest.mark.parametrize(("columns", "shown"), [(0, "import: 0 s so far"), (100, "import: 0.00B")])
+@pytest.mark.parametrize(("columns", "shown"), [(0, "import: 0 s so far"), (100, "import: 00:00")])
 def test_a_terminal_without_columns_gets_lines(
     columns: int, shown: str, monkeypatch: pytest.MonkeyPatch
 ):
@@ -137,17 +140,31 @@ def use_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     return terminal
 
 
+def wait_until_drawn(terminal: Terminal, what: str) -> None:
+    end_s = time.monotonic() + 10
+    while what not in terminal.getvalue():
+        assert time.monotonic() < end_s, terminal.getvalue()
+        time.sleep(0.01)
+
+
 def test_a_terminal_has_a_bar(monkeypatch: pytest.MonkeyPatch):
     terminal = use_terminal(monkeypatch)
     monkeypatch.setattr(progress, "_REDRAW_EVERY_S", 0.02)
     with progress.progress("import") as report:
         report(500_000_000, 2_000_000_000)
-        end_s = time.monotonic() + 10
-        while "500M/2.00G" not in terminal.getvalue():
-            assert time.monotonic() < end_s, terminal.getvalue()
-            time.sleep(0.01)
+        wait_until_drawn(terminal, "500M/2.00G")
     assert "import:  25%|" in terminal.getvalue()
     assert not terminal.getvalue().rpartition("\r")[2].strip(), "the bar goes at the end"
+
+
+def test_a_bar_without_an_amount_shows_how_long_it_takes(monkeypatch: pytest.MonkeyPatch):
+    terminal = use_terminal(monkeypatch)
+    monkeypatch.setattr(progress, "_REDRAW_EVERY_S", 0.02)
+    with progress.progress("plan") as report:
+        report(0, None, "compiling")
+        wait_until_drawn(terminal, "plan: 00:00, compiling")
+        report(1, 4, "running")
+        wait_until_drawn(terminal, "25%")
 
 
 def test_what_is_printed_above_the_bar_has_a_line_of_its_own(monkeypatch: pytest.MonkeyPatch):
