@@ -79,7 +79,6 @@ SMALL = {
     "converters/verifying/logits/torch_weights.py": "the reference gets weights from who has them",
     "finetune/data/draft_vocab.py": "counts and writes, and measures nothing",
     "converters/format/writer.py": "the other half of header.py, for tools and tests too",
-    "mtp_model/files/shared_file.py": "only this room opens descriptors",
     "mtp_model/rope.py": "a part of the network that papers describe on its own",
 }
 CLAIMS = ("must not know", "knows nothing", "know nothing", "knows no ", "knows not ")

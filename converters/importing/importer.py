@@ -24,11 +24,11 @@ from converters.importing.convert import (
 from converters.importing.finish import finish_import, raise_if_stale
 from converters.importing.plan import Copies, Dtype, ImportPlan, make_plan
 from converters.sources.ahead import room_for_fetched
-from converters.sources.source import Finish, raise_if_overlapping
+from converters.sources.source import Finish, long_names, raise_if_overlapping
 from mtp_model.checkpoint.chunks import DEFAULT_POLICY, ChunkPolicy
 from mtp_model.checkpoint.claim import claim, clear
 from mtp_model.checkpoint.directory import COMPLETE, UNFINISHED, CheckpointError, open_checkpoint
-from mtp_model.checkpoint.writer import ParamsWriter
+from mtp_model.checkpoint.writer import ParamsWriter, reserved_names
 from mtp_model.config import HiddenState
 from mtp_model.files.journal import (
     Journal,
@@ -98,6 +98,8 @@ def import_checkpoint(
     dst = as_place(dst)
     for source in (checkpoint.source, *([checkpoint.taken.source] if checkpoint.taken else [])):
         raise_if_overlapping(dst, source)
+    files = checkpoint.copied_files  # written last, and what cannot be is told first
+    raise_if_any(checkpoint.source.name, [*reserved_names(files), *long_names(dst, files)])
     plan = make_plan(
         checkpoint,
         scope=scope,

@@ -16,9 +16,9 @@ from converters.sources.source import (
     byte_view,
     range_fault,
 )
+from mtp_model.files.direct import SharedFile
 from mtp_model.files.local import LocalPlace
 from mtp_model.files.place import name_fault
-from mtp_model.files.shared_file import SharedFile
 from mtp_model.files.untrusted_json import shown
 from mtp_model.problems import Problem, ProblemsError, raise_if_any
 

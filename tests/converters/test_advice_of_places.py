@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import shlex
 import shutil
 from collections.abc import Callable
@@ -294,6 +295,22 @@ def test_no_room_for_what_is_fetched(src, whole, tmp_path, capsys, monkeypatch):
 
 
 # --- what changes meanwhile
+
+
+@pytest.mark.parametrize("limit_bytes", [4 << 10, 20 << 10])  # a chunk's, the journal's
+@follows("; raise the limit or name another place")
+def test_a_file_that_may_not_grow(src, tmp_path, capsys, limit_bytes):
+    """An error of a descriptor, which knows no name: the message has that of the file."""
+    most, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
+    try:
+        said = told(capsys, "import", src, tmp_path / "ckpt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    assert f"{tmp_path}/ckpt/" in said
+    assert "raise the limit" in said
+    done("import", src, tmp_path / "ckpt")
+    done("verify", src, tmp_path / "ckpt")
 
 
 @follows("undo the change and run it again, or start over with --overwrite")

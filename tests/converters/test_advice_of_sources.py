@@ -426,9 +426,27 @@ def test_a_side_file_of_a_reserved_name(src, capsys):
     (src / "params/notes.txt").write_text("")
     dst = src.parent / "ckpt"
     assert "move it out of the source" in told(capsys, "import", src, dst)
+    assert "move it out of the source" in told(capsys, "inspect", src)
+    assert not dst.exists()  # it is told before anything is written
     shutil.move(src / "params", src.parent / "away")
-    assert "start over with --overwrite" in told(capsys, "import", src, dst)
-    done("import", src, dst, "--overwrite")
+    done("import", src, dst)
+
+
+@follows("; name another place, or shorten the name")
+def test_a_side_file_with_a_name_that_has_no_room(src, capsys):
+    """A name of 250 bytes has; in a folder whose own path is that long it has none."""
+    name = 250 * "x"
+    (src / name).write_text("as it was")
+    deep = src.parent / "/".join([200 * "d"] * 19) / "ckpt"
+    deep.parent.mkdir(parents=True)
+    assert "name another place, or shorten" in told(capsys, "import", src, deep)
+    assert not deep.exists()
+    out = imported(src)
+    assert (out / name).read_text() == "as it was"
+    assert "name another place" in told(capsys, "export", src.parent / "ckpt", deep)
+    assert not deep.exists()
+    (src / name).rename(src / "short")
+    done("import", src, deep)
 
 
 # --- values
