@@ -31,6 +31,7 @@ from mtp_model.files.direct import (
 )
 from mtp_model.files.memory import ALIGNMENT, AlignedBuffer, aligned
 from mtp_model.files.place import PIECE_BYTES, Appended, How, Place, digest
+from mtp_model.files.untrusted_json import shown
 from mtp_model.problems import UserError
 
 TMP_SUFFIX = ".partial"
@@ -158,6 +159,17 @@ class LocalPlace(PosixPath):
             if _nbytes(name) > left or max(map(_nbytes, name.split("/"))) > longest
         ]
 
+    def strangers(self) -> Iterator[tuple[str, str]]:
+        root = Path(os.path.realpath(self))
+        inside, left = folders_inside(root), [root]
+        while left:
+            with os.scandir(left.pop()) as entries:
+                found = sorted(entries, key=lambda entry: entry.name)
+            left += [Path(entry.path) for entry in found if entry.is_dir(follow_symlinks=False)]
+            for entry in found:
+                if fault := _fault_of(entry, inside):
+                    yield os.path.relpath(entry.path, root), fault
+
     def make_folder(self, *, marked: bool = False) -> None:  # noqa: ARG002
         try:
             self.mkdir(parents=True, exist_ok=True)
@@ -282,6 +294,27 @@ class FileLines:
     def close(self) -> None:
         with naming(self._path):
             self._file.close()
+
+
+def folders_inside(root: Path) -> list[Path]:
+    """A folder (links resolved) and what links in it may lead to.
+
+    The Hub's cache is a folder of links (`snapshots/REV/x -> ../../blobs/HASH`): for a folder that
+    is a snapshot, the cache's own `blobs` count as inside.
+    """
+    blobs = [root.parent.parent / "blobs"] if root.parent.name == "snapshots" else []
+    return [root, *blobs]
+
+
+def _fault_of(entry: os.DirEntry[str], inside: Iterable[Path]) -> str | None:
+    """What an entry of a folder is that cannot be read as a file in it; None for files, folders."""
+    if not entry.is_symlink():
+        known = entry.is_file() or entry.is_dir()
+        return None if known else "is not a regular file"
+    leads = Path(os.path.realpath(entry.path))
+    if any(map(leads.is_relative_to, inside)):
+        return None
+    return f"is a link out of the folder, to {shown(str(leads))}"
 
 
 def raise_if_full(needs: Mapping[Path, int], advice: str) -> None:

@@ -109,6 +109,9 @@ class ObjectPlace(StoredObject):
     def too_long(self, names: Iterable[str]) -> list[str]:
         return [name for name in names if len((self / name).key.encode()) > _LONGEST_KEY]
 
+    def strangers(self) -> Iterator[tuple[str, str]]:
+        yield from ()  # objects are no links
+
     def make_folder(self, *, marked: bool = False) -> None:
         if marked:
             (self / _MARK).write_bytes(b"")

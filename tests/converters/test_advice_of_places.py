@@ -89,6 +89,41 @@ def test_an_unfinished_directory(src, tmp_path, capsys):
     done("verify", tmp_path / "half")
 
 
+@follows("put the file itself there (the folder as a whole may be a link)")
+@pytest.mark.parametrize("name", [DAMAGED, "tokenizer.json", "params", "COMPLETE"])
+def test_a_link_out_of_a_directory(src, ckpt, tmp_path, capsys, name):
+    """Nobody reads what a directory from anywhere names outside of itself, not even to compare."""
+    (tmp_path / "link").symlink_to(ckpt)
+    done("verify", src, tmp_path / "link")
+    away = tmp_path / "away"
+    shutil.move(ckpt / name, away)
+    (ckpt / name).symlink_to(away)
+    for command in (("verify", ckpt), ("verify", src, ckpt), ("export", ckpt, tmp_path / "out")):
+        assert f"{name} is a link out of the folder, to {away}; put" in told(capsys, *command)
+    with pytest.raises(CheckpointError, match="link out of the folder"):
+        load(ckpt)
+    (ckpt / name).unlink()
+    shutil.move(away, ckpt / name)
+    done("verify", src, ckpt)
+
+
+def test_a_pipe_in_a_directory_is_not_waited_for(ckpt, capsys):
+    (ckpt / DAMAGED).unlink()
+    os.mkfifo(ckpt / DAMAGED)
+    assert f"{DAMAGED} is not a regular file" in told(capsys, "verify", ckpt)
+
+
+def test_a_directory_in_the_cache_of_the_hub_is_read(src, ckpt, tmp_path):
+    """It is a folder of links to the cache's own blobs."""
+    snapshot, blobs = tmp_path / "models--x/snapshots/1", tmp_path / "models--x/blobs"
+    shutil.copytree(ckpt, snapshot)
+    blobs.mkdir()
+    for number, file in enumerate(sorted(path for path in snapshot.rglob("*") if path.is_file())):
+        shutil.move(file, blobs / str(number))
+        file.symlink_to(os.path.relpath(blobs / str(number), file.parent))
+    done("verify", src, snapshot)
+
+
 @pytest.mark.parametrize("way", ["copy", "import"])
 @follows("copy all of it, or empty the folder and import it again")
 def test_a_part_of_a_directory(src, whole, ckpt, capsys, way):
