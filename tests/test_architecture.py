@@ -193,7 +193,7 @@ def ground_that_looks_up(product: Product) -> list[str]:
         "files": ("mtp_model/files/", "mtp_model/problems.py"),
         "checkpoint": (
             *("mtp_model/checkpoint/", "mtp_model/files/", "mtp_model/problems.py"),
-            *("mtp_model/config.py", "mtp_model/families.py"),
+            *("mtp_model/config.py", "mtp_model/config_keys.py", "mtp_model/families.py"),
             *("mtp_model/cluster.py", "mtp_model/threads.py"),
         ),
     }

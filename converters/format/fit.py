@@ -38,6 +38,14 @@ from mtp_model.problems import Problem, braces, raise_if_any
 
 _LARGEST_NUM_TENSORS = 1 << 20  # the released checkpoints have 91,991
 _BUFFER_DTYPES = ("F32", "BF16", "F16")
+_OF_OTHER_FORMATS = set(
+    (
+        "qweight qzeros scales g_idx "  # AWQ, GPTQ
+        "weight_packed weight_shape weight_scale weight_zero_point weight_g_idx "  # compressed
+        "weight_global_scale input_global_scale weight_scale_2 input_scale "  # FP4, FP8 by tensors
+        "absmax quant_map nested_absmax nested_quant_map"  # bitsandbytes
+    ).split()
+)
 _TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 Tensors = Mapping[str, TensorInfo]
@@ -164,6 +172,7 @@ def _contradictions(
     tensors: Tensors, cfg: ModelConfig, wanted: Slots, where: str
 ) -> Iterator[_Contradiction]:
     yield from _layer_contradictions(tensors, cfg, wanted, where)
+    yield from _other_quantisation(tensors, wanted)
     if cfg.weight_block_size is None:
         yield from _quantisation_contradictions(tensors, wanted)
     yield from _dtype_contradictions(tensors, cfg, wanted)
@@ -251,6 +260,19 @@ def _quantisation_contradictions(tensors: Tensors, wanted: Slots) -> Iterator[_C
         advice = "take over the source's, with its weight_block_size"
         problem = Problem("config", "quantization_config", f"{detail}; {advice}")
         yield _Contradiction(problem, {*stored, *scales})
+
+
+def _other_quantisation(tensors: Tensors, wanted: Slots) -> Iterator[_Contradiction]:
+    """Tensors of formats that this toolkit does not read, and the weights that they stand for."""
+    found = {name for name in tensors if name.rpartition(".")[2] in _OF_OTHER_FORMATS}
+    names = sorted(found - wanted.keys())
+    if names:
+        kinds = " and ".join(sorted({name.rpartition(".")[2] for name in names}))
+        detail = f"is of another format: {len(names):,} tensors of {kinds}, as {shown(names[0])}"
+        needed = "needed FP8 in blocks, or weights that were dequantised to bfloat16"
+        weights = {f"{name.rpartition('.')[0]}.weight" for name in names}
+        problem = Problem("config", "quantization_config", f"{detail}; {needed}")
+        yield _Contradiction(problem, {*names, *weights, *(w + SCALE_SUFFIX for w in weights)})
 
 
 def _nothing_quantised(

@@ -449,6 +449,19 @@ def test_a_side_file_with_a_name_that_has_no_room(src, capsys):
     done("import", src, deep)
 
 
+@follows(", as its text_config is; save that language model alone and import that")
+def test_a_language_model_in_another_model(src, capsys):
+    """As Kimi-K2.5 has one. What it lacks of our keys is not told: it has no need of them."""
+    inner = config_of(src)
+    outer = {"model_type": "kimi_k25", "architectures": ["KimiK25ForConditionalGeneration"]}
+    (src / "config.json").write_text(json.dumps({**outer, "text_config": inner}))
+    said = refused(capsys, src)
+    assert said.startswith("2 problems")
+    assert "as its text_config is; save that language model alone" in said
+    (src / "config.json").write_text(json.dumps(inner))
+    imported(src)
+
+
 # --- values
 
 
