@@ -20,7 +20,7 @@ from converters.format.kinds import (
     plain_weights,
     stray_scales,
 )
-from converters.format.listing import Listing, SourceCheckpoint
+from converters.format.listing import Listing, SourceCheckpoint, is_module_alone
 from converters.format.mapping import (
     SCALE_SUFFIX,
     Slot,
@@ -199,6 +199,12 @@ def _layer_contradictions(
     """Layers that the config promises and no file has, and layers that it does not know of."""
     have, need = _by_layer(tensors), _by_layer(wanted)
     end, modules = cfg.num_hidden_layers, mtp_layers(tensors)
+    if is_module_alone([*tensors]):
+        found = f"is {end}, the files hold the MTP module model.layers.{braces(modules)} alone"
+        advice = "import the main model, with --mtp-from naming this"
+        problem = Problem("config", "num_hidden_layers", f"{found}; {advice}")
+        yield _Contradiction(problem, {*tensors, *wanted})
+        return
     if modules and modules[0] != end and (advice := _renumbering(modules[0], end, have, where)):
         found = f"is {end}, the first MTP module (the layer with eh_proj) is model.layers."
         problem = Problem("config", "num_hidden_layers", f"{found}{modules[0]}; {advice}")

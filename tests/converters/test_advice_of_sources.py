@@ -304,6 +304,20 @@ def test_a_key_that_nobody_knows(src, capsys):
     imported(src)
 
 
+@follows("import the main model, with --mtp-from naming this")
+def test_a_module_alone_as_vllm_has_it(made, src, capsys, tmp_path):
+    """Its config is the main model's, so that nothing but its tensors tells."""
+    done("import", made / "other", tmp_path / "other")
+    done("export", tmp_path / "other", tmp_path / "draft", "--draft", "vllm")
+    said = refused(capsys, tmp_path / "draft")
+    assert said.startswith("1 problem ")
+    assert "import the main model, with --mtp-from naming this" in said
+    out = imported(src, "--mtp-from", tmp_path / "draft")
+    assert module_of(out)["eh_proj.weight"].tobytes() == (
+        module_of(made / "other")["eh_proj.weight"].tobytes()
+    )
+
+
 @follows("import the main model, with --mtp-from naming this draft")
 def test_a_stand_alone_draft(made, tmp_path, capsys):
     draft = draft_of(made / "other", tmp_path / "draft")
