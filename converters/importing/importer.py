@@ -26,7 +26,7 @@ from converters.importing.plan import Copies, Dtype, ImportPlan, make_plan
 from converters.sources.ahead import room_for_fetched
 from converters.sources.source import Finish, long_names, raise_if_overlapping
 from mtp_model.checkpoint.chunks import DEFAULT_POLICY, ChunkPolicy
-from mtp_model.checkpoint.claim import claim, clear
+from mtp_model.checkpoint.claim import claim, clear, raise_if_filled
 from mtp_model.checkpoint.directory import COMPLETE, UNFINISHED, CheckpointError, open_checkpoint
 from mtp_model.checkpoint.writer import ParamsWriter, reserved_names
 from mtp_model.config import HiddenState
@@ -154,7 +154,10 @@ def _make_room(dst: Place, plan: ImportPlan, overwrite: bool) -> None:
     folder = dst / UNFINISHED
     if overwrite and begun_by_another(folder, plan.fingerprint):
         delete_journals(folder)
-    if (dst / COMPLETE).is_file() or not has_journals(folder):
+    is_complete, is_begun = (dst / COMPLETE).is_file(), has_journals(folder)
+    if not (is_complete or is_begun or overwrite):
+        raise_if_filled(dst)
+    if is_complete or not is_begun:
         clear(dst, overwrite=overwrite)
 
 

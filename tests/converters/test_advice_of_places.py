@@ -240,6 +240,23 @@ def test_a_folder_of_somebody_else(src, whole, tmp_path, capsys, command):
     done(*args, tmp_path / "dst")
 
 
+@pytest.mark.parametrize("command", ["import", "export"])
+@follows("touched; name another place, or empty it")
+def test_a_folder_of_somebody_else_that_was_only_claimed(src, whole, tmp_path, capsys, command):
+    """As `--overwrite` leaves it that was killed at once: that is said anew, or nothing goes."""
+    dst = Path(shutil.copytree(src, tmp_path / "dst"))
+    (dst / UNFINISHED).mkdir()
+    source = src if command == "import" else whole
+    assert "nothing in it was touched; name another place" in told(capsys, command, source, dst)
+    shutil.rmtree(dst / UNFINISHED)
+    assert_same_files(dst, src)
+    (dst / UNFINISHED).mkdir()
+    done(command, source, dst, "--overwrite")
+    shutil.rmtree(dst)
+    (dst / UNFINISHED).mkdir(parents=True)
+    done(command, source, dst)
+
+
 @follows(" is a complete checkpoint; name another or --overwrite it")
 @follows(" holds a checkpoint; name another place or --overwrite it")
 @pytest.mark.parametrize("command", ["import", "export"])
