@@ -332,10 +332,6 @@ class _Reader:
         elif chosen > allowed:
             needed = f"at most the {allowed} experts of the kept groups"
             self._fault("num_experts_per_tok", chosen, needed)
-        dense, layers = fields["first_k_dense_replace"], fields["num_hidden_layers"]
-        if dense > layers and fields["num_nextn_predict_layers"]:
-            needed = f"at most num_hidden_layers {layers}: MTP modules, which follow, are not dense"
-            self._fault("first_k_dense_replace", dense, needed)
         rope, nope = fields["qk_rope_head_dim"], fields["qk_nope_head_dim"]
         if rope % 2:
             self._fault("qk_rope_head_dim", rope, "an even number")

@@ -161,6 +161,12 @@ def _size_faults(cfg: ModelConfig, scope: Scope) -> Iterator[str]:
             f"n_routed_experts is {cfg.n_routed_experts} in {layers} layers: {count} experts; "
             f"this toolkit reads up to {_LARGEST_NUM_TENSORS}"
         )
+    modules = cfg.num_nextn_predict_layers if scope != "main" else 0
+    if modules and cfg.first_k_dense_replace > cfg.num_hidden_layers:
+        yield (
+            f"first_k_dense_replace is {cfg.first_k_dense_replace}, needed at most "
+            f"num_hidden_layers {cfg.num_hidden_layers}: readers build an MTP module dense else"
+        )
     if scope == "mtp" and not cfg.num_nextn_predict_layers:
         yield (
             "num_nextn_predict_layers is 0: there is no MTP module for --scope mtp; take one in "

@@ -116,11 +116,6 @@ def _refuse(config: Config) -> None:
     ]
     for place in ("rope_scaling", "rope_parameters"):
         wrong += [f"{place}.{key}" for key in config.get(place) or {} if key not in _IN_ROPE]
-    dense, modules = (
-        config.get(key) or 0 for key in ("first_k_dense_replace", "num_nextn_predict_layers")
-    )
-    if modules and dense > config.get("num_hidden_layers", dense):
-        wrong.append("first_k_dense_replace")
     if wrong:
         raise UserError(f"config.json: the torch reference does not compute {', '.join(wrong)}")
 

@@ -294,3 +294,9 @@ def test_weights_of_another_format_are_one_line(
     assert problem.subject == "quantization_config"
     assert "dequantised to bfloat16" in problem.detail
     assert all(kind in problem.detail for kind in stored if kind != "weight")
+
+
+def test_no_mtp_module_may_be_dense(fp8: SourceCheckpoint, config: dict[str, Any]):
+    """Transformers and engines build layer 4 dense then, whatever tensors it has."""
+    with pytest.raises(ProblemsError, match="first_k_dense_replace is 5, needed at most num_hid"):
+        slots_of(fp8, config | {"first_k_dense_replace": 5})

@@ -133,7 +133,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "sparse MoE layers": ({"moe_layer_freq": 2}, "moe_layer_freq"),
     "softmax routing": ({"scoring_func": "softmax"}, "scoring_func"),
     "tied head": ({"tie_word_embeddings": True}, "tie_word_embeddings"),
-    "a dense MTP module": ({"first_k_dense_replace": 5}, "first_k_dense_replace"),
     "two numbers of modules": ({"num_mtp_layers": 2}, "num_mtp_layers.*num_nextn_predict_layers"),
 }
 
