@@ -81,6 +81,9 @@ def _in_words(error: OSError) -> UserError:
     said = f"{error.filename}: {error.strerror}" if named else str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(f"{said}; make room and run the same command again")
+    if error.errno == errno.EFBIG:
+        found = "a limit (`ulimit -f`) or its disk allows no file of this size"
+        return UserError(f"{said}: {found}; raise the limit or name another place")
     if named and error.errno == errno.ENOENT:
         needed = "a path that is there, or a folder that files can be made in"
     elif named and error.errno == errno.EISDIR:

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mtp_model.families import REQUIRED, read_config
+from mtp_model.config_keys import REQUIRED
+from mtp_model.families import read_config
 from mtp_model.problems import UserError
 
 HiddenState = Literal["post_norm", "pre_norm"]

@@ -8,6 +8,8 @@ DeepSeek's modeling_deepseek.py and Transformers 5.23; where these two differ it
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from mtp_model.config_keys import HARMLESS, NEUTRAL, REQUIRED
+
 MODEL_TYPES = ("deepseek_v3", "kimi_k2")
 ARCHITECTURES = ("DeepseekV3ForCausalLM", "KimiK2ForCausalLM")  # the same network by two names
 DRAFT_ARCHITECTURE = "DeepseekV3ForCausalLMNextN"
@@ -16,35 +18,6 @@ LARGEST_SIZE = 1 << 24
 LARGEST_BLOCK = 1 << 16
 LONGEST_SHOWN = 80  # characters of a faulty value in a message
 LARGEST_NUMBER = 1e15  # of thetas, factors and scales
-# What the network computes is fixed for these; a config that says otherwise is not this network.
-REQUIRED = {
-    "hidden_act": "silu",
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
-    "attention_bias": False,
-    "tie_word_embeddings": False,
-    "moe_layer_freq": 1,
-}
-# The same for keys that released configs do not have: allowed with the value that changes nothing.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "mlp_bias": (False, None),
-    "attention_dropout": (0, None),
-    "hidden_dropout": (0, None),
-    "sliding_window": (None,),
-    "use_sliding_window": (False, None),
-    "partial_rotary_factor": (1, None),
-    "pruned_heads": ({}, None),
-    "is_encoder_decoder": (False,),
-    "is_decoder": (False, True),
-    "add_cross_attention": (False,),
-    "cross_attention_hidden_size": (None,),
-    "tie_encoder_decoder": (False,),
-    "chunk_size_feed_forward": (0,),
-    "torchscript": (False,),
-    "per_layer_config": (None,),
-    "layer_types": (None,),
-    "mlp_layer_types": (None,),
-}
 SIZES = (
     "vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers "
     "num_attention_heads kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim "
@@ -62,26 +35,6 @@ COMPUTED = {
         "torch_dtype dtype mtp_hidden_state"
     ).split(),
 }
-# Notes of training, generation and of tools; no logit depends on them.
-HARMLESS = set(
-    (
-        "auto_map aux_loss_alpha seq_aux ep_size initializer_range pretraining_tp use_cache "
-        "transformers_version output_router_logits router_aux_loss_coef router_jitter_noise "
-        "model_max_length _name_or_path name_or_path _commit_hash _attn_implementation "
-        "attn_implementation _attn_implementation_autoset _attn_implementation_internal "
-        "_experts_implementation _experts_implementation_internal "
-        "bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id "
-        "forced_bos_token_id forced_eos_token_id begin_suppress_tokens suppress_tokens "
-        "bad_words_ids output_attentions output_hidden_states output_scores return_dict "
-        "return_dict_in_generate id2label label2id num_labels problem_type classifier_dropout "
-        "task_specific_params finetuning_task tokenizer_class prefix use_bfloat16 tf_legacy_loss "
-        "temperature top_p top_k typical_p do_sample num_beams num_beam_groups max_length "
-        "min_length max_new_tokens early_stopping repetition_penalty length_penalty "
-        "no_repeat_ngram_size encoder_no_repeat_ngram_size diversity_penalty "
-        "exponential_decay_length_penalty num_return_sequences remove_invalid_values "
-        "unsloth_fixed unsloth_version mtp_new_layers"
-    ).split()
-)
 ROPE_TYPES = ("default", "yarn", None)
 OF_YARN = set(
     (
@@ -126,10 +79,12 @@ class _Reader:
     def __init__(self, values: Mapping[str, Any]):
         self.values = dict(values)
         self.faults: list[str] = []
+        # Keys of another network mean nothing here, and it has no need of ours.
+        self._is_foreign = values.get("model_type") not in MODEL_TYPES
 
     def fields(self) -> dict[str, Any]:
         self._resolve_aliases()
-        if self.values.get("model_type") in MODEL_TYPES:  # of another network, keys mean nothing
+        if not self._is_foreign:
             self._refuse_unknown("", self.values, COMPUTED | HARMLESS | REQUIRED.keys())
         self._require_architecture()
         rope = self._rope()
@@ -180,9 +135,12 @@ class _Reader:
                 )
 
     def _require_architecture(self) -> None:
-        found = self.values.get("model_type")
-        if found not in MODEL_TYPES:
-            self._fault("model_type", found, " or ".join(MODEL_TYPES))
+        found, inner = self.values.get("model_type"), self.values.get("text_config")
+        if self._is_foreign:
+            needed = " or ".join(MODEL_TYPES)
+            if isinstance(inner, Mapping) and inner.get("model_type") in MODEL_TYPES:
+                needed += ", as its text_config is; save that language model alone and import that"
+            self._fault("model_type", found, needed)
         for key, needed in REQUIRED.items():
             if self.values.get(key, needed) != needed:
                 self._fault(key, self.values[key], repr(needed))
@@ -213,7 +171,7 @@ class _Reader:
 
     def _size(self, key: str, minimum: int, optional: bool = False) -> int | None:
         found = self.values.get(key)
-        if optional and found is None:
+        if found is None and (optional or self._is_foreign):
             return None
         if not isinstance(found, int) or isinstance(found, bool):
             self._fault(key, found, "a whole number")

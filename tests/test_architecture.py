@@ -79,7 +79,6 @@ SMALL = {
     "converters/verifying/logits/torch_weights.py": "the reference gets weights from who has them",
     "finetune/data/draft_vocab.py": "counts and writes, and measures nothing",
     "converters/format/writer.py": "the other half of header.py, for tools and tests too",
-    "mtp_model/files/shared_file.py": "only this room opens descriptors",
     "mtp_model/rope.py": "a part of the network that papers describe on its own",
 }
 CLAIMS = ("must not know", "knows nothing", "know nothing", "knows no ", "knows not ")
@@ -194,7 +193,7 @@ def ground_that_looks_up(product: Product) -> list[str]:
         "files": ("mtp_model/files/", "mtp_model/problems.py"),
         "checkpoint": (
             *("mtp_model/checkpoint/", "mtp_model/files/", "mtp_model/problems.py"),
-            *("mtp_model/config.py", "mtp_model/families.py"),
+            *("mtp_model/config.py", "mtp_model/config_keys.py", "mtp_model/families.py"),
             *("mtp_model/cluster.py", "mtp_model/threads.py"),
         ),
     }

@@ -5,9 +5,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from converters.format.listing import SUFFIX
-from mtp_model.checkpoint.claim import held, names_in
+from mtp_model.checkpoint.claim import held, names_in, raise_if_filled
 from mtp_model.checkpoint.directory import CONFIG, PARAMS, UNFINISHED, CheckpointError
-from mtp_model.files.journal import Fingerprint, begun_by_another, delete_journals
+from mtp_model.files.journal import Fingerprint, begun_by_another, delete_journals, has_journals
 from mtp_model.files.open import as_place
 from mtp_model.files.place import Place
 
@@ -26,6 +26,8 @@ def claimed(dst: Place, fingerprint: Fingerprint, *, overwrite: bool) -> Iterato
         forget_record(dst)
         if overwrite and begun_by_another(folder, fingerprint):
             delete_journals(folder)
+        if not (overwrite or has_journals(folder)):
+            raise_if_filled(dst)
         yield
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from converters.format import fp8
 from converters.format.header import DTYPES
 from converters.format.mapping import Slot, buffers, slots
+from converters.format.values import all_finite, weight_fault
 from mtp_model.checkpoint.chunks import Leaf
 from mtp_model.checkpoint.directory import Checkpoint
 from mtp_model.files.memory import ThreadMemory
@@ -167,11 +168,16 @@ class Encoder:
             if values.dtype == _FP8:
                 fp8.dequantise_into(wanted, values, self._stored_scales(slot, rows), self._block)
             else:
-                wanted[...] = values.astype(wanted.dtype)
+                with np.errstate(over="ignore"):  # told below
+                    wanted[...] = values.astype(wanted.dtype)
         except fp8.Fp8Error as error:
-            where = str(self._checkpoint.path)
-            raise ProblemsError(where, [Problem("value", slot.name, str(error))]) from error
+            raise self._error(slot, str(error)) from error
+        if not all_finite(out, self._dtypes[slot.name]):
+            raise self._error(slot, weight_fault(values, rows.start, wanted.dtype))
         return EncodedRows(data=out)
+
+    def _error(self, slot: Slot, fault: str) -> ProblemsError:
+        return ProblemsError(str(self._checkpoint.path), [Problem("value", slot.name, fault)])
 
     def _read(self, slot: Slot, rows: range) -> np.ndarray:
         """Rows of a leaf, in memory that this thread uses again for its next rows."""

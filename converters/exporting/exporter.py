@@ -33,7 +33,7 @@ from converters.format.header import Header, TensorInfo
 from converters.format.listing import SUFFIX, Listing
 from converters.format.mapping import TABLE_VERSION, mtp_layers
 from converters.format.writer import StreamWriter
-from converters.sources.source import raise_if_overlapping
+from converters.sources.source import long_names, raise_if_overlapping
 from mtp_model.checkpoint.directory import COMPLETE, UNFINISHED, Checkpoint
 from mtp_model.files.journal import Fingerprint, Journal
 from mtp_model.files.open import as_place
@@ -74,6 +74,8 @@ def export_checkpoint(
     if draft:
         plan = draft_plan(plan, checkpoint, draft)
     _raise_if_damaged(checkpoint, checkpoint.damaged_files(_copied(checkpoint, plan)))
+    names = [*plan.side_files(checkpoint), *(file.file for file in plan.files)]
+    raise_if_any(str(checkpoint.path), long_names(dst, names))
     if base:
         raise_if_overlapping(dst, base.source)
         check_base(base, checkpoint)

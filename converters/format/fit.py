@@ -20,7 +20,7 @@ from converters.format.kinds import (
     plain_weights,
     stray_scales,
 )
-from converters.format.listing import Listing, SourceCheckpoint
+from converters.format.listing import Listing, SourceCheckpoint, is_module_alone
 from converters.format.mapping import (
     SCALE_SUFFIX,
     Slot,
@@ -38,6 +38,14 @@ from mtp_model.problems import Problem, braces, raise_if_any
 
 _LARGEST_NUM_TENSORS = 1 << 20  # the released checkpoints have 91,991
 _BUFFER_DTYPES = ("F32", "BF16", "F16")
+_OF_OTHER_FORMATS = set(
+    (
+        "qweight qzeros scales g_idx "  # AWQ, GPTQ
+        "weight_packed weight_shape weight_scale weight_zero_point weight_g_idx "  # compressed
+        "weight_global_scale input_global_scale weight_scale_2 input_scale "  # FP4, FP8 by tensors
+        "absmax quant_map nested_absmax nested_quant_map"  # bitsandbytes
+    ).split()
+)
 _TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 Tensors = Mapping[str, TensorInfo]
@@ -153,6 +161,12 @@ def _size_faults(cfg: ModelConfig, scope: Scope) -> Iterator[str]:
             f"n_routed_experts is {cfg.n_routed_experts} in {layers} layers: {count} experts; "
             f"this toolkit reads up to {_LARGEST_NUM_TENSORS}"
         )
+    modules = cfg.num_nextn_predict_layers if scope != "main" else 0
+    if modules and cfg.first_k_dense_replace > cfg.num_hidden_layers:
+        yield (
+            f"first_k_dense_replace is {cfg.first_k_dense_replace}, needed at most "
+            f"num_hidden_layers {cfg.num_hidden_layers}: readers build an MTP module dense else"
+        )
     if scope == "mtp" and not cfg.num_nextn_predict_layers:
         yield (
             "num_nextn_predict_layers is 0: there is no MTP module for --scope mtp; take one in "
@@ -164,6 +178,7 @@ def _contradictions(
     tensors: Tensors, cfg: ModelConfig, wanted: Slots, where: str
 ) -> Iterator[_Contradiction]:
     yield from _layer_contradictions(tensors, cfg, wanted, where)
+    yield from _other_quantisation(tensors, wanted)
     if cfg.weight_block_size is None:
         yield from _quantisation_contradictions(tensors, wanted)
     yield from _dtype_contradictions(tensors, cfg, wanted)
@@ -190,6 +205,12 @@ def _layer_contradictions(
     """Layers that the config promises and no file has, and layers that it does not know of."""
     have, need = _by_layer(tensors), _by_layer(wanted)
     end, modules = cfg.num_hidden_layers, mtp_layers(tensors)
+    if is_module_alone([*tensors]):
+        found = f"is {end}, the files hold the MTP module model.layers.{braces(modules)} alone"
+        advice = "import the main model, with --mtp-from naming this"
+        problem = Problem("config", "num_hidden_layers", f"{found}; {advice}")
+        yield _Contradiction(problem, {*tensors, *wanted})
+        return
     if modules and modules[0] != end and (advice := _renumbering(modules[0], end, have, where)):
         found = f"is {end}, the first MTP module (the layer with eh_proj) is model.layers."
         problem = Problem("config", "num_hidden_layers", f"{found}{modules[0]}; {advice}")
@@ -251,6 +272,19 @@ def _quantisation_contradictions(tensors: Tensors, wanted: Slots) -> Iterator[_C
         advice = "take over the source's, with its weight_block_size"
         problem = Problem("config", "quantization_config", f"{detail}; {advice}")
         yield _Contradiction(problem, {*stored, *scales})
+
+
+def _other_quantisation(tensors: Tensors, wanted: Slots) -> Iterator[_Contradiction]:
+    """Tensors of formats that this toolkit does not read, and the weights that they stand for."""
+    found = {name for name in tensors if name.rpartition(".")[2] in _OF_OTHER_FORMATS}
+    names = sorted(found - wanted.keys())
+    if names:
+        kinds = " and ".join(sorted({name.rpartition(".")[2] for name in names}))
+        detail = f"is of another format: {len(names):,} tensors of {kinds}, as {shown(names[0])}"
+        needed = "needed FP8 in blocks, or weights that were dequantised to bfloat16"
+        weights = {f"{name.rpartition('.')[0]}.weight" for name in names}
+        problem = Problem("config", "quantization_config", f"{detail}; {needed}")
+        yield _Contradiction(problem, {*names, *weights, *(w + SCALE_SUFFIX for w in weights)})
 
 
 def _nothing_quantised(

@@ -11,6 +11,7 @@ from converters.format.kinds import PlainWeights
 from converters.format.listing import Listing, list_checkpoint, read_config
 from converters.format.mapping import GROUPS, Slot, group_of
 from converters.sources.source import Source
+from mtp_model.checkpoint.writer import reserved_names
 from mtp_model.config import ModelConfig
 from mtp_model.problems import Problem, ProblemsError
 
@@ -81,7 +82,7 @@ def inspect_source(source: Source) -> Inspection:
         problems += err.problems
     if config is not None and listing is not None:
         comparison = fit(listing, config)
-        problems += comparison.problems
+        problems += [*comparison.problems, *reserved_names(listing.copied_files)]
     headers = listing.headers.values() if listing else ()
     return Inspection(
         source=source.name,

@@ -1,10 +1,12 @@
-"""What the values of a tensor may be: weights are finite, scales are finite and above 0.
+"""What the values of a tensor may be: weights are finite, also as they are stored or computed with;
+scales are finite and above 0.
 
 The same rules for every source; import applies them to the bytes that it reads anyway.
 """
 
 from collections.abc import Iterator
 
+import ml_dtypes
 import numpy as np
 
 from converters.format.header import TensorInfo
@@ -20,11 +22,19 @@ _FINITE_BELOW = {
     "F16": np.uint16(0x7C00),
     "F32": np.uint32(0x7F80_0000),
 }
+_BF16 = np.dtype(ml_dtypes.bfloat16)
+_F32_FINITE_IN_BF16_BELOW = np.uint32(0x7F7F_8000)  # from there on it rounds to infinity
+# 448, the largest code, times a larger scale is no finite bfloat16, in which weights are computed.
+_LARGEST_SCALE = float(ml_dtypes.finfo(_BF16).max) / 448
 
 
-def all_finite(raw: np.ndarray, dtype: str) -> bool:
-    """Whether bytes (uint8, 1-D, contiguous) of a safetensors dtype hold no NaN and no infinity."""
-    limit = _FINITE_BELOW[dtype]
+def all_finite(raw: np.ndarray, dtype: str, stored: np.dtype | None = None) -> bool:
+    """Whether bytes (uint8, 1-D, contiguous) of a safetensors dtype hold no NaN and no infinity.
+
+    stored: the dtype that they are converted to, in which none may become infinite either.
+    """
+    rounded = dtype == "F32" and stored == _BF16
+    limit = _F32_FINITE_IN_BF16_BELOW if rounded else _FINITE_BELOW[dtype]
     numbers = raw.view(limit.dtype)
     whole = len(raw) // 8 * 8
     words = raw[:whole].view(np.uint64)
@@ -46,21 +56,27 @@ def _without_sign(dtype: np.dtype) -> bytes:
     return largest.to_bytes(dtype.itemsize, "little") * (8 // dtype.itemsize)
 
 
-def weight_fault(values: np.ndarray, first_row: int) -> str:
-    """What to say of rows of a weight of which some value is not finite."""
-    bad = ~np.isfinite(values.astype(np.float32))
+def weight_fault(values: np.ndarray, first_row: int, stored: np.dtype) -> str:
+    """What to say of rows of a weight of which some value is not finite as it is stored."""
+    with np.errstate(over="ignore"):
+        bad = ~np.isfinite(values.astype(stored).astype(np.float32))
     first = tuple(map(int, np.argwhere(bad)[0]))
     where = (first[0] + first_row, *first[1:])
+    if np.isfinite(np.float32(values[first])):
+        return f"holds {values[first]} at {where}, which is infinite as {stored.name}"
     return f"holds {_name(values[first])} at {where}, which no weight is"
 
 
 def scale_fault(values: np.ndarray) -> str | None:
     """What is wrong with block scales (float32): no weight comes out of those."""
-    good = np.isfinite(values) & (values > 0)
+    good, needed = np.isfinite(values) & (values > 0), "not finite and above 0"
+    if good.all():
+        good = values <= _LARGEST_SCALE
+        needed = f"above {_LARGEST_SCALE:.1e}: weights of such a scale are infinite in bfloat16"
     if good.all():
         return None
     first = tuple(map(int, np.argwhere(~good)[0]))
-    found = f"has {(~good).sum()} of {good.size} values that are not finite and above 0"
+    found = f"has {(~good).sum()} of {good.size} values that are {needed}"
     return f"{found}; the first is {values[first]} at {first}"
 
 

@@ -224,7 +224,10 @@ class _TensorReader:
     def _fault_of(self, raw: np.ndarray, values: np.ndarray, start: int) -> str | None:
         if self.slot.name in self._conversion.scales:
             return scale_fault(values)
-        return None if all_finite(raw, self._tensor.dtype) else weight_fault(values, start)
+        stored = self._leaf.dtype
+        if all_finite(raw, self._tensor.dtype, stored):
+            return None
+        return weight_fault(values, start, stored)
 
     def _convert(self, values: np.ndarray, out: np.ndarray, start: int, stop: int) -> None:
         if self._scale is None:

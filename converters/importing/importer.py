@@ -24,11 +24,11 @@ from converters.importing.convert import (
 from converters.importing.finish import finish_import, raise_if_stale
 from converters.importing.plan import Copies, Dtype, ImportPlan, make_plan
 from converters.sources.ahead import room_for_fetched
-from converters.sources.source import Finish, raise_if_overlapping
+from converters.sources.source import Finish, long_names, raise_if_overlapping
 from mtp_model.checkpoint.chunks import DEFAULT_POLICY, ChunkPolicy
-from mtp_model.checkpoint.claim import claim, clear
+from mtp_model.checkpoint.claim import claim, clear, raise_if_filled
 from mtp_model.checkpoint.directory import COMPLETE, UNFINISHED, CheckpointError, open_checkpoint
-from mtp_model.checkpoint.writer import ParamsWriter
+from mtp_model.checkpoint.writer import ParamsWriter, reserved_names
 from mtp_model.config import HiddenState
 from mtp_model.files.journal import (
     Journal,
@@ -98,6 +98,8 @@ def import_checkpoint(
     dst = as_place(dst)
     for source in (checkpoint.source, *([checkpoint.taken.source] if checkpoint.taken else [])):
         raise_if_overlapping(dst, source)
+    files = checkpoint.copied_files  # written last, and what cannot be is told first
+    raise_if_any(checkpoint.source.name, [*reserved_names(files), *long_names(dst, files)])
     plan = make_plan(
         checkpoint,
         scope=scope,
@@ -152,7 +154,10 @@ def _make_room(dst: Place, plan: ImportPlan, overwrite: bool) -> None:
     folder = dst / UNFINISHED
     if overwrite and begun_by_another(folder, plan.fingerprint):
         delete_journals(folder)
-    if (dst / COMPLETE).is_file() or not has_journals(folder):
+    is_complete, is_begun = (dst / COMPLETE).is_file(), has_journals(folder)
+    if not (is_complete or is_begun or overwrite):
+        raise_if_filled(dst)
+    if is_complete or not is_begun:
         clear(dst, overwrite=overwrite)
 
 

@@ -16,9 +16,9 @@ from converters.sources.source import (
     byte_view,
     range_fault,
 )
-from mtp_model.files.local import LocalPlace
+from mtp_model.files.direct import SharedFile
+from mtp_model.files.local import LocalPlace, folders_inside
 from mtp_model.files.place import name_fault
-from mtp_model.files.shared_file import SharedFile
 from mtp_model.files.untrusted_json import shown
 from mtp_model.problems import Problem, ProblemsError, raise_if_any
 
@@ -26,11 +26,7 @@ _OPEN_FILES = 32
 
 
 class LocalSource(Source):
-    """A folder on this machine; links that lead out of it are refused, or followed.
-
-    The Hub's cache is a folder of such links (`snapshots/REV/x -> ../../blobs/HASH`): for a folder
-    that is a snapshot, the cache's own `blobs` count as inside.
-    """
+    """A folder on this machine; links that lead out of it are refused, or followed."""
 
     def __init__(self, name: str, *, follow_links: bool = False):
         """follow_links: read what links out of the folder lead to, as the user has asked."""
@@ -41,9 +37,7 @@ class LocalSource(Source):
             found = "is a file" if self._root.exists() else "does not exist"
             needed = "needed the folder that holds config.json and the safetensors files"
             raise ProblemsError(name, [Problem("file", shown(name), f"{found}; {needed}")])
-        self._inside = [self._root]
-        if self._root.parent.name == "snapshots":
-            self._inside.append(self._root.parent.parent / "blobs")
+        self._inside = folders_inside(self._root)
         self._lock = threading.Lock()
         self._open: OrderedDict[str, SharedFile] = OrderedDict()
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from mtp_model.checkpoint.directory import (
     unfinished_fault,
 )
 from mtp_model.files.place import Place
+from mtp_model.files.untrusted_json import shown
 from mtp_model.problems import Problem
 
 Buffer = bytes | bytearray | memoryview | np.ndarray
@@ -136,6 +137,13 @@ def raise_if_overlapping(dst: Place, source: Source) -> None:
         raise CheckpointError(
             f"{dst} and {source.name}, which it is made of, overlap; name another place"
         )
+
+
+def long_names(dst: Place, files: Iterable[str]) -> Iterator[Problem]:
+    """Files that have no room for their names in the folder that is to be written."""
+    for file in dst.too_long(files):
+        detail = f"has a name that is too long in {dst}; name another place, or shorten the name"
+        yield Problem("file", shown(file), detail)
 
 
 def range_fault(size: int, begin: int, nbytes: int) -> str | None:

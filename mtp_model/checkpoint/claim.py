@@ -72,3 +72,13 @@ def raise_if_foreign(dst: Place) -> None:
             f"{dst} is not empty and no checkpoint directory of this toolkit; nothing in it was "
             "touched; name another place, or empty it"
         )
+
+
+def raise_if_filled(dst: Place) -> None:
+    """Raise CheckpointError for a claimed destination in which something is, though no journal
+    tells of it: whoever claimed it before was stopped before it wrote."""
+    if names_in(dst) - {UNFINISHED}:
+        raise CheckpointError(
+            f"{dst} is not empty, and nothing tells that it is this command's; nothing in it was "
+            "touched; name another place, or empty it"
+        )

@@ -186,6 +186,9 @@ def read_checkpoint(path: str | Path | Place) -> Checkpoint:
     """The same for whoever compares all digests: no file was compared with its own."""
     path = as_place(path)
     raise_unless_complete(path)
+    for name, found in path.strangers():
+        advice = "put the file itself there (the folder as a whole may be a link)"
+        raise CheckpointError(f"{path}: {shown(name)} {found}; {advice}")
     _check_version(path)
     provenance = _read_json(path, PROVENANCE)
     leaves = {name: _read_leaf(path, name, dims) for name, dims in provenance["leaves"].items()}

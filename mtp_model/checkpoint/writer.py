@@ -4,7 +4,7 @@ Used by the importer and by saving a trained model.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from mtp_model.checkpoint.orbax import write_orbax_metadata
 from mtp_model.files.memory import AlignedBuffer
 from mtp_model.files.open import as_place
 from mtp_model.files.place import Place, digest
+from mtp_model.files.untrusted_json import shown
+from mtp_model.problems import Problem
 
 Digests = dict[str, dict[str, str]]
 """Leaf path -> chunk file name -> xxh3_128 of the file's bytes."""
@@ -54,11 +56,8 @@ class ParamsWriter:
 
     def write_side_file(self, name: str, pieces: Iterable[bytes]) -> str:
         """Write a file of the source that holds no tensors; returns its digest."""
-        if Path(name).parts[0] in RESERVED_NAMES:
-            raise CheckpointError(
-                f"the source's {name} has a name that the checkpoint directory needs for itself; "
-                "move it out of the source"
-            )
+        for fault in reserved_names([name]):
+            raise CheckpointError(f"the source's {fault.subject} {fault.detail}")
         file = self.path / name
         file.parent.make_folder()
         return file.write_pieces(pieces)
@@ -98,6 +97,17 @@ class ParamsWriter:
                     f"{self.path}: {len(missing)} chunks of {name} were not written, "
                     f"{min(missing)} among them; run the same command again"
                 )
+
+
+def reserved_names(files: Iterable[str]) -> Iterator[Problem]:
+    """Files of a source that cannot lie in a checkpoint directory beside what it needs."""
+    for file in files:
+        if Path(file).parts[0] in RESERVED_NAMES:
+            detail = (
+                "has a name that the checkpoint directory needs for itself; "
+                "move it out of the source"
+            )
+            yield Problem("file", shown(file), detail)
 
 
 def _write_json(path: Place, value: Mapping[str, Any]) -> str:

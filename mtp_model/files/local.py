@@ -18,17 +18,26 @@ from typing import Any, Self
 import numpy as np
 import xxhash
 
+from mtp_model.files.direct import (
+    DIRECT_FROM_BYTES,
+    go_buffered,
+    naming,
+    open_direct,
+    opened,
+    read_cached,
+    read_direct,
+    staging_memory,
+    write_all,
+)
 from mtp_model.files.memory import ALIGNMENT, AlignedBuffer, aligned
-from mtp_model.files.place import PIECE_BYTES, Appended, How, Place
+from mtp_model.files.place import PIECE_BYTES, Appended, How, Place, digest
+from mtp_model.files.untrusted_json import shown
 from mtp_model.problems import UserError
 
-DIRECT_FROM_BYTES = 1 << 20  # below this the page cache is as good
-O_DIRECT = getattr(os, "O_DIRECT", 0)  # Linux has it
 TMP_SUFFIX = ".partial"
-_READ_BYTES = 8 << 20
+_LONGEST_NAME = 255  # bytes, on most disks
 _STAGING_BYTES = 4 << 20
 _FICLONE = 0x40049409  # of linux/fs.h; the fcntl module has it from Python 3.12 on
-_staging = threading.local()
 
 
 class LocalPlace(PosixPath):
@@ -65,7 +74,7 @@ class LocalPlace(PosixPath):
     def read_range_into(self, begin: int, out: np.ndarray) -> None:
         done, direct = 0, len(out) >= DIRECT_FROM_BYTES
         read = read_direct if direct else read_cached
-        with _opened(self, os.O_RDONLY, direct=direct) as fd:
+        with opened(self, os.O_RDONLY, direct=direct) as fd:
             while done < len(out):
                 got = read(fd, out[done:], begin + done)
                 if got == 0:
@@ -76,7 +85,7 @@ class LocalPlace(PosixPath):
                 done += got
 
     def pieces(self, piece_bytes: int = PIECE_BYTES) -> Iterator[bytes]:
-        with self.open("rb") as file:
+        with self.open("rb") as file, naming(self):
             while piece := file.read(piece_bytes):
                 yield piece
 
@@ -87,9 +96,9 @@ class LocalPlace(PosixPath):
         return self.stat().st_mtime
 
     def digest(self) -> str:
-        state, memory = xxhash.xxh3_128(), _staging_memory()
+        state, memory = xxhash.xxh3_128(), staging_memory()
         direct = self.stat().st_size >= DIRECT_FROM_BYTES
-        with _opened(self, os.O_RDONLY, direct=direct) as fd:
+        with opened(self, os.O_RDONLY, direct=direct) as fd:
             offset = 0
             while got := read_direct(fd, memory, offset):
                 state.update(memory[:got].data)
@@ -101,8 +110,8 @@ class LocalPlace(PosixPath):
         # Direct writes take whole pages; what is past the end is cut off again.
         whole = aligned(nbytes) if direct else nbytes
         partial = _partial(self)
-        with _opened(partial, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, direct=direct) as fd:
-            _write_all(fd, buffer.bytes[:whole].data)
+        with opened(partial, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, direct=direct) as fd:
+            write_all(fd, buffer.bytes[:whole].data)
             if whole != nbytes:
                 os.ftruncate(fd, nbytes)
             os.fsync(fd)
@@ -110,7 +119,7 @@ class LocalPlace(PosixPath):
 
     def write_pieces(self, pieces: Iterable[bytes]) -> str:
         partial, state = _partial(self), xxhash.xxh3_128()
-        with partial.open("wb") as out:
+        with naming(partial), partial.open("wb") as out:
             for piece in pieces:
                 state.update(piece)
                 out.write(piece)
@@ -141,6 +150,26 @@ class LocalPlace(PosixPath):
         folder = next(place for place in self.parents if place.exists())
         return isinstance(source, LocalPlace) and source.stat().st_dev == folder.stat().st_dev
 
+    def too_long(self, names: Iterable[str]) -> list[str]:
+        longest, whole = (os.pathconf(_existing(self), f"PC_{of}_MAX") for of in ("NAME", "PATH"))
+        left = whole - 1 - _nbytes(f"{self.absolute()}/{TMP_SUFFIX}")
+        return [
+            name
+            for name in names
+            if _nbytes(name) > left or max(map(_nbytes, name.split("/"))) > longest
+        ]
+
+    def strangers(self) -> Iterator[tuple[str, str]]:
+        root = Path(os.path.realpath(self))
+        inside, left = folders_inside(root), [root]
+        while left:
+            with os.scandir(left.pop()) as entries:
+                found = sorted(entries, key=lambda entry: entry.name)
+            left += [Path(entry.path) for entry in found if entry.is_dir(follow_symlinks=False)]
+            for entry in found:
+                if fault := _fault_of(entry, inside):
+                    yield os.path.relpath(entry.path, root), fault
+
     def make_folder(self, *, marked: bool = False) -> None:  # noqa: ARG002
         try:
             self.mkdir(parents=True, exist_ok=True)
@@ -166,7 +195,8 @@ class LocalPlace(PosixPath):
         with self.open("a") as held:
             kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
             try:
-                fcntl.flock(held, kind if wait else kind | fcntl.LOCK_NB)
+                with naming(self):  # some network disks have no locks
+                    fcntl.flock(held, kind if wait else kind | fcntl.LOCK_NB)
             except BlockingIOError:
                 yield False
                 return
@@ -206,7 +236,7 @@ class AppendedFile(Appended):
     def finish(self) -> None:
         """Flush to the disk, and make it visible."""
         if self._filled % ALIGNMENT:
-            _go_buffered(self._fd)
+            go_buffered(self._fd)
         self._flush()
         with self._or_discarded():
             os.fsync(self._fd)
@@ -222,7 +252,7 @@ class AppendedFile(Appended):
 
     def _flush(self) -> None:
         with self._or_discarded():
-            _write_all(self._fd, self._memory[: self._filled].data, self._written)
+            write_all(self._fd, self._memory[: self._filled].data, self._written)
         self._written += self._filled
         self._filled = 0
 
@@ -257,12 +287,34 @@ class FileLines:
         os.truncate(self._path, sum(map(len, lines)))
 
     def append(self, line: bytes) -> None:
-        with self._lock:
+        with self._lock, naming(self._path):
             self._file.write(line)
             self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with naming(self._path):
+            self._file.close()
+
+
+def folders_inside(root: Path) -> list[Path]:
+    """A folder (links resolved) and what links in it may lead to.
+
+    The Hub's cache is a folder of links (`snapshots/REV/x -> ../../blobs/HASH`): for a folder that
+    is a snapshot, the cache's own `blobs` count as inside.
+    """
+    blobs = [root.parent.parent / "blobs"] if root.parent.name == "snapshots" else []
+    return [root, *blobs]
+
+
+def _fault_of(entry: os.DirEntry[str], inside: Iterable[Path]) -> str | None:
+    """What an entry of a folder is that cannot be read as a file in it; None for files, folders."""
+    if not entry.is_symlink():
+        known = entry.is_file() or entry.is_dir()
+        return None if known else "is not a regular file"
+    leads = Path(os.path.realpath(entry.path))
+    if any(map(leads.is_relative_to, inside)):
+        return None
+    return f"is a link out of the folder, to {shown(str(leads))}"
 
 
 def raise_if_full(needs: Mapping[Path, int], advice: str) -> None:
@@ -285,78 +337,9 @@ def raise_if_full(needs: Mapping[Path, int], advice: str) -> None:
             )
 
 
-def open_direct(path: Path | str, flags: int) -> int:
-    """A file descriptor past the page cache, or a plain one where the file system has none."""
-    try:
-        return os.open(path, flags | O_DIRECT, 0o666)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        return os.open(path, flags, 0o666)
-
-
-def read_cached(fd: int, out: np.ndarray, offset: int) -> int:
-    """Read the start of `out` (uint8, 1-D); bytes read, 0 at the end of the file."""
-    return os.preadv(fd, [out.data], offset)
-
-
-def read_direct(fd: int, out: np.ndarray, offset: int) -> int:
-    """The same for a descriptor of open_direct, with any alignment.
-
-    Whole pages go straight to aligned memory, all else through a buffer that this thread reuses.
-    """
-    pages = len(out) // ALIGNMENT * ALIGNMENT
-    if pages and offset % ALIGNMENT == 0 and out.ctypes.data % ALIGNMENT == 0:
-        return os.preadv(fd, [out[:pages].data], offset)
-    skip = offset % ALIGNMENT
-    wanted = min(skip + len(out), _READ_BYTES)
-    staged = _staging_memory()
-    got = os.preadv(fd, [staged[: aligned(wanted)].data], offset - skip)
-    count = max(min(got, wanted) - skip, 0)
-    out[:count] = staged[skip : skip + count]
-    return count
-
-
-def _staging_memory() -> np.ndarray:
-    """This thread's aligned memory (uint8) of _READ_BYTES."""
-    if not hasattr(_staging, "buffer"):
-        _staging.buffer = AlignedBuffer(_READ_BYTES)
-    return _staging.buffer.bytes
-
-
-def _write_all(fd: int, data: memoryview, begin: int = 0) -> None:
-    done = 0
-    while done < len(data):
-        try:
-            done += os.pwrite(fd, data[done:], begin + done)
-        except OSError as error:
-            # The file was opened, but this filesystem wants another alignment.
-            if error.errno != errno.EINVAL or not _go_buffered(fd):
-                raise
-
-
-def _go_buffered(fd: int) -> bool:
-    """Go through the page cache from here on; False: the descriptor does already."""
-    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-    if not flags & O_DIRECT:
-        return False
-    fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~O_DIRECT)
-    return True
-
-
-@contextlib.contextmanager
-def _opened(path: Path | str, flags: int, *, direct: bool = False) -> Iterator[int]:
-    """A file descriptor that is closed at the end; past the page cache where the disk can."""
-    fd = open_direct(path, flags) if direct else os.open(path, flags, 0o666)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
 def _sync_folder(folder: Path | str) -> None:
     """Make renames in a folder survive a power cut, where the filesystem can."""
-    with _opened(folder, os.O_RDONLY | os.O_DIRECTORY) as fd:
+    with opened(folder, os.O_RDONLY | os.O_DIRECTORY) as fd:
         try:
             os.fsync(fd)
         except OSError as error:  # network and FUSE filesystems refuse to sync folders
@@ -388,7 +371,15 @@ def _reflink(path: Path, target: Path) -> bool:
 
 
 def _partial(path: Path) -> Path:
-    return path.with_name(path.name + TMP_SUFFIX)
+    """The name of a file until it is whole; where the suffix would make it too long, its digest."""
+    name = path.name
+    if _nbytes(name) + len(TMP_SUFFIX) > _LONGEST_NAME:
+        name = digest(name.encode())
+    return path.with_name(name + TMP_SUFFIX)
+
+
+def _nbytes(name: str) -> int:
+    return len(os.fsencode(name))
 
 
 def _existing(folder: Path) -> Path:

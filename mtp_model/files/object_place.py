@@ -33,6 +33,7 @@ from mtp_model.files.place import PIECE_BYTES, Appended, How, Place, digest
 _PART_BYTES = 16 << 20
 _PARTS_AT_ONCE = 8
 _MARK = "begun"
+_LONGEST_KEY = 1024  # bytes, as the service allows
 _FIRST = "first"
 
 
@@ -104,6 +105,12 @@ class ObjectPlace(StoredObject):
 
     def can_link(self, source: Place) -> bool:
         return isinstance(source, ObjectPlace)
+
+    def too_long(self, names: Iterable[str]) -> list[str]:
+        return [name for name in names if len((self / name).key.encode()) > _LONGEST_KEY]
+
+    def strangers(self) -> Iterator[tuple[str, str]]:
+        yield from ()  # objects are no links
 
     def make_folder(self, *, marked: bool = False) -> None:
         if marked:

@@ -187,6 +187,14 @@ class Place(Protocol):
         """Whether take() of `source` needs no room on a disk."""
         ...
 
+    def too_long(self, names: Iterable[str]) -> list[str]:
+        """Those of these files below (relative paths) that have no room for their names here."""
+        ...
+
+    def strangers(self) -> Iterator[tuple[str, str]]:
+        """What in the folder, however deep, is not in it or is no file, and what it is instead."""
+        ...
+
     def make_folder(self, *, marked: bool = False) -> None:
         """Be a folder, those above as well; nothing to do where it is one.
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import shlex
 import shutil
 from collections.abc import Callable
@@ -86,6 +87,41 @@ def test_an_unfinished_directory(src, tmp_path, capsys):
     assert advice in told(capsys, "verify", tmp_path / "half")
     done("import", src, tmp_path / "half")
     done("verify", tmp_path / "half")
+
+
+@follows("put the file itself there (the folder as a whole may be a link)")
+@pytest.mark.parametrize("name", [DAMAGED, "tokenizer.json", "params", "COMPLETE"])
+def test_a_link_out_of_a_directory(src, ckpt, tmp_path, capsys, name):
+    """Nobody reads what a directory from anywhere names outside of itself, not even to compare."""
+    (tmp_path / "link").symlink_to(ckpt)
+    done("verify", src, tmp_path / "link")
+    away = tmp_path / "away"
+    shutil.move(ckpt / name, away)
+    (ckpt / name).symlink_to(away)
+    for command in (("verify", ckpt), ("verify", src, ckpt), ("export", ckpt, tmp_path / "out")):
+        assert f"{name} is a link out of the folder, to {away}; put" in told(capsys, *command)
+    with pytest.raises(CheckpointError, match="link out of the folder"):
+        load(ckpt)
+    (ckpt / name).unlink()
+    shutil.move(away, ckpt / name)
+    done("verify", src, ckpt)
+
+
+def test_a_pipe_in_a_directory_is_not_waited_for(ckpt, capsys):
+    (ckpt / DAMAGED).unlink()
+    os.mkfifo(ckpt / DAMAGED)
+    assert f"{DAMAGED} is not a regular file" in told(capsys, "verify", ckpt)
+
+
+def test_a_directory_in_the_cache_of_the_hub_is_read(src, ckpt, tmp_path):
+    """It is a folder of links to the cache's own blobs."""
+    snapshot, blobs = tmp_path / "models--x/snapshots/1", tmp_path / "models--x/blobs"
+    shutil.copytree(ckpt, snapshot)
+    blobs.mkdir()
+    for number, file in enumerate(sorted(path for path in snapshot.rglob("*") if path.is_file())):
+        shutil.move(file, blobs / str(number))
+        file.symlink_to(os.path.relpath(blobs / str(number), file.parent))
+    done("verify", src, snapshot)
 
 
 @pytest.mark.parametrize("way", ["copy", "import"])
@@ -204,6 +240,23 @@ def test_a_folder_of_somebody_else(src, whole, tmp_path, capsys, command):
     done(*args, tmp_path / "dst")
 
 
+@pytest.mark.parametrize("command", ["import", "export"])
+@follows("touched; name another place, or empty it")
+def test_a_folder_of_somebody_else_that_was_only_claimed(src, whole, tmp_path, capsys, command):
+    """As `--overwrite` leaves it that was killed at once: that is said anew, or nothing goes."""
+    dst = Path(shutil.copytree(src, tmp_path / "dst"))
+    (dst / UNFINISHED).mkdir()
+    source = src if command == "import" else whole
+    assert "nothing in it was touched; name another place" in told(capsys, command, source, dst)
+    shutil.rmtree(dst / UNFINISHED)
+    assert_same_files(dst, src)
+    (dst / UNFINISHED).mkdir()
+    done(command, source, dst, "--overwrite")
+    shutil.rmtree(dst)
+    (dst / UNFINISHED).mkdir(parents=True)
+    done(command, source, dst)
+
+
 @follows(" is a complete checkpoint; name another or --overwrite it")
 @follows(" holds a checkpoint; name another place or --overwrite it")
 @pytest.mark.parametrize("command", ["import", "export"])
@@ -294,6 +347,22 @@ def test_no_room_for_what_is_fetched(src, whole, tmp_path, capsys, monkeypatch):
 
 
 # --- what changes meanwhile
+
+
+@pytest.mark.parametrize("limit_bytes", [4 << 10, 20 << 10])  # a chunk's, the journal's
+@follows("; raise the limit or name another place")
+def test_a_file_that_may_not_grow(src, tmp_path, capsys, limit_bytes):
+    """An error of a descriptor, which knows no name: the message has that of the file."""
+    most, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
+    try:
+        said = told(capsys, "import", src, tmp_path / "ckpt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    assert f"{tmp_path}/ckpt/" in said
+    assert "raise the limit" in said
+    done("import", src, tmp_path / "ckpt")
+    done("verify", src, tmp_path / "ckpt")
 
 
 @follows("undo the change and run it again, or start over with --overwrite")

@@ -304,6 +304,20 @@ def test_a_key_that_nobody_knows(src, capsys):
     imported(src)
 
 
+@follows("import the main model, with --mtp-from naming this")
+def test_a_module_alone_as_vllm_has_it(made, src, capsys, tmp_path):
+    """Its config is the main model's, so that nothing but its tensors tells."""
+    done("import", made / "other", tmp_path / "other")
+    done("export", tmp_path / "other", tmp_path / "draft", "--draft", "vllm")
+    said = refused(capsys, tmp_path / "draft")
+    assert said.startswith("1 problem ")
+    assert "import the main model, with --mtp-from naming this" in said
+    out = imported(src, "--mtp-from", tmp_path / "draft")
+    assert module_of(out)["eh_proj.weight"].tobytes() == (
+        module_of(made / "other")["eh_proj.weight"].tobytes()
+    )
+
+
 @follows("import the main model, with --mtp-from naming this draft")
 def test_a_stand_alone_draft(made, tmp_path, capsys):
     draft = draft_of(made / "other", tmp_path / "draft")
@@ -426,9 +440,40 @@ def test_a_side_file_of_a_reserved_name(src, capsys):
     (src / "params/notes.txt").write_text("")
     dst = src.parent / "ckpt"
     assert "move it out of the source" in told(capsys, "import", src, dst)
+    assert "move it out of the source" in told(capsys, "inspect", src)
+    assert not dst.exists()  # it is told before anything is written
     shutil.move(src / "params", src.parent / "away")
-    assert "start over with --overwrite" in told(capsys, "import", src, dst)
-    done("import", src, dst, "--overwrite")
+    done("import", src, dst)
+
+
+@follows("; name another place, or shorten the name")
+def test_a_side_file_with_a_name_that_has_no_room(src, capsys):
+    """A name of 250 bytes has; in a folder whose own path is that long it has none."""
+    name = 250 * "x"
+    (src / name).write_text("as it was")
+    deep = src.parent / "/".join([200 * "d"] * 19) / "ckpt"
+    deep.parent.mkdir(parents=True)
+    assert "name another place, or shorten" in told(capsys, "import", src, deep)
+    assert not deep.exists()
+    out = imported(src)
+    assert (out / name).read_text() == "as it was"
+    assert "name another place" in told(capsys, "export", src.parent / "ckpt", deep)
+    assert not deep.exists()
+    (src / name).rename(src / "short")
+    done("import", src, deep)
+
+
+@follows(", as its text_config is; save that language model alone and import that")
+def test_a_language_model_in_another_model(src, capsys):
+    """As Kimi-K2.5 has one. What it lacks of our keys is not told: it has no need of them."""
+    inner = config_of(src)
+    outer = {"model_type": "kimi_k25", "architectures": ["KimiK25ForConditionalGeneration"]}
+    (src / "config.json").write_text(json.dumps({**outer, "text_config": inner}))
+    said = refused(capsys, src)
+    assert said.startswith("2 problems")
+    assert "as its text_config is; save that language model alone" in said
+    (src / "config.json").write_text(json.dumps(inner))
+    imported(src)
 
 
 # --- values

@@ -40,6 +40,7 @@ def test_what_a_user_can_mend_is_one_message():
         (errno.ENOENT, "; needed a path that is there, or a folder that files can be made in"),
         (errno.EACCES, "; needed a place that this user may read, and write where something"),
         (errno.EISDIR, "; needed a file"),
+        (errno.EFBIG, ": a limit (`ulimit -f`) or its disk allows no file of this size; raise"),
         (errno.EIO, ""),
     ],
 )

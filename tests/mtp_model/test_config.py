@@ -95,7 +95,7 @@ def test_a_fault_is_named(changes, expected):
 
 
 def test_faults_are_collected():
-    found = faults(model_type="llama", hidden_size=0, kv_lora_rank=None, rope_scaling=[1])
+    found = faults(hidden_act="gelu", hidden_size=0, kv_lora_rank=None, rope_scaling=[1])
     assert len(found) == 4
 
 

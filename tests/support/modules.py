@@ -63,7 +63,8 @@ def without_module(src: Path, dst: Path, **config: Any) -> Path:
 
 
 def draft_of(src: Path, dst: Path, *, copies: bool = True) -> Path:
-    """The MTP module of a checkpoint alone, as SGLang wants a draft."""
+    """The MTP module of a checkpoint alone, as SGLang's own script writes a draft: its config has
+    one layer, and `first_k_dense_replace` above that."""
     dst.mkdir()
     tensors = {f"model.layers.0.{name}": tensor for name, tensor in module_of(src).items()}
     if not copies:
@@ -71,8 +72,7 @@ def draft_of(src: Path, dst: Path, *, copies: bool = True) -> Path:
             del tensors[f"model.layers.0.{name}"]
     write_files(dst, {"nextn.safetensors": tensors}, index=False)
     changed = {"num_hidden_layers": 1, "architectures": ["DeepseekV3ForCausalLMNextN"]}
-    config = config_of(src) | changed | {"first_k_dense_replace": 0}
-    (dst / "config.json").write_text(json.dumps(config))
+    (dst / "config.json").write_text(json.dumps(config_of(src) | changed))
     return dst
 
 

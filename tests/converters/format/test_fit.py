@@ -263,3 +263,40 @@ def test_only_equal_faults_are_grouped():
         "shape     layers.{0..1}.x is 0 (2 tensors)",
         "shape     layers.{2..3}.x is 1 (2 tensors)",
     ]
+
+
+INT4 = {"weight_packed": ("I32", (28, 5)), "weight_scale": ("BF16", (28, 2))}
+NVFP4 = {
+    "weight": ("U8", (28, 20)),
+    "weight_scale": ("F8_E4M3", (28, 3)),
+    "weight_scale_2": ("F32", ()),
+}
+AWQ = {"qweight": ("I32", (40, 4)), "qzeros": ("I32", (1, 4)), "scales": ("F16", (1, 28))}
+
+
+@pytest.mark.parametrize("stored", [INT4, NVFP4, AWQ], ids=["int4", "nvfp4", "awq"])
+def test_weights_of_another_format_are_one_line(
+    folders: dict[str, Path], stored: dict[str, tuple[str, tuple[int, ...]]]
+):
+    """Told by their tensors: exports of some tools have no quantization_config in config.json."""
+    listing = opened(folders["bf16"])
+    modules = [f"model.layers.2.mlp.experts.{expert}.up_proj" for expert in range(12)]
+    tensors = {n: t for n, t in listing.tensors.items() if n.removesuffix(".weight") not in modules}
+    for module in modules:
+        was = listing.tensors[f"{module}.weight"]
+        for kind, (dtype, shape) in stored.items():
+            name = f"{module}.{kind}"
+            tensors[name] = dataclasses.replace(was, name=name, dtype=dtype, shape=shape)
+    with pytest.raises(ProblemsError) as caught:
+        sound_fit(dataclasses.replace(listing, tensors=tensors), "all")
+    problems = [p for p in caught.value.problems if p.kind != "shape"]
+    [problem] = problems
+    assert problem.subject == "quantization_config"
+    assert "dequantised to bfloat16" in problem.detail
+    assert all(kind in problem.detail for kind in stored if kind != "weight")
+
+
+def test_no_mtp_module_may_be_dense(fp8: SourceCheckpoint, config: dict[str, Any]):
+    """Transformers and engines build layer 4 dense then, whatever tensors it has."""
+    with pytest.raises(ProblemsError, match="first_k_dense_replace is 5, needed at most num_hid"):
+        slots_of(fp8, config | {"first_k_dense_replace": 5})

@@ -47,7 +47,7 @@ def _filesystem(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     elif request.param == "refused at write":
         monkeypatch.setattr(os, "pwrite", refuse_write)
     elif request.param == "no O_DIRECT":
-        monkeypatch.setattr(local, "O_DIRECT", 0)
+        monkeypatch.setattr("mtp_model.files.direct.O_DIRECT", 0)
 
 
 @pytest.mark.usefixtures("_filesystem")

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from gcs_server import BUCKET, GcsServer
 from hub_client import REPO, lone_hub
-from roundtrip import make_source, patch_tensor, read_tensors, tree_bytes
+from roundtrip import make_source, patch_tensor, read_tensors, run_import, tree_bytes
 
 from converters.cli.main import main
+from converters.format.mapping import slots
 from converters.format.values import all_finite
 from mtp_model.checkpoint.directory import CheckpointError, open_checkpoint
 
@@ -34,6 +35,11 @@ DAMAGED: dict[str, tuple[str, dict[tuple[int, ...], bytes], str]] = {
     "negative scale": (SCALE, {(0, 1): f32(-1)}, r"above 0; the first is -1.0 at \(0, 1\)"),
     "NaN scale": (SCALE, {(1, 0): f32(np.nan)}, r"the first is nan at \(1, 0\)"),
     "infinite scale": (SCALE, {(1, 1): f32(np.inf)}, "the first is inf at"),
+    "scale of infinite weights": (
+        SCALE,
+        {(0, 0): f32(1e37)},
+        r"infinite .* first is 9.99\d*e\+36 at",
+    ),
     # the last element: not in a whole word of eight
     "NaN code": (EXPERT, {(39, 27): b"\x7f"}, r"holds NaN at \(39, 27\)"),
     "negative NaN code": (EXPERT, {(0, 0): b"\xff"}, r"holds NaN at \(0, 0\)"),
@@ -137,5 +143,29 @@ def test_the_largest_finite_numbers_pass(tmp_path: Path):
     largest = float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
     patch_tensor(folder, name, {(0,): bf16(largest), (1,): bf16(-largest)})
     patch_tensor(folder, EXPERT, {(0, 0): b"\x7e", (0, 1): b"\xfe"})
+    patch_tensor(folder, f"{EXPERT}_scale_inv", {(0, 0): f32(largest / 448)})
     assert main(["import", str(folder), str(tmp_path / "ckpt")]) == 0
     assert float(read_tensors(folder)[name][0]) == largest
+    run_import(folder, tmp_path / "wide", dtype="bf16")
+    slot = slots(open_checkpoint(tmp_path / "wide").config)[EXPERT]
+    row = open_checkpoint(tmp_path / "wide").read_rows(slot.path, slot.index, 0, 1)[0]
+    assert row[:2].tolist() == [largest, -largest]
+
+
+def test_a_float32_weight_that_bfloat16_cannot_hold_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """It is finite where it is, and would be infinite in what is written."""
+    folder = make_source(tmp_path / "source", dtype="f32")
+    largest = float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
+    patch_tensor(folder, EXPERT, {(5, 3): f32(largest)})
+    assert main(["import", str(folder), str(tmp_path / "sound"), "--dtype", "bf16"]) == 0
+    patch_tensor(folder, EXPERT, {(5, 3): f32(3.4e38)})
+    assert main(["import", str(folder), str(tmp_path / "kept")]) == 0
+    capsys.readouterr()
+    told = rf"{EXPERT} holds 3.3999\d*e\+38 at \(5, 3\), which is infinite as bfloat16"
+    [problem] = import_it(str(folder), tmp_path / "ckpt", capsys, "--dtype", "bf16")
+    assert re.search(told, problem), problem
+    kept = str(tmp_path / "kept")
+    assert main(["export", kept, str(tmp_path / "out"), "--dtype", "bf16"]) == 1
+    assert re.search(told, capsys.readouterr().err)

@@ -20,7 +20,7 @@ from transformers import DeepseekV3Config
 from transformers_pair import pair_of, random_tokens, transformers_mtp
 
 from converters.verifying.logits.torch_config import as_read
-from mtp_model import families
+from mtp_model import config_keys
 from mtp_model.config import ConfigError, ModelConfig
 from mtp_model.problems import UserError
 from tools.make_tiny_checkpoint import TINY_CONFIG, make_tiny_checkpoint
@@ -192,8 +192,8 @@ def test_a_key_that_is_left_out_is_what_transformers_makes_of_it(key: str):
 
 def test_what_the_model_passes_over_the_reference_does_too():
     """Older releases of Transformers write most of these keys; `verify --logits` reads them all."""
-    harmless = dict.fromkeys(families.HARMLESS, 1)
-    neutral = {key: values[0] for key, values in families.NEUTRAL.items()}
+    harmless = dict.fromkeys(config_keys.HARMLESS, 1)
+    neutral = {key: values[0] for key, values in config_keys.NEUTRAL.items()}
     edited = {**TINY_CONFIG, **harmless, **neutral}
     assert ModelConfig.from_dict(edited) == ModelConfig.from_dict(TINY_CONFIG)
     as_read(edited)
