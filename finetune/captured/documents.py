@@ -27,6 +27,7 @@ from finetune.data.run_text import (
     in_both,
     mixed,
     open_run_text,
+    raise_unless_teaching,
     weighted_sources,
     whole_name,
     with_counts,
@@ -122,8 +123,11 @@ class SampleDocuments:
 def open_text(settings: RunSettings, base: Checkpoint, dtype: str, say: Say) -> RunText:
     """What a run learns from: text, or what was captured of it."""
     if settings.states:
-        return open_states(settings, base, dtype, say)
-    return open_run_text(settings, base.config)
+        text = open_states(settings, base, dtype, say)
+    else:
+        text = open_run_text(settings, base.config)
+    raise_unless_teaching(text, settings, base.config)
+    return text
 
 
 def open_states(settings: RunSettings, base: Checkpoint, dtype: str, say: Say) -> RunText:

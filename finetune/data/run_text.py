@@ -57,10 +57,59 @@ def open_run_text(settings: RunSettings, config: ModelConfig) -> RunText:
     )
 
 
-def open_documents(checkpoint: str, data: tuple[Path, ...], config: ModelConfig) -> TokenDocuments:
-    """All documents under `data`, as tokens of the checkpoint's tokenizer."""
+def raise_unless_teaching(text: RunText, settings: RunSettings, config: ModelConfig) -> None:
+    """DataError where MTP modules alone learn, and no document has a target for them.
+
+    Mostly the first batch has one; where none has, all documents are read, once.
+    """
+    if settings.part != "mtp":
+        return
+    drafts = settings.draft_tokens or config.num_nextn_predict_layers
+    joined = settings.objective.or_default(settings.part).joins_depths and drafts > 1
+    batch = settings.batch
+    packer = Packer(
+        text.train,
+        rows=batch.rows,
+        row_tokens=batch.row_tokens,
+        seed=settings.seed,
+        epochs=1,
+        sources=text.sources,
+    )
+    if any(_has_target(packed, drafts, joined) for packed, _ in packer):
+        return
+    needed = f"{drafts} tokens that are learnt" if joined else "a token that is learnt"
+    fewer = " or fewer --draft-tokens" if joined else ""
+    raise DataError(
+        [
+            f"nothing to learn for the MTP modules in any of {len(text.train):,} documents: needed "
+            f"{needed} behind two others; give longer documents{fewer}"
+        ]
+    )
+
+
+def _has_target(batch: Batch, drafts: int, joined: bool) -> bool:
+    """Whether MTP depths have a target, joined: all of them at one place."""
+    segments_BT, mask_BT = batch.segment_ids_BT, batch.loss_mask_BT
+    found_BT = np.full(segments_BT.shape, joined)
+    for ahead in range(2, drafts + 2):
+        valid_BT = np.zeros_like(found_BT)
+        of_same_BT = segments_BT[:, ahead:] == segments_BT[:, :-ahead]
+        valid_BT[:, :-ahead] = (
+            of_same_BT & (segments_BT[:, ahead:] != 0) & (mask_BT[:, ahead:] == 1)
+        )
+        found_BT = found_BT & valid_BT if joined else found_BT | valid_BT
+    return bool(found_BT.any())
+
+
+def open_documents(
+    checkpoint: str, data: tuple[Path, ...], config: ModelConfig, *, to_learn: bool = True
+) -> TokenDocuments:
+    """All documents under `data`, as tokens of the checkpoint's tokenizer.
+
+    to_learn: something in them must be learnt; prompts that wait for their answers need not.
+    """
     encoder = TextEncoder(as_place(checkpoint))
-    corpus = scan(data, config.vocab_size, encoder.chats, encoder.eos)
+    corpus = scan(data, config.vocab_size, encoder.chats, encoder.eos, to_learn=to_learn)
     return TokenDocuments(corpus, encoder, config.vocab_size)
 
 
