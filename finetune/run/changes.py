@@ -22,6 +22,7 @@ MAY_CHANGE = (
     "checkpoints.keep",
     "checkpoints.keep_every",
     "lora.keep",
+    "skip_unusable",  # which samples there are is compared; one found damaged has no tokens then
     *MESH,
 )
 

@@ -9,12 +9,15 @@ import pytest
 from advice import follows
 from captures import capture_of, run_settings
 from imported import import_folder
+from trained import QUIET, read_rows
 
 from finetune.captured import capture
 from finetune.captured.documents import open_states
 from finetune.captured.folder import PROGRESS_FILE, SamplesThere
 from finetune.data.records import DataError
-from finetune.settings import RunSettings, SettingsError
+from finetune.run.checkpoints import saved_steps
+from finetune.settings import BatchSettings, CheckpointSettings, RunSettings, SettingsError
+from finetune.train import train
 from finetune.weights import open_trainable
 from mtp_model import progress
 
@@ -58,6 +61,29 @@ def test_samples_that_are_gone_are_missed_and_captured_again(
     kept = [path for path, time in others.items() if path.stat().st_mtime_ns == time]
     assert len(kept) >= len(others) - 4  # only batches that lack one are computed
     assert described(settings)
+
+
+def test_a_run_that_meets_a_damaged_sample_goes_on_without_it_or_with_it_mended(
+    checkpoint: Path, mtp_only: Path, records: Path, copy: Path, tmp_path: Path
+):
+    damaged = sorted(copy.glob("*.safetensors"))[1]
+    content = bytearray(damaged.read_bytes())
+    content[-200] ^= 1  # of the states
+    damaged.write_bytes(content)
+    settings = run_settings(
+        mtp_only, copy, tmp_path / "run", steps=40, checkpoints=CheckpointSettings(every=1)
+    )
+    settings = dataclasses.replace(settings, batch=BatchSettings(rows=1, row_tokens=32), seed=1)
+    with pytest.raises(DataError, match=f"{damaged} is damaged"):
+        train(settings, QUIET)
+    assert saved_steps(settings.out / "checkpoints")
+    shutil.copytree(settings.out, tmp_path / "other")
+    without = dataclasses.replace(settings, skip_unusable=True)
+    assert len(read_rows(train(without, QUIET).run.metrics)) == 40
+    damaged.unlink()
+    capture_of(checkpoint, records, copy)
+    mended = train(dataclasses.replace(settings, out=tmp_path / "other"), QUIET)
+    assert len(read_rows(mended.run.metrics)) == 40
 
 
 def test_a_capture_that_is_mended_can_be_interrupted(
