@@ -143,8 +143,7 @@ def make_train_step(
             if part == "mtp" or settings.detach_main:  # no gradient enters the main model
                 main = jax.lax.stop_gradient(main)
             measured, load, *_ = measure(model, rows, main, asked)
-            divided = measured if whole is None else measured._replace(**whole._asdict())
-            loss = objective(divided, part, mixture, mtp_weight, own_nll)
+            loss = objective(measured, part, mixture, mtp_weight, own_nll, whole)
             return loss, (measured, load)
 
         config = nnx.merge(graphdef, state.trainable, state.biases, frozen).config
