@@ -155,10 +155,18 @@ def open_states(settings: RunSettings, base: Checkpoint, dtype: str, say: Say) -
         held_out=SampleDocuments(held_out, kind, skip) if held_out else None,
         digest=with_counts(digest_of_samples(train), sources),
         description=f"{len(train)} captured samples of {tokens:,} tokens to train on, {said}"
-        f"{mixed(sources)}{in_both(_num_shared(settings, train, held_out))}",
+        f"{mixed(sources)}{_cut([*train, *held_out], settings.batch.row_tokens)}"
+        f"{in_both(_num_shared(settings, train, held_out))}",
         sources=sources,
         states=documents.form,
     )
+
+
+def _cut(samples: Iterable[CapturedSample], row_tokens: int) -> str:
+    """How many samples no row holds: of a run beside the main model parts would be documents."""
+    number = sum(sample.num_tokens > row_tokens for sample in samples)
+    what = f"{number:,} samples are longer than a row and cut: states of a part are of the whole"
+    return f"; warning: {what}" if number else ""
 
 
 def _num_shared(

@@ -14,6 +14,7 @@ from trained import QUIET, read_rows
 from finetune.captured import capture
 from finetune.captured.documents import open_states
 from finetune.captured.folder import PROGRESS_FILE, SamplesThere
+from finetune.captured.sample import open_sample
 from finetune.data.records import DataError
 from finetune.run.checkpoints import saved_steps
 from finetune.settings import BatchSettings, CheckpointSettings, RunSettings, SettingsError
@@ -148,6 +149,18 @@ def test_samples_that_are_measured_and_learnt_are_said(mtp_only: Path, states: P
     assert f"warning: {count} {warning}" in described(both)
     assert warning in described(dataclasses.replace(both, states=(copy, copy.parent), eval_data=()))
     assert warning not in described(run_settings(mtp_only, states, eval_data=(copy,)))
+
+
+def test_samples_that_no_row_holds_are_said(mtp_only: Path, states: Path):
+    """`evaluate` refuses them, and training is not what it would be beside the main model."""
+    lengths = [open_sample(path).num_tokens for path in states.glob("*.safetensors")]
+    longest = max(lengths)
+    for row_tokens in (longest - 1, longest):
+        batch = BatchSettings(rows=2, row_tokens=row_tokens)
+        told = described(run_settings(mtp_only, states, batch=batch))
+        longer = sum(each > row_tokens for each in lengths)
+        assert (f"warning: {longer} samples are longer than a row" in told) == (longer > 0)
+        assert ("longer than a row" in told) == (row_tokens < longest)
 
 
 @follows(": give --state pre_norm")
