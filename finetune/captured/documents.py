@@ -173,11 +173,19 @@ def _num_shared(
     settings: RunSettings, train: Iterable[CapturedSample], held_out: Iterable[CapturedSample]
 ) -> int:
     """How many samples held out are trained on too, where a folder was given twice."""
-    folders = itertools.combinations(map(as_place, (*settings.states, *settings.eval_data)), 2)
-    if not any(one.overlaps(other) for one, other in folders):
-        return 0  # looking up the names of millions of samples takes minutes
+    if not overlap((*settings.states, *settings.eval_data)):
+        return 0
     names = {whole_name(sample.path) for sample in train}
     return sum(whole_name(sample.path) in names for sample in held_out)
+
+
+def overlap(folders: Iterable[Path]) -> bool:
+    """Whether a sample may be in several of them.
+
+    Only then are names looked up, which takes minutes for millions.
+    """
+    pairs = itertools.combinations(map(as_place, folders), 2)
+    return any(one.overlaps(other) for one, other in pairs)
 
 
 def open_samples(
