@@ -162,7 +162,7 @@ class TokenDocuments:
         empty.
         """
         tokens = self.as_written(document, begin)
-        if self.corpus.idle_N[document]:
+        if self.corpus.idle_N[document] and not self.corpus.holds_ids(document):
             return tokens._replace(loss_mask=np.zeros_like(tokens.loss_mask))
         return tokens
 
