@@ -147,7 +147,9 @@ def generate(settings: GenerateSettings) -> Counts:
     """
     check(settings)
     checkpoint = _open(settings)
-    documents = open_documents(settings.checkpoint, settings.data, checkpoint.config)
+    documents = open_documents(
+        settings.checkpoint, settings.data, checkpoint.config, to_learn=False
+    )
     _raise_if_prompts(settings.out, documents)
     if settings.server is not None:
         # Two minutes, if nobody answers.
@@ -245,7 +247,8 @@ def prompts_of(documents: TokenDocuments, prompt_tokens: int) -> Iterator[Prompt
         if (question := documents.question(document)) is not None:
             ids = question.ids
         else:
-            ids = _prompt_of(documents[document], prompt_tokens, documents.encoder.eos)
+            tokens = documents.as_written(document)
+            ids = _prompt_of(tokens, prompt_tokens, documents.encoder.eos)
         if len(ids):
             yield Prompt(document, ids)
 

@@ -104,6 +104,11 @@ class ObjectiveSettings:
         """Whether the main model's distribution is needed, not only the text."""
         return any(name != "ce" for name in self.weights())
 
+    @property
+    def joins_depths(self) -> bool:
+        """Whether only places are learnt from where every depth has a target."""
+        return {*self.weights()} == {"e2e_tv"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSettings:

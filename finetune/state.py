@@ -37,7 +37,7 @@ from finetune.optimizer import (
     squares,
     steps_taken,
 )
-from finetune.settings import Kept, Part, RunSettings, TrainMode
+from finetune.settings import Kept, ObjectiveSettings, Part, RunSettings, TrainMode
 from mtp_model import DeepSeekV3, RouterBias
 from mtp_model.sharding import BATCH_AXES, active_mesh, everywhere, placement
 
@@ -143,8 +143,7 @@ def make_train_step(
             if part == "mtp" or settings.detach_main:  # no gradient enters the main model
                 main = jax.lax.stop_gradient(main)
             measured, load, *_ = measure(model, rows, main, asked)
-            divided = measured if whole is None else measured._replace(**whole._asdict())
-            loss = objective(divided, part, mixture, mtp_weight, own_nll)
+            loss = objective(measured, part, mixture, mtp_weight, own_nll, whole)
             return loss, (measured, load)
 
         config = nnx.merge(graphdef, state.trainable, state.biases, frozen).config
@@ -161,7 +160,7 @@ def make_train_step(
         norm, finite_grads = norm_of(sums), jnp.isfinite(sums)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         # Without a target, or a finite loss, no weight, no moment and no router bias moves.
-        counts = finite & jnp.any(_targets(measured, part) > 0)
+        counts = finite & jnp.any(_targets(measured, part, mixture) > 0)
         trainable, opt_state = advance(optimizer, grads, state.opt_state, state.trainable, counts)
         biases = balance(state.biases, load, settings.router_bias_rate)
         biases = jax.tree.map(lambda new, old: jnp.where(counts, new, old), biases, state.biases)
@@ -237,9 +236,11 @@ def _held(trainable: nnx.State) -> nnx.State:
     return nnx.map_state(held, trainable)
 
 
-def _targets(measured: Measured, part: Part) -> jax.Array:
-    """Numbers of targets that the loss of what learns is a mean over, int32 [depths]."""
-    return measured.num_targets_K1[1:] if part == "mtp" else measured.num_targets_K1
+def _targets(measured: Measured, part: Part, mixture: ObjectiveSettings) -> jax.Array:
+    """Numbers of targets that the loss of what learns is a mean over, int32 [depths or 1]."""
+    if part == "all":
+        return measured.num_targets_K1
+    return measured.num_anchors[None] if mixture.joins_depths else measured.num_targets_K1[1:]
 
 
 def _placed(tree: T) -> T:

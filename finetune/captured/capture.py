@@ -1,7 +1,8 @@
 """`finetune-deepseek capture`: run the main model over text once, and keep what it made of it.
 
 Text is packed into rows as training packs it; each document of a row becomes a sample file. What is
-held is one batch. A capture that was interrupted goes on after the last batch that was written.
+held is one batch. A capture that was interrupted goes on after the last batch that was written; of
+one whose samples are no longer all there, the batches that lack one are computed again.
 Of a cluster each process writes the samples of its devices' rows, the first one how far all are.
 """
 
@@ -19,9 +20,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from finetune.captured.documents import PROGRESS_FILE
+from finetune.captured.folder import PROGRESS_FILE, SamplesThere, sample_name
 from finetune.captured.sample import (
-    SUFFIX,
     Content,
     StateName,
     StoredAs,
@@ -64,7 +64,7 @@ class CaptureError(UserError):
 class CaptureSettings:
     """Keep the main model's hidden states of text, for `train --states`: no main model then.
 
-    The same command continues a capture that was interrupted.
+    The same command continues a capture that was interrupted, and writes samples that are missing.
     """
 
     checkpoint: str
@@ -110,6 +110,9 @@ def capture(settings: CaptureSettings) -> Captured:
     config = checkpoint.config
     if checkpoint.provenance["scope"] == "mtp":
         raise CheckpointError(f"{settings.checkpoint} has no main model: it is of --scope mtp")
+    if settings.state == "post_norm" and config.mtp_hidden_state == "pre_norm":
+        found = "--state is post_norm, but this model's MTP modules are fed states before the norm"
+        raise SettingsError("settings that cannot be used", [f"{found}: give --state pre_norm"])
     mesh = devices_for(settings.mesh, Workload.of(checkpoint, None, settings.rows, "main"))
     documents = open_documents(settings.checkpoint, settings.data, config)
     computed_in = compute_dtype(settings.compute_dtype)
@@ -123,9 +126,12 @@ def capture(settings: CaptureSettings) -> Captured:
     cluster.raise_unless_alike(given_to_all(settings) | digests)
     out = as_place(settings.out)
     with contextlib.ExitStack() as held:
-        at = Captured(**cluster.by_first(lambda: _claimed(out, inputs, held)))
+        begun, written = cluster.by_first(lambda: _claimed(out, inputs, held))
+        at, written = Captured(**begun), SamplesThere(**written)
         if cluster.is_anywhere(not (out / LOCK).is_file()):
             raise CaptureError(f"--out is {out}, needed a folder that all hosts share")
+        if written.lacks_before(at.samples):
+            at = Captured(inputs=inputs)
         if at.finished:
             return at
         model = load(settings.checkpoint, mesh, scope="main", compute_dtype=computed_in)
@@ -137,7 +143,7 @@ def capture(settings: CaptureSettings) -> Captured:
             epochs=1,
             position=Position.from_json(at.position) if at.position else None,
         )
-        return _capture(settings, checkpoint, model, mesh, packer, at)
+        return _capture(settings, checkpoint, model, mesh, packer, at, written)
 
 
 def _check(settings: CaptureSettings) -> None:
@@ -148,8 +154,11 @@ def _check(settings: CaptureSettings) -> None:
         raise SettingsError("settings that cannot be used", faults)
 
 
-def _claimed(out: Place, inputs: dict[str, Any], held: contextlib.ExitStack) -> dict[str, Any]:
-    """How far a capture to this folder is, which is held against others until the stack ends."""
+def _claimed(
+    out: Place, inputs: dict[str, Any], held: contextlib.ExitStack
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """How far a capture to this folder is, which is held against others until the stack ends, and
+    which of its samples are there."""
     out.make_folder()
     if not held.enter_context((out / LOCK).locked()):
         who = (out / LOCK).holder()
@@ -157,7 +166,7 @@ def _claimed(out: Place, inputs: dict[str, Any], held: contextlib.ExitStack) -> 
     at = _begun(out, inputs)
     if not (out / PROGRESS_FILE).is_file():
         _save(out, at)  # before the first sample: without it these would be nobody's
-    return dataclasses.asdict(at)
+    return dataclasses.asdict(at), dataclasses.asdict(SamplesThere.among(out.sizes()))
 
 
 def _begun(out: Place, inputs: dict[str, Any]) -> Captured:
@@ -191,6 +200,7 @@ def _capture(
     mesh: Mesh | None,
     packer: Packer,
     at: Captured,
+    written: SamplesThere,
 ) -> Captured:
     out = as_place(settings.out)
     graph, weights = nnx.split(model)
@@ -207,22 +217,26 @@ def _capture(
     def write(sample: tuple[Place, Content]) -> None:
         write_sample(*sample, settings.state, of_model, settings.stored)
 
+    def write_all(batch: Batch, found: list[tuple[int, np.ndarray]], first: int) -> None:
+        rows = rows_here(step(weights, spread(batch, mesh)))
+        if cluster.is_anywhere(not all(_is_finite(batch, *each) for each in rows.items())):
+            raise CaptureError(
+                "NaN or infinity in the main model's states; verify the checkpoint, or try "
+                "--compute-dtype float32"
+            )
+        contents = (
+            (out / sample_name(number), _content(batch, rows[row], row, part_T))
+            for number, (row, part_T) in enumerate(found, start=first)
+            if row in rows
+        )
+        collections.deque(in_threads(write, contents, _AT_ONCE if out.is_far else 1), maxlen=0)
+        cluster.wait("the batch is written")
+
     with progress("capture", "batches") as report, on_mesh(mesh):
         for done, (batch, position) in enumerate(packer, start=1):
-            rows = rows_here(step(weights, spread(batch, mesh)))
-            if cluster.is_anywhere(not all(_is_finite(batch, *each) for each in rows.items())):
-                raise CaptureError(
-                    "NaN or infinity in the main model's states; verify the checkpoint, or try "
-                    "--compute-dtype float32"
-                )
             found = list(_documents(batch))
-            contents = (
-                (out / f"sample-{number:08}{SUFFIX}", _content(batch, rows[row], row, part_T))
-                for number, (row, part_T) in enumerate(found, start=at.samples)
-                if row in rows
-            )
-            collections.deque(in_threads(write, contents, _AT_ONCE if out.is_far else 1), maxlen=0)
-            cluster.wait("the batch is written")
+            if not written.has(range(at.samples, at.samples + len(found))):
+                write_all(batch, found, at.samples)
             at = dataclasses.replace(
                 at,
                 samples=at.samples + len(found),

@@ -6,17 +6,17 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import xxhash
 
+from finetune.captured.folder import samples_below
 from finetune.captured.sample import (
     CapturedSample,
     is_same_main_model,
     main_model_digest,
     open_sample,
-    samples_below,
 )
 from finetune.data.files.kinds import FileError
 from finetune.data.packing import PostNorm, PreNorm
@@ -24,9 +24,12 @@ from finetune.data.records import DataError
 from finetune.data.run_text import (
     RunText,
     held_out_numbers,
+    in_both,
     mixed,
     open_run_text,
+    raise_unless_teaching,
     weighted_sources,
+    whole_name,
     with_counts,
 )
 from finetune.data.tokens import Tokens
@@ -34,12 +37,12 @@ from finetune.settings import RunSettings
 from mtp_model.checkpoint.directory import Checkpoint
 from mtp_model.files.open import as_place, written
 from mtp_model.files.place import Place
-from mtp_model.files.untrusted_json import parse, shown
-from mtp_model.problems import UserError
+from mtp_model.files.untrusted_json import shown
 from mtp_model.progress import progress
 
-PROGRESS_FILE = "capture.json"
-ADVICE = "; capture it again, or leave such samples out with --skip-unusable"
+ADVICE = (
+    "; delete such samples and run the same `capture` again, or leave them out with --skip-unusable"
+)
 Say = Callable[[str], None]
 T = TypeVar("T")
 _AT_ONCE = 16
@@ -120,8 +123,11 @@ class SampleDocuments:
 def open_text(settings: RunSettings, base: Checkpoint, dtype: str, say: Say) -> RunText:
     """What a run learns from: text, or what was captured of it."""
     if settings.states:
-        return open_states(settings, base, dtype, say)
-    return open_run_text(settings, base.config)
+        text = open_states(settings, base, dtype, say)
+    else:
+        text = open_run_text(settings, base.config)
+    raise_unless_teaching(text, settings, base.config)
+    return text
 
 
 def open_states(settings: RunSettings, base: Checkpoint, dtype: str, say: Say) -> RunText:
@@ -149,10 +155,37 @@ def open_states(settings: RunSettings, base: Checkpoint, dtype: str, say: Say) -
         held_out=SampleDocuments(held_out, kind, skip) if held_out else None,
         digest=with_counts(digest_of_samples(train), sources),
         description=f"{len(train)} captured samples of {tokens:,} tokens to train on, {said}"
-        f"{mixed(sources)}",
+        f"{mixed(sources)}{_cut([*train, *held_out], settings.batch.row_tokens)}"
+        f"{in_both(_num_shared(settings, train, held_out))}",
         sources=sources,
         states=documents.form,
     )
+
+
+def _cut(samples: Iterable[CapturedSample], row_tokens: int) -> str:
+    """How many samples no row holds: of a run beside the main model parts would be documents."""
+    number = sum(sample.num_tokens > row_tokens for sample in samples)
+    what = f"{number:,} samples are longer than a row and cut: states of a part are of the whole"
+    return f"; warning: {what}" if number else ""
+
+
+def _num_shared(
+    settings: RunSettings, train: Iterable[CapturedSample], held_out: Iterable[CapturedSample]
+) -> int:
+    """How many samples held out are trained on too, where a folder was given twice."""
+    if not overlap((*settings.states, *settings.eval_data)):
+        return 0
+    names = {whole_name(sample.path) for sample in train}
+    return sum(whole_name(sample.path) in names for sample in held_out)
+
+
+def overlap(folders: Iterable[Path]) -> bool:
+    """Whether a sample may be in several of them.
+
+    Only then are names looked up, which takes minutes for millions.
+    """
+    pairs = itertools.combinations(map(as_place, folders), 2)
+    return any(one.overlaps(other) for one, other in pairs)
 
 
 def open_samples(
@@ -188,13 +221,12 @@ def scan_samples(
 
     with progress("scan samples", "samples") as report:
         for source, folder in enumerate(folders):
-            _raise_unless_finished(folder)
-            paths = ((source, *found) for found in samples_below(folder))
-            for each in _in_order(scanned, paths):
+            below, lacking = samples_below(folder)
+            for each in itertools.chain(lacking, _in_order(scanned, ((source, *b) for b in below))):
                 (faults if isinstance(each, str) else found).append(each)
                 report(len(found) + len(faults), None)
     if faults and skip is None:
-        raise DataError([*faults, f"{len(faults)} of {len(faults) + len(found)} samples{ADVICE}"])
+        raise DataError([*faults, f"{len(found)} samples can be used{ADVICE}"])
     for fault in faults:
         assert skip is not None
         skip(f"{fault}: left out")
@@ -209,20 +241,6 @@ def _in_order(act: Callable[..., T], items: Iterable[tuple]) -> Iterator[T]:
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         while some := list(itertools.islice(waiting, 8 * _AT_ONCE)):
             yield from pool.map(lambda item: act(*item), some)
-
-
-def _raise_unless_finished(folder: Path) -> None:
-    """DataError for a capture that was interrupted."""
-    place = as_place(folder)
-    if not place.is_dir():
-        raise DataError([f"{place} is no folder of captured states"])
-    file = place / PROGRESS_FILE
-    try:
-        progress_of: Any = parse(file.read_bytes()) if file.is_file() else {"finished": True}
-    except UserError as error:
-        raise DataError([f"{file} {error}"]) from error
-    if not isinstance(progress_of, dict) or not progress_of.get("finished"):
-        raise DataError([f"{place} is not finished: run the same `capture` again to go on"])
 
 
 def _raise_if_foreign(sample: CapturedSample, base: Checkpoint, model: str) -> None:

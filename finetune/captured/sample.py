@@ -13,7 +13,7 @@ do not say are vLLM's, pre_norm. `main_model` and `xxh3_128` tell foreign and da
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -31,7 +31,6 @@ from mtp_model.files.untrusted_json import Each, JsonError, faults, is_text_map,
 StateName = Literal["pre_norm", "post_norm"]
 StoredAs = Literal["bfloat16", "float32", "float8"]
 
-SUFFIX = ".safetensors"
 _DTYPES = {
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
@@ -306,12 +305,3 @@ def is_same_main_model(one: str, other: str) -> bool:
     """Of two digests, as far as both of them say. Earlier captures have the norm's alone."""
     both = list(zip(one.split("."), other.split("."), strict=False))
     return all(a == b for a, b in both)
-
-
-def samples_below(folder: Path) -> Iterator[tuple[Place, int]]:
-    """Files that samples may be in, below a folder, in a fixed order, with their sizes."""
-    place = as_place(folder)
-    found = {tuple(name.split("/")): size for name, size in place.sizes().items()}
-    for parts in sorted(found):
-        if parts[-1].endswith(SUFFIX):
-            yield place / "/".join(parts), found[parts]

@@ -164,13 +164,16 @@ def scan(
     vocab_size: int,
     chats: ChatTemplate | None = None,
     eos: tuple[int, ...] = (),
+    *,
+    to_learn: bool = True,
 ) -> Corpus:
     """Index every document under `paths`, in a fixed order, and check it.
 
     A file that is named must be of a known kind; in a folder, files that are not are left out, and
     so are hidden ones and those about the data. chats: the checkpoint's chat template, by which
-    conversations are checked. eos: tokens that end a document in files of token ids. Raises
-    DataError with every malformed record.
+    conversations are checked. eos: tokens that end a document in files of token ids.
+    to_learn: some document must have something to learn. Raises DataError with every malformed
+    record.
     """
     paths = tuple(paths)
     with progress("read data", "records") as report:
@@ -185,7 +188,8 @@ def scan(
     if scanner.faults:
         raise DataError(scanner.faults)
     corpus = scanner.corpus()
-    corpus.raise_if_idle()
+    if to_learn:
+        corpus.raise_if_idle()
     return corpus
 
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import xxhash
 
-from finetune.data.corpus import Corpus, DataFile, scan
+from finetune.data.corpus import Corpus, scan
 from finetune.data.files.folders import shown_path
 from finetune.data.order import DataSource
 from finetune.data.packing import Batch, Documents, Packer, PostNorm, PreNorm, first_rows
@@ -18,6 +18,7 @@ from finetune.data.tokens import TextEncoder, TokenDocuments
 from finetune.settings import RunSettings
 from mtp_model import ModelConfig
 from mtp_model.files.open import as_place
+from mtp_model.files.place import Place
 
 SHOWN_FILES = 8  # of those left out
 _MOST_IN_A_FILE = 1 << 40  # documents
@@ -51,15 +52,64 @@ def open_run_text(settings: RunSettings, config: ModelConfig) -> RunText:
         held_out=held_out_documents,
         digest=with_counts(train.digest, sources),
         description=f"{len(train)} documents to train on, {said}{_files(train)}{mixed(sources)}"
-        f"{_idle(train)}{_in_both(train, held_out)}",
+        f"{_idle(train)}{in_both(num_shared(train, held_out) if held_out else 0)}",
         sources=sources,
     )
 
 
-def open_documents(checkpoint: str, data: tuple[Path, ...], config: ModelConfig) -> TokenDocuments:
-    """All documents under `data`, as tokens of the checkpoint's tokenizer."""
+def raise_unless_teaching(text: RunText, settings: RunSettings, config: ModelConfig) -> None:
+    """DataError where MTP modules alone learn, and no document has a target for them.
+
+    Mostly the first batch has one; where none has, all documents are read, once.
+    """
+    if settings.part != "mtp":
+        return
+    drafts = settings.draft_tokens or config.num_nextn_predict_layers
+    joined = settings.objective.or_default(settings.part).joins_depths and drafts > 1
+    batch = settings.batch
+    packer = Packer(
+        text.train,
+        rows=batch.rows,
+        row_tokens=batch.row_tokens,
+        seed=settings.seed,
+        epochs=1,
+        sources=text.sources,
+    )
+    if any(_has_target(packed, drafts, joined) for packed, _ in packer):
+        return
+    needed = f"{drafts} tokens that are learnt" if joined else "a token that is learnt"
+    fewer = " or fewer --draft-tokens" if joined else ""
+    raise DataError(
+        [
+            f"nothing to learn for the MTP modules in any of {len(text.train):,} documents: needed "
+            f"{needed} behind two others; give longer documents{fewer}"
+        ]
+    )
+
+
+def _has_target(batch: Batch, drafts: int, joined: bool) -> bool:
+    """Whether MTP depths have a target, joined: all of them at one place."""
+    segments_BT, mask_BT = batch.segment_ids_BT, batch.loss_mask_BT
+    found_BT = np.full(segments_BT.shape, joined)
+    for ahead in range(2, drafts + 2):
+        valid_BT = np.zeros_like(found_BT)
+        of_same_BT = segments_BT[:, ahead:] == segments_BT[:, :-ahead]
+        valid_BT[:, :-ahead] = (
+            of_same_BT & (segments_BT[:, ahead:] != 0) & (mask_BT[:, ahead:] == 1)
+        )
+        found_BT = found_BT & valid_BT if joined else found_BT | valid_BT
+    return bool(found_BT.any())
+
+
+def open_documents(
+    checkpoint: str, data: tuple[Path, ...], config: ModelConfig, *, to_learn: bool = True
+) -> TokenDocuments:
+    """All documents under `data`, as tokens of the checkpoint's tokenizer.
+
+    to_learn: something in them must be learnt; prompts that wait for their answers need not.
+    """
     encoder = TextEncoder(as_place(checkpoint))
-    corpus = scan(data, config.vocab_size, encoder.chats, encoder.eos)
+    corpus = scan(data, config.vocab_size, encoder.chats, encoder.eos, to_learn=to_learn)
     return TokenDocuments(corpus, encoder, config.vocab_size)
 
 
@@ -174,9 +224,8 @@ def _idle(corpus: Corpus) -> str:
     return f"; warning: {corpus.num_idle:,} documents have nothing to learn"
 
 
-def _in_both(train: Corpus, held_out: Corpus | None) -> str:
+def in_both(found: int) -> str:
     """How much of the held-out text is learnt, where a file was given twice."""
-    found = num_shared(train, held_out) if held_out else 0
     return f"; warning: {found:,} documents held out are trained on too" if found else ""
 
 
@@ -185,19 +234,20 @@ def num_shared(train: Corpus, held_out: Corpus) -> int:
     files = [*train.files, *(held_out.files if held_out.files is not train.files else ())]
     numbers: dict[str, int] = {}
     for file in files:
-        numbers.setdefault(_whole_name(file), len(numbers))
+        numbers.setdefault(whole_name(file.path), len(numbers))
     if len(numbers) == len(files):
         return 0  # sorting millions of documents takes seconds
 
     def places(corpus: Corpus) -> np.ndarray:
-        file_F = np.array([numbers[_whole_name(file)] for file in corpus.files], np.int64)
+        file_F = np.array([numbers[whole_name(file.path)] for file in corpus.files], np.int64)
         return file_F[corpus.file_N] * _MOST_IN_A_FILE + corpus.number_N
 
     return int(np.isin(places(held_out), places(train)).sum())
 
 
-def _whole_name(file: DataFile) -> str:
-    return str(file.path) if file.path.is_far else os.path.realpath(str(file.path))
+def whole_name(path: Place) -> str:
+    """The same for a file whatever it is called by."""
+    return str(path) if path.is_far else os.path.realpath(str(path))
 
 
 def _files(corpus: Corpus) -> str:

@@ -156,7 +156,18 @@ class TokenDocuments:
             raise DataError([f"{self.corpus.where(document)} {error}"]) from error
 
     def stretch(self, document: int, begin: int) -> Tokens:
-        """The stretch of a long document that begins where `following` of the one before says."""
+        """The stretch of a long document that begins where `following` of the one before says.
+
+        Where a document has nothing to learn, neither is the eos behind it: that an answer is
+        empty.
+        """
+        tokens = self.as_written(document, begin)
+        if self.corpus.idle_N[document] and not self.corpus.holds_ids(document):
+            return tokens._replace(loss_mask=np.zeros_like(tokens.loss_mask))
+        return tokens
+
+    def as_written(self, document: int, begin: int = 0) -> Tokens:
+        """As `stretch` gives it, with an empty answer told from its prompt by the loss mask."""
         try:
             if self.corpus.holds_ids(document):
                 ids, following = self.corpus.ids(document, begin)

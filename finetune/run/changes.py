@@ -22,6 +22,7 @@ MAY_CHANGE = (
     "checkpoints.keep",
     "checkpoints.keep_every",
     "lora.keep",
+    "skip_unusable",  # which samples there are is compared; one found damaged has no tokens then
     *MESH,
 )
 
@@ -48,6 +49,8 @@ def forbidden_changes(before: RunSettings, now: RunSettings) -> list[str]:
         allowed |= {"evaluation.holdout_every"}  # holds nothing out
     elif before.eval_data or now.eval_data:
         allowed -= {"eval_data"}  # what was held out would be trained on, or the reverse
+    if before.objective.lk:
+        allowed -= {"batch.accumulation"}  # lk weighs by what is computed at a time
     if now.steps < before.steps:
         allowed -= {"steps"}  # the learning rate would have fallen faster
     return [line for name, line in changed.items() if name not in allowed]

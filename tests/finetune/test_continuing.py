@@ -18,8 +18,15 @@ from trained import (
 )
 
 from finetune import cli
+from finetune.run.changes import forbidden_changes
 from finetune.run.directory import RunDirectory, RunError
-from finetune.settings import EvaluationSettings, OptimizerSettings, RunSettings, SettingsError
+from finetune.settings import (
+    EvaluationSettings,
+    ObjectiveSettings,
+    OptimizerSettings,
+    RunSettings,
+    SettingsError,
+)
 from finetune.settings_file import read_yaml
 from finetune.train import Result, train
 from mtp_model.checkpoint.directory import open_checkpoint
@@ -142,6 +149,15 @@ def test_what_changes_the_mathematics_is_refused_by_name(
     faults = str(caught.value).split("\n  ")[1:]
     assert len(faults) == 1
     assert faults[0].startswith(line)
+
+
+def test_parts_of_a_batch_are_other_mathematics_for_lk_alone(settings: RunSettings):
+    """It weighs by the acceptance of what is computed at a time."""
+    in_parts = dataclasses.replace(settings.batch, accumulation=2)
+    for objective, refused in ((ObjectiveSettings(lk=1.0), 1), (ObjectiveSettings(kl=1.0), 0)):
+        run = dataclasses.replace(settings, objective=objective)
+        found = forbidden_changes(run, dataclasses.replace(run, batch=in_parts))
+        assert found == ["--batch.accumulation was 1, is now 2"] * refused
 
 
 def test_auto_stays_what_it_stood_for(finished: Result, settings: RunSettings, tmp_path: Path):

@@ -80,6 +80,31 @@ def test_a_batch_in_parts_has_the_gradients_of_the_whole(settings, checkpoint, b
     assert not np.allclose(means[name] / 2, whole[name], rtol=1e-2)
 
 
+def test_parts_that_are_alike_learn_by_lk_as_the_whole_does(settings, checkpoint, batch):
+    """A part weighs by its own acceptance: not by its share of the whole batch's, which falls with
+    the number of parts, and with it lk to kl."""
+    alike = jax.tree.map(lambda x: np.repeat(x[:1], 4, axis=0), batch)
+    every = dataclasses.replace(
+        settings,
+        train="all",
+        mtp_lambda=1.0,
+        objective=ObjectiveSettings(lk=1.0),
+        batch=dataclasses.replace(settings.batch, rows=4),
+    )
+    in_parts = dataclasses.replace(every, batch=dataclasses.replace(every.batch, accumulation=4))
+    by_kl = dataclasses.replace(every, objective=ObjectiveSettings(kl=1.0))
+    whole, parts, kl = (gradients(run, checkpoint, alike) for run in (every, in_parts, by_kl))
+    modules = [name for name in whole if "mtp" in name]
+    assert modules
+    for name in modules:
+        largest = np.abs(whole[name]).max()
+        atol = 1e-5 * largest + 2e-7
+        np.testing.assert_allclose(parts[name], whole[name], atol=atol, err_msg=name)
+    assert any(
+        np.abs(kl[name] - whole[name]).max() > 0.1 * np.abs(whole[name]).max() for name in modules
+    )
+
+
 def test_what_is_computed_again_changes_no_gradient(settings, checkpoint, batch, monkeypatch):
     """Whether layers, and whether scores of attention, are kept or computed again."""
     every = dataclasses.replace(settings, train="all", draft_tokens=2, mtp_lambda=0.5)

@@ -101,6 +101,22 @@ def test_folders_are_told_apart_and_how_states_were_kept(
     assert "greedy drafts; from captured states (bfloat16)" in capsys.readouterr().out
 
 
+def test_what_is_given_twice_is_measured_once(checkpoint, mtp_only, records, states):
+    """Twice the documents would have narrower intervals, and nothing more was measured."""
+    records_again = (records, records.parent)
+    for place, again, what in ((checkpoint, records_again, "data"), (mtp_only, None, "states")):
+        once = records if what == "data" else states
+        folders = again or (states.parent, states)
+        measured = [asked(place, **{what: each}) for each in ((once,), folders, (once, once))]
+        first, *others = map(evaluate, measured)
+        for other in others:
+            assert other.summary.reached == first.summary.reached
+            assert other.summary.acceptance_interval == first.summary.acceptance_interval
+        inner = {each.source: each.documents for each in others[0].sources}
+        assert sorted(inner.values())[0] == 0
+        assert inner[str(once)] > 0
+
+
 @follows("a sample has so many, and the states of a part of it would be of the whole")
 def test_what_cannot_be_measured_from_states_is_said(mtp_only, states, tmp_path, capsys):
     longest = max(open_sample(path).num_tokens for path in states.glob("*.safetensors"))

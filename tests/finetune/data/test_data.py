@@ -246,6 +246,8 @@ def test_nothing_to_learn_is_an_error_and_some_of_it_a_warning(checkpoint, tmp_p
     mixed = write_jsonl(tmp_path / "mixed.jsonl", *[record] * 3, *[{"input_ids": [3, 4]}] * 40)
     text = open_run_text(run_settings(checkpoint, mixed), model_config(checkpoint))
     assert "warning: 3 documents have nothing to learn" in text.description
+    learnt = [text.train[number].loss_mask[1:].sum() for number in range(len(text.train))]
+    assert learnt.count(0) == 3, "nor is the end of an empty answer"
 
 
 # --- what is held out

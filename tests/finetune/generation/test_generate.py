@@ -221,7 +221,7 @@ def prompts_as_text(checkpoint: Path, folder: Path, rows: list[dict], prompt_tok
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = open_checkpoint(folder / "model").config
-    documents = open_documents(str(folder / "model"), (data,), config)
+    documents = open_documents(str(folder / "model"), (data,), config, to_learn=False)
     tokenizer = documents.encoder.tokenizer
     assert tokenizer is not None
     return [
@@ -243,6 +243,18 @@ def test_a_conversation_that_waits_for_its_answer_is_asked_for_it(checkpoint, tm
         f"{BOS}<user>print<assistant>self{EOS}<user>import<assistant>",
         f"{BOS}<user>print<assistant>",
     ]
+
+
+def test_prompts_alone_are_answered(checkpoint, tmp_path):
+    """Nothing in them is learnt: they wait for what is."""
+    talk = {"messages": [{"role": "user", "content": "print"}]}
+    rows = [talk, {"prompt": "import", "completion": ""}]
+    asked = prompts_as_text(checkpoint, tmp_path, rows, 4)
+    assert asked == [f"{BOS}<user>print<assistant>", f"{BOS}import"]
+    out, size = tmp_path / "answers.jsonl", ["--max-new-tokens", "3"]
+    words = ["--checkpoint", tmp_path / "model", "--data", tmp_path / "data.jsonl", "--out", out]
+    assert cli.run(["generate", *map(str, words), *size]) == 0
+    assert len(out.read_text().splitlines()) == 2
 
 
 def test_a_text_that_is_shorter_than_a_prompt_goes_on(checkpoint, tmp_path):

@@ -9,7 +9,7 @@ from test_losses import SIZES, set_chunk
 
 from finetune.objective import losses
 from finetune.objective.losses import Asked, context_of, measure, targets
-from finetune.objective.objectives import _by_depth, forgets, mtp_objective
+from finetune.objective.objectives import _accepted, _by_depth, forgets, mtp_objective
 from finetune.settings import ObjectiveSettings
 from mtp_model import DeepSeekV3, ModelConfig
 from tools.make_tiny_checkpoint import tiny_config
@@ -184,7 +184,7 @@ def parts(model, batch, states):
         kl_sum_K=sums.kl_K,
         overlap_sum_K=sums.overlap_K,
     )
-    found = _by_depth(measured)
+    found = _by_depth(measured, _accepted(measured))
     return found["kl"], found["tv"]
 
 
