@@ -260,11 +260,12 @@ def _capture(settings: CaptureSettings) -> None:
     if settings.json:
         print(json.dumps(dataclasses.asdict(done)))
     else:
+        states = shlex.quote(_shown(settings.out))
         show(
             stdout(),
             [
                 f"{done.samples:,} samples of {done.tokens:,} tokens in {_shown(settings.out)}\n"
-                f"next: finetune-deepseek train --states {_shown(settings.out)} --checkpoint CKPT"
+                f"next: finetune-deepseek train --states {states} --checkpoint CKPT"
             ],
         )
 

@@ -1,5 +1,6 @@
 """Settings side by side: what may change in a run that goes on, what has, what must be alike."""
 
+import shlex
 from typing import Any
 
 from finetune.settings import RunSettings, flat, option
@@ -59,10 +60,12 @@ def forbidden_changes(before: RunSettings, now: RunSettings) -> list[str]:
 def given_to_all(settings: Any) -> dict[str, str]:
     """Values by option: what every process of a cluster must have been given alike."""
     values = flat(settings).items()
-    return {option(name): str(value) for name, value in values if not name.startswith("cluster.")}
+    return {
+        option(name): _shown(value) for name, value in values if not name.startswith("cluster.")
+    }
 
 
 def _shown(value: Any) -> str:
-    return (
-        " ".join(map(written, value)) or "nothing" if isinstance(value, tuple) else written(value)
-    )
+    if isinstance(value, tuple):
+        return shlex.join(map(written, value)) or "nothing"
+    return written(value)

@@ -18,7 +18,7 @@ from trained import (
 )
 
 from finetune import cli
-from finetune.run.changes import forbidden_changes
+from finetune.run.changes import forbidden_changes, given_to_all
 from finetune.run.directory import RunDirectory, RunError
 from finetune.settings import (
     EvaluationSettings,
@@ -170,6 +170,12 @@ def test_auto_stays_what_it_stood_for(finished: Result, settings: RunSettings, t
     (copy.out / "final" / "COMPLETE").unlink()
     with pytest.raises(SettingsError, match="write `compute_dtype: float32` or"):
         train(copy, QUIET)
+
+
+def test_what_processes_were_given_is_said_as_it_was_given():
+    data = (Path("a b"), Path("c"))
+    given = given_to_all(RunSettings(checkpoint="ck", data=data, out=Path("run")))
+    assert (given["--data"], given["--out"]) == ("'a b' c", "run")
 
 
 # --- longer
