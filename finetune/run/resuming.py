@@ -4,6 +4,7 @@ The loop begins with a state, wherever that comes from.
 """
 
 import contextlib
+from collections.abc import Iterator
 
 import jax.numpy as jnp
 from rich.console import Console
@@ -131,14 +132,21 @@ def _go_on_with(run: RunDirectory, settings: RunSettings, done: int, console: Co
         console.print(line)
     if aside:
         console.print(f"the result of {saved.steps} steps is {aside} now")
-    if done < settings.steps:
-        for what, of in _FOLLOWS_STEPS.items():
-            old, new = (float(of(each)(jnp.asarray(done + 1))) for each in (saved, settings))
-            if old != new:
-                console.print(
-                    f"{what} follows {settings.steps} steps from step {done + 1} on: {new:.3g} "
-                    f"there, {old:.3g} with {saved.steps}"
-                )
+    for line in changes_of_course(saved, settings, done):
+        console.print(line)
+
+
+def changes_of_course(saved: RunSettings, now: RunSettings, done: int) -> Iterator[str]:
+    """What the next step does otherwise since the run has another number of steps."""
+    if done >= now.steps:
+        return
+    for what, of in _FOLLOWS_STEPS.items():
+        old, new = (float(of(each)(jnp.asarray(done + 1))) for each in (saved, now))
+        if old != new:
+            yield (
+                f"{what} follows {now.steps} steps from step {done + 1} on: {new:.3g} "
+                f"there, {old:.3g} with {saved.steps}"
+            )
 
 
 def say_what_is_done_again(log: RunLog, at: RunPosition, console: Console) -> None:
