@@ -72,7 +72,7 @@ def test_a_run_that_meets_a_damaged_sample_goes_on_without_it_or_with_it_mended(
     content[-200] ^= 1  # of the states
     damaged.write_bytes(content)
     settings = run_settings(
-        mtp_only, copy, tmp_path / "run", steps=40, checkpoints=CheckpointSettings(every=1)
+        mtp_only, copy, tmp_path / "run", steps=8, checkpoints=CheckpointSettings(every=1)
     )
     settings = dataclasses.replace(settings, batch=BatchSettings(rows=1, row_tokens=32), seed=1)
     with pytest.raises(DataError, match=f"{damaged} is damaged"):
@@ -80,11 +80,11 @@ def test_a_run_that_meets_a_damaged_sample_goes_on_without_it_or_with_it_mended(
     assert saved_steps(settings.out / "checkpoints")
     shutil.copytree(settings.out, tmp_path / "other")
     without = dataclasses.replace(settings, skip_unusable=True)
-    assert len(read_rows(train(without, QUIET).run.metrics)) == 40
+    assert len(read_rows(train(without, QUIET).run.metrics)) == 8
     damaged.unlink()
     capture_of(checkpoint, records, copy)
     mended = train(dataclasses.replace(settings, out=tmp_path / "other"), QUIET)
-    assert len(read_rows(mended.run.metrics)) == 40
+    assert len(read_rows(mended.run.metrics)) == 8
 
 
 def test_a_capture_that_is_mended_can_be_interrupted(
