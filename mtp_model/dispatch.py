@@ -32,6 +32,9 @@ LATER_ROUNDS = 0.125  # slots a peer, relative to the first round's
 FEWEST_SLOTS = 8
 # Balanced rows of a group of experts on one device, about. Fewer take less memory, and more trips.
 GROUP_ROWS = 4096
+# Rows [N, D] of all experts up to this are served at once where a group would be a copy of weights
+# that are there already; 131,072 tokens on a device have 15 GB of them.
+ROWS_AT_ONCE_BYTES = 2 << 30
 TOKENS_AT_A_TIME = 512  # tokens whose K rows are brought together at a time
 
 
@@ -278,6 +281,8 @@ def through_experts(
     of each array. With `axis`, call inside shard_map over that axis of `num_peers`.
     """
     # Without peers and with nothing to dequantise a group would be a copy of its weights.
+    nbytes = choices_TK.size * x_TD.shape[1] * x_TD.dtype.itemsize
     in_groups = num_peers > 1 or any(x.dtype != x_TD.dtype for x in jax.tree.leaves(weights))
+    in_groups |= nbytes > ROWS_AT_ONCE_BYTES
     shape = _make_shape(choices_TK, num_experts, num_peers, axis, in_groups)
     return _through(shape, served, _make_plan(shape, choices_TK), x_TD, weights_TK, weights)

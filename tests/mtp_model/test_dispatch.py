@@ -105,7 +105,7 @@ def test_one_device_with_several_groups(load, monkeypatch):
 
 
 def test_experts_are_in_groups_where_a_group_saves_memory(monkeypatch):
-    """Of weights that are used as they are stored it would be a copy."""
+    """Of weights that are used as they are stored it would be a copy: less than very many rows."""
     shapes, make_shape = [], dispatch._make_shape
 
     def kept(*args):
@@ -117,7 +117,11 @@ def test_experts_are_in_groups_where_a_group_saves_memory(monkeypatch):
     x, choices, share = inputs("even")
     sorted_experts(x, choices, share, *weights())
     sorted_experts(x, choices, share, *(w.astype(jnp.bfloat16) for w in weights()))
-    assert [shape.num_groups for shape in shapes] == [1, 4]
+    monkeypatch.setattr(dispatch, "ROWS_AT_ONCE_BYTES", T * K * D * 4)
+    sorted_experts(x, choices, share, *weights())
+    monkeypatch.setattr(dispatch, "ROWS_AT_ONCE_BYTES", T * K * D * 4 - 1)
+    sorted_experts(x, choices, share, *weights())
+    assert [shape.num_groups for shape in shapes] == [1, 4, 1, 4]
 
 
 @pytest.mark.parametrize("load", LOADS)
