@@ -28,7 +28,7 @@ HERE = "here"  # the topology of the devices of this machine
 _WITHOUT_A_TPU = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 # The compiler for TPUs optimises at levels. At its first (EFFORT_O1 of xla's ExecutionOptions) a
 # step of DeepSeek-V3 is compiled in a third of the time and two thirds of the host's memory, and
-# takes between 1.4 of 100 GB less and 0.2 more of a device than that of `train`, which has them all
+# takes between 1.4 of 100 GB less and 0.4 more of a device than that of `train`, which has them all
 # (docs/performance.md).
 _FIRST_LEVEL = 19
 _BETWEEN_LEVELS = 0.03  # of a device's memory: twice what was found to lie between the two
