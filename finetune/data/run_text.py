@@ -15,6 +15,7 @@ from finetune.data.order import DataSource
 from finetune.data.packing import Batch, Documents, Packer, PostNorm, PreNorm, first_rows
 from finetune.data.records import DataError
 from finetune.data.tokens import TextEncoder, TokenDocuments
+from finetune.objective.acceptance import is_learnt
 from finetune.settings import RunSettings
 from mtp_model import ModelConfig
 from mtp_model.files.open import as_place
@@ -89,16 +90,8 @@ def raise_unless_teaching(text: RunText, settings: RunSettings, config: ModelCon
 
 def _has_target(batch: Batch, drafts: int, joined: bool) -> bool:
     """Whether MTP depths have a target, joined: all of them at one place."""
-    segments_BT, mask_BT = batch.segment_ids_BT, batch.loss_mask_BT
-    found_BT = np.full(segments_BT.shape, joined)
-    for ahead in range(2, drafts + 2):
-        valid_BT = np.zeros_like(found_BT)
-        of_same_BT = segments_BT[:, ahead:] == segments_BT[:, :-ahead]
-        valid_BT[:, :-ahead] = (
-            of_same_BT & (segments_BT[:, ahead:] != 0) & (mask_BT[:, ahead:] == 1)
-        )
-        found_BT = found_BT & valid_BT if joined else found_BT | valid_BT
-    return bool(found_BT.any())
+    valid_KBT = np.stack([is_learnt(batch, ahead) for ahead in range(2, drafts + 2)])
+    return bool(np.any(np.all(valid_KBT, axis=0) if joined else valid_KBT))
 
 
 def open_documents(
