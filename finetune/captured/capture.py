@@ -130,7 +130,7 @@ def capture(settings: CaptureSettings) -> Captured:
         at, written = Captured(**begun), SamplesThere(**written)
         if cluster.is_anywhere(not (out / LOCK).is_file()):
             raise CaptureError(f"--out is {out}, needed a folder that all hosts share")
-        if written.lacks_before(at.samples):
+        if not written.has(range(at.samples)):
             at = Captured(inputs=inputs)
         if at.finished:
             return at

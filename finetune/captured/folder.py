@@ -24,27 +24,30 @@ def sample_name(number: int) -> str:
     return f"sample-{number:08}{SUFFIX}"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class SamplesThere:
-    """Which of a capture's samples are in its folder: those before `end` but for `missing`."""
+    """Which of a capture's samples are in its folder.
 
-    end: int = 0
-    missing: list[int]
+    runs: those without a gap, first and one past the last of each, in order; a folder may hold few
+    with numbers of 18 digits.
+    """
+
+    runs: list[tuple[int, int]]
 
     @classmethod
     def among(cls, names: Iterable[str]) -> "SamplesThere":
         """Of the names of a folder's files."""
-        numbers = _numbers(names)
-        end = max(numbers, default=-1) + 1
-        return cls(end=end, missing=sorted(set(range(end)) - numbers))
-
-    def lacks_before(self, number: int) -> bool:
-        """Whether a sample before this one is not there."""
-        return self.end < number or any(each < number for each in self.missing[:1])
+        runs: list[tuple[int, int]] = []
+        for number in sorted(_numbers(names)):
+            first = runs.pop()[0] if runs and runs[-1][1] == number else number
+            runs.append((first, number + 1))
+        return cls(runs)
 
     def has(self, numbers: range) -> bool:
         """Whether all of these are there."""
-        return numbers.stop <= self.end and not any(each in numbers for each in self.missing)
+        return not numbers or any(
+            first <= numbers.start and numbers.stop <= end for first, end in self.runs
+        )
 
 
 def _numbers(names: Iterable[str]) -> set[int]:

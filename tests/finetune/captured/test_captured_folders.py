@@ -122,15 +122,17 @@ def test_a_whole_capture_is_not_computed_again(
 
 
 def test_which_samples_are_there_is_read_off_their_names():
-    names = ("sample-00000000", "sample-00000003", "sample-4", "other/sample-00000001", "vllm")
-    found = SamplesThere.among(f"{name}.safetensors" for name in names)
-    assert found == SamplesThere(end=4, missing=[1, 2])
+    far = "sample-999999999999999999"  # no memory for all numbers below it
+    names = ("sample-00000003", "sample-00000000", "sample-00000004", "sample-4", "vllm", far)
+    found = SamplesThere.among(f"{name}.safetensors" for name in (*names, "other/sample-00000001"))
+    assert found == SamplesThere([(0, 1), (3, 5), (10**18 - 1, 10**18)])
+    assert found.has(range(0))
     assert found.has(range(1))
     assert not found.has(range(2))
-    assert not found.has(range(3, 5))
-    assert not found.lacks_before(1)
-    assert found.lacks_before(2)
-    assert SamplesThere.among(()).lacks_before(1)
+    assert found.has(range(3, 5))
+    assert not found.has(range(3, 6))
+    assert SamplesThere.among(()).has(range(0))
+    assert not SamplesThere.among(()).has(range(1))
 
 
 def test_captures_in_a_folder_are_finished_too(mtp_only: Path, copy: Path):
