@@ -19,8 +19,8 @@ from finetune.data.packing import Batch, Packer, Position, first_rows
 from finetune.data.run_text import add_rows, open_documents
 from finetune.devices import Workload, devices_for, on_mesh, spread
 from finetune.objective.acceptance import Rule
+from finetune.objective.head import Asked
 from finetune.objective.intervals import DocumentCounts
-from finetune.objective.losses import Asked
 from finetune.run.changes import given_to_all
 from finetune.run.metrics import SourceAcceptance, Summary, measure_documents
 from finetune.settings import (

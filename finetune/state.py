@@ -16,8 +16,8 @@ from jax.sharding import PartitionSpec
 
 from finetune.data.packing import Batch
 from finetune.objective.acceptance import Rounds
+from finetune.objective.head import Asked
 from finetune.objective.losses import (
-    Asked,
     ExpertLoad,
     Measured,
     TargetCounts,
@@ -27,7 +27,7 @@ from finetune.objective.losses import (
     measure,
     targets_by_depth,
 )
-from finetune.objective.objectives import lambdas, objective
+from finetune.objective.objectives import lambdas, objective, sums_of
 from finetune.optimizer import (
     abstract_initial,
     advance,
@@ -123,9 +123,11 @@ def make_train_step(
 ) -> jax.stages.Wrapped:
     """The jitted step: (state, frozen, batch) -> (state, what was measured); donates the state."""
     part, mixture = settings.part, settings.objective.or_default(settings.part)
+    head_learns = part == "all" and not settings.detach_main
     asked = asked_by(settings)._replace(
         own_tokens=settings.draft_input == "own",
-        head_learns=part == "all" and not settings.detach_main,
+        head_learns=head_learns,
+        learnt=() if head_learns else sums_of(mixture),
     )
     mtp_lambda = lambdas(settings)
 

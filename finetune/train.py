@@ -22,7 +22,7 @@ from finetune.captured.documents import open_text
 from finetune.data.packing import Batch, Packer, Position
 from finetune.data.run_text import RunText, digest_of, held_out_batches
 from finetune.devices import Trained, Workload, abstract_batch, devices_for, on_mesh, spread
-from finetune.objective.losses import Asked
+from finetune.objective.head import Asked
 from finetune.objective.objectives import forgets
 from finetune.optimizer import make_optimizer
 from finetune.run.checkpoints import (

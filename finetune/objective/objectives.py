@@ -25,6 +25,14 @@ from finetune.objective.losses import Measured, TargetCounts, mean_losses
 from finetune.settings import ObjectiveSettings, Part, RunSettings
 
 LK_ETA = 3.0
+# What each is made of, fields of HeadSums.
+_SUMS = {
+    "ce": ("nll_K1",),
+    "kl": ("kl_K",),
+    "tv": ("overlap_K",),
+    "lk": ("kl_K", "overlap_K"),
+    "e2e_tv": ("joint",),
+}
 
 
 def objective(
@@ -83,6 +91,11 @@ def mtp_objective(
         else:
             total += weight * jnp.sum(weight_K * by_depth[name])
     return total
+
+
+def sums_of(mixture: ObjectiveSettings) -> tuple[str, ...]:
+    """Which of HeadSums the MTP modules learn by."""
+    return tuple(sorted({each for name in mixture.weights() for each in _SUMS[name]}))
 
 
 def forgets(mixture: ObjectiveSettings, provenance: Mapping[str, Any]) -> str | None:

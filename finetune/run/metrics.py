@@ -18,8 +18,9 @@ import numpy as np
 
 from finetune.data.packing import Batch
 from finetune.objective.acceptance import Rounds, Rule
+from finetune.objective.head import Asked
 from finetune.objective.intervals import DocumentCounts, Interval, acceptance_by_position
-from finetune.objective.losses import ONE_DRAFT_EACH, Asked, Measured
+from finetune.objective.losses import ONE_DRAFT_EACH, Measured
 
 Row = dict[str, Any]
 """A line of metrics.jsonl or evaluations.jsonl."""

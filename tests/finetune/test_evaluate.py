@@ -15,8 +15,9 @@ from finetune import cli
 from finetune.data.packing import Batch
 from finetune.evaluate import EvaluateSettings, evaluate, initializer_range, untrained
 from finetune.objective.acceptance import Choices, Rule, count_acceptance
+from finetune.objective.head import Asked
 from finetune.objective.intervals import Interval
-from finetune.objective.losses import Asked, context_of, measure
+from finetune.objective.losses import context_of, measure
 from finetune.run.metrics import Summary
 from finetune.run.report import controls_sections
 from finetune.state import Split

@@ -27,7 +27,7 @@ from finetune.captured.sample import open_sample
 from finetune.data.packing import Batch
 from finetune.devices import Trained, Workload, choose_shape, on_mesh, stored_bytes
 from finetune.evaluate import EvaluateSettings, evaluate
-from finetune.objective import losses
+from finetune.objective import head
 from finetune.optimizer import make_optimizer
 from finetune.settings import (
     BatchSettings,
@@ -88,7 +88,7 @@ def test_three_steps_on_a_mesh_equal_three_on_one_device(
     """With so few slots a round that several rounds are needed, and several chunks of the
     sequence; of one kind, rows in two parts."""
     monkeypatch.setattr(dispatch, "FIRST_ROUND", 0.1)
-    monkeypatch.setattr(losses, "LOGITS_BYTES", 5 * ONE_POSITION)
+    monkeypatch.setattr(head, "LOGITS_BYTES", 5 * ONE_POSITION)
     run, checkpoint, want = on_one_device[kind]
     if kind == "all, bf16" and "tensor" in axes:
         run = dataclasses.replace(run, batch=BatchSettings(rows=8, accumulation=2))
@@ -100,7 +100,7 @@ def test_a_frozen_head_is_gathered_once_however_many_chunks(on_one_device, batch
     run, checkpoint, _ = on_one_device["mtp, FP8"]
 
     def gathered(length: int) -> int:
-        monkeypatch.setattr(losses, "LOGITS_BYTES", length * ONE_POSITION)
+        monkeypatch.setattr(head, "LOGITS_BYTES", length * ONE_POSITION)
         return sent(run, checkpoint, batches[0], mesh_of({"fsdp": 2, "expert": 4}))[
             "all-gather"
         ].count

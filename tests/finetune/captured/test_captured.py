@@ -24,7 +24,8 @@ from finetune.captured.folder import PROGRESS_FILE
 from finetune.captured.sample import Content, open_sample, write_sample
 from finetune.data.packing import Packer, PostNorm, PreNorm
 from finetune.data.records import DataError
-from finetune.objective.losses import Asked, main_states, measure
+from finetune.objective.head import Asked
+from finetune.objective.losses import main_states, measure
 from finetune.objective.objectives import objective
 from finetune.run.directory import RunError
 from finetune.settings import (

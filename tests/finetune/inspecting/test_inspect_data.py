@@ -12,7 +12,7 @@ from trained import read_rows
 from finetune import cli
 from finetune.data.packing import Batch
 from finetune.inspecting.inspect_data import InspectDataSettings, inspect_data, show_rows
-from finetune.objective.losses import Asked
+from finetune.objective.head import Asked
 from finetune.run.metrics import summarise
 from finetune.state import Split, make_measure_step
 from mtp_model.load import load

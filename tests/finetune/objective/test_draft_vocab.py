@@ -14,7 +14,7 @@ from flax import nnx
 from finetune import cli
 from finetune.data.draft_vocab import most_frequent, write_token_map
 from finetune.data.tokens import Tokens
-from finetune.objective.losses import Asked, Targets, through_head
+from finetune.objective.head import Asked, Targets, through_head
 from finetune.run.metrics import Summary
 from finetune.run.report import reduced_sections
 from mtp_model import ModelConfig

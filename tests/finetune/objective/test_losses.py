@@ -9,16 +9,9 @@ from packed import DOCUMENTS, VOCAB, document, measured_of, packed
 
 from finetune.data.packing import Batch
 from finetune.data.tokens import Tokens
-from finetune.objective import losses
-from finetune.objective.losses import (
-    Asked,
-    ExpertLoad,
-    context_of,
-    mean_losses,
-    measure,
-    targets,
-    through_head,
-)
+from finetune.objective import head
+from finetune.objective.head import Asked, through_head
+from finetune.objective.losses import ExpertLoad, context_of, mean_losses, measure, targets
 from finetune.objective.objectives import objective
 from finetune.run.metrics import add_up, summarise
 from finetune.settings import ObjectiveSettings
@@ -147,7 +140,7 @@ def test_the_whole_network_agrees_with_its_logits(model):
 
 def set_chunk(monkeypatch: pytest.MonkeyPatch, rows: int, chunk: int) -> None:
     """Room for the logits of this many positions."""
-    monkeypatch.setattr(losses, "LOGITS_BYTES", 4 * rows * VOCAB * chunk)
+    monkeypatch.setattr(head, "LOGITS_BYTES", 4 * rows * VOCAB * chunk)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 16, 100])
@@ -221,16 +214,16 @@ def test_values_of_tokens_and_largest_are_those_of_jax():
     def taken(x):
         return jnp.take_along_axis(x, tokens[..., None], axis=-1)[..., 0]
 
-    assert jnp.array_equal(losses._largest(values), jnp.argmax(values, axis=-1))
-    assert jnp.array_equal(losses._at(values, tokens), taken(values))
+    assert jnp.array_equal(head.largest(values), jnp.argmax(values, axis=-1))
+    assert jnp.array_equal(head.at_tokens(values, tokens), taken(values))
     found, wanted = (
         jax.grad(lambda x, of=of: jnp.sum(weight * of(x)))(values)
-        for of in (lambda x: losses._at(x, tokens), taken)
+        for of in (lambda x: head.at_tokens(x, tokens), taken)
     )
     assert jnp.array_equal(found, wanted)
     assert jnp.any(wanted)
     broken = values.at[0, 0, 3].set(jnp.nan)
-    assert 0 <= losses._largest(broken)[0, 0] < 7
+    assert 0 <= head.largest(broken)[0, 0] < 7
 
 
 def test_objective_is_main_plus_lambda_over_depths():

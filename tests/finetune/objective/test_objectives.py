@@ -7,9 +7,16 @@ import pytest
 from packed import DOCUMENTS, VOCAB, measured_of, packed
 from test_losses import SIZES, set_chunk
 
-from finetune.objective import losses
-from finetune.objective.losses import Asked, context_of, measure, targets
-from finetune.objective.objectives import _accepted, _by_depth, forgets, mtp_objective
+from finetune.objective.head import Asked, is_anchor, likeliest, through_head
+from finetune.objective.losses import context_of, measure, targets
+from finetune.objective.objectives import (
+    _accepted,
+    _by_depth,
+    forgets,
+    mtp_objective,
+    sums_of,
+)
+from finetune.planning.flops import program_flops
 from finetune.settings import ObjectiveSettings
 from mtp_model import DeepSeekV3, ModelConfig
 from tools.make_tiny_checkpoint import tiny_config
@@ -49,11 +56,13 @@ def model():
     return model
 
 
-def loss_of(model: DeepSeekV3, batch, states, settings: ObjectiveSettings):
+def loss_of(
+    model: DeepSeekV3, batch, states, settings: ObjectiveSettings, learnt: tuple[str, ...] = ()
+):
     """The objective of these states, through the product's pass over the head."""
     target = tuple(targets(batch, k) for k in range(DEPTHS + 1))
-    asked = Asked(distributions=settings.compares_distributions)
-    sums, _ = losses.through_head(model.lm_head, states, target, asked)
+    asked = Asked(distributions=settings.compares_distributions, learnt=learnt)
+    sums, _ = through_head(model.lm_head, states, target, asked)
     nothing = [0] * (DEPTHS + 1)
     measured = measured_of([0.0] * (DEPTHS + 1), nothing)._replace(
         nll_sum_K1=sums.nll_K1,
@@ -61,7 +70,7 @@ def loss_of(model: DeepSeekV3, batch, states, settings: ObjectiveSettings):
         kl_sum_K=sums.kl_K,
         overlap_sum_K=sums.overlap_K,
         joint_sum=sums.joint,
-        num_anchors=jnp.sum(losses._is_anchor(target)),
+        num_anchors=jnp.sum(is_anchor(target)),
     )
     return mtp_objective(measured, settings)
 
@@ -104,7 +113,7 @@ def test_objectives_are_their_formulas(name, chunk, model, batch, states, monkey
 
 def test_the_likeliest_tokens_are_found_chunk_by_chunk(model, states, monkeypatch):
     set_chunk(monkeypatch, 2, 5)
-    found = losses._likeliest(model.lm_head, states[0])
+    found = likeliest(model.lm_head, states[0])
     assert np.array_equal(found, np.argmax(model.lm_head.logits(states[0]), axis=-1))
     assert len(np.unique(found)) > 9
 
@@ -129,7 +138,7 @@ def test_a_mixture_is_the_weighted_sum(model, batch, states):
 def test_gradients_are_those_of_the_formulas(name, chunk, model, batch, states, monkeypatch):
     """Central differences of the plain formula, in random directions of a depth's states."""
     set_chunk(monkeypatch, 2, chunk * (DEPTHS + 3))
-    gradient = jax.grad(lambda states: loss_of(model, batch, states, mixture(name)))(states)
+    gradient = gradient_of(model, batch, states, mixture(name))
     head = model.lm_head.weight[...]
     rng = np.random.default_rng(1)
     step = 1e-5
@@ -168,6 +177,56 @@ def test_the_gradient_of_lk_holds_its_share_fixed(model, batch, states):
         np.testing.assert_allclose(gradient[k + 1], expected, rtol=1e-3, atol=1e-7)
 
 
+def gradient_of(model, batch, states, settings: ObjectiveSettings, learnt: tuple[str, ...] = ()):
+    return jax.grad(lambda states: loss_of(model, batch, states, settings, learnt))(states)
+
+
+MIXTURES = {name: mixture(name, depth_decay=0.6) for name in NAMES} | {
+    "several": ObjectiveSettings(ce=0.3, tv=2.0, e2e_tv=0.5, depth_decay=0.6)
+}
+
+
+@pytest.mark.parametrize("chunk", [5, 16])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_gradient_made_beside_the_sums_is_that_of_a_pass_back(
+    name, chunk, model, batch, states, monkeypatch
+):
+    set_chunk(monkeypatch, 2, chunk * (DEPTHS + 3))
+    settings = MIXTURES[name]
+    found = gradient_of(model, batch, states, settings, sums_of(settings))
+    passed_back = gradient_of(model, batch, states, settings)
+    others = {"kl_K", "joint"} - set(sums_of(settings))  # control: by a sum that it is not made of
+    none = gradient_of(model, batch, states, settings, tuple(others)[:1])
+    for k in range(1, DEPTHS + 1):
+        largest = float(jnp.max(jnp.abs(passed_back[k])))
+        np.testing.assert_allclose(found[k], passed_back[k], rtol=1e-5, atol=1e-6 * largest)
+        assert not np.any(none[k])
+    assert not np.any(found[0])  # nothing but the drafts learns
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_logits_are_computed_twice(name, model, batch, states, monkeypatch):
+    """Those of the main model and of each depth once, and each depth's gradient."""
+    chunk, settings = 5, mixture(name)
+    set_chunk(monkeypatch, 2, chunk * (DEPTHS + 1 + 2 * settings.compares_distributions))
+
+    def products(learnt: tuple[str, ...]) -> float:
+        """Of a position with the head."""
+
+        def value(states):
+            return loss_of(model, batch, states, settings, learnt)
+
+        traced = jax.make_jaxpr(jax.value_and_grad(value))(states)
+        positions = 2 * chunk * -(-16 // chunk)
+        return program_flops(traced.jaxpr) / (2.0 * VOCAB * model.config.hidden_size * positions)
+
+    sums = sums_of(settings)
+    behind = DEPTHS / chunk if settings.compares_distributions else 0
+    once = (1 + behind) + DEPTHS
+    assert products(sums) == pytest.approx(once + len(sums) * DEPTHS)
+    assert products(()) >= once + 2 * DEPTHS  # control: by a pass back
+
+
 def plain_depth(head, batch, states, k: int) -> float:
     """tv of one depth: of a decay so strong, or so weak, that it alone counts."""
     values = [plain(head, batch, states, "tv", decay) for decay in (1.0, 2.0, 3.0)]
@@ -178,7 +237,7 @@ def plain_depth(head, batch, states, k: int) -> float:
 def parts(model, batch, states):
     """kl and tv by depth, from the product's own sums (their values are tested above)."""
     target = tuple(targets(batch, k) for k in range(DEPTHS + 1))
-    sums, _ = losses.through_head(model.lm_head, states, target, Asked(distributions=True))
+    sums, _ = through_head(model.lm_head, states, target, Asked(distributions=True))
     measured = measured_of([0.0] * (DEPTHS + 1), [0] * (DEPTHS + 1))._replace(
         num_targets_K1=jnp.stack([jnp.sum(each.valid_BT) for each in target]),
         kl_sum_K=sums.kl_K,
