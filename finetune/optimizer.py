@@ -65,16 +65,14 @@ def norm_of(sums: jax.Array) -> jax.Array:
 
 
 def _clip(longest: float) -> optax.GradientTransformation:
-    """`optax.clip_by_global_norm` as one factor: its quotient takes a loop of its own on CPUs.
-
-    What is short enough is selected, not multiplied by 1: XLA for TPU would keep more of it.
-    """
+    """`optax.clip_by_global_norm` as one factor: its quotient takes a loop of its own on CPUs."""
 
     def clipped(updates: Any, params: Any) -> Any:
         del params
         norm = norm_of(squares(updates))
-        factor = longest / norm
-        return jax.tree.map(lambda grad: jnp.where(norm < longest, grad, grad * factor), updates)
+        short, factor = norm < longest, longest / norm
+        # Multiplied by 1, all gradients would be there a second time: XLA for TPU.
+        return jax.tree.map(lambda grad: jnp.where(short, grad, grad * factor), updates)
 
     return optax.stateless(clipped)
 
@@ -99,10 +97,8 @@ class Averaged(NamedTuple):
 
 
 def _averaging(decay: float) -> optax.GradientTransformation:
-    """Moves nothing: keeps a mean of the parameters, in which the last steps count most.
-
-    The decay is at first less, as in tf.train.ExponentialMovingAverage: a short run would else end
-    with what it began with.
+    """Moves nothing: keeps a mean of the parameters, in which the last steps count most, at first
+    all the more, as in tf.train.ExponentialMovingAverage: a short run's would be its beginning.
     """
 
     def init(params: Any) -> Averaged:

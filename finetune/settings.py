@@ -276,7 +276,8 @@ class RunSettings:
     """Precision of activations; auto is float32 on CPU and bfloat16 elsewhere."""
     remat: Literal["auto", "layer", "none"] = "auto"
     """What the backward pass computes again instead of keeping it: layer, what is inside each, or
-    none; auto is none on CPU where about 4 GiB or less are kept, else layer."""
+    none; auto is none where a device keeps about 4 GiB or less, if it is a CPU or learns from
+    captured states, else layer."""
     batch: BatchSettings = field(default_factory=BatchSettings)
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)

@@ -34,9 +34,9 @@ from mtp_model.files.place import Place
 from mtp_model.load import cast_weights, load
 from mtp_model.lora import fresh, without_memory
 from mtp_model.model import Scope, abstract_model, leaf_name, leaves_by_name
-from mtp_model.sharding import collected
+from mtp_model.sharding import BATCH_AXES, collected
 
-KEPT_BYTES_ON_CPU = 4 << 30  # --remat auto keeps up to this
+KEPT_BYTES = 4 << 30  # on a device: --remat auto keeps up to this
 
 
 def resolve(settings: RunSettings) -> RunSettings:
@@ -124,33 +124,43 @@ def compute_dtype(choice: ComputeDtype) -> ComputeDtype:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def recomputes_layers(settings: RunSettings, config: ModelConfig) -> bool:
+def recomputes_layers(
+    settings: RunSettings, config: ModelConfig, computed_in: ComputeDtype, mesh: Mesh | None
+) -> bool:
     """Whether the backward pass computes what is inside a layer again: what `--remat` says.
 
     `auto` looks at nothing that changes between the processes of a run on one kind of machine:
-    the run goes on with the same bits.
+    the run goes on with the same bits. Beside a main model that runs, memory is short on other
+    devices than CPUs, and a module's operations are few.
     """
     if settings.remat != "auto":
         return settings.remat == "layer"
-    return jax.default_backend() != "cpu" or _kept_bytes(settings, config) > KEPT_BYTES_ON_CPU
+    kind = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    if kind == "cpu":  # whose devices share their memory
+        rows, has_room = settings.batch.rows_at_once, True
+    else:
+        parts = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+        rows, has_room = -(-settings.batch.rows_at_once // parts), bool(settings.states)
+    kept = _kept_values(settings, config, rows) * jnp.dtype(computed_in).itemsize
+    return not has_room or kept > KEPT_BYTES
 
 
-def _kept_bytes(settings: RunSettings, config: ModelConfig) -> int:
-    """About what is kept for a backward pass that computes no layer again, in float32.
+def _kept_values(settings: RunSettings, config: ModelConfig, rows: int) -> int:
+    """About what is kept of some rows for a backward pass that computes no layer again.
 
     Counted are the values that a layer makes of a token, each as often as it is kept.
     """
-    c, batch = config, settings.batch
+    c, row_tokens = config, settings.batch.row_tokens
     heads = c.num_attention_heads
     attention = 3 * heads * (c.qk_head_dim + c.v_head_dim)
-    if keeps_scores(batch.rows_at_once, batch.row_tokens, heads):
-        attention += 2 * heads * batch.row_tokens
+    if keeps_scores(rows, row_tokens, heads):
+        attention += 2 * heads * row_tokens
     served = c.num_experts_per_tok * (4 * c.moe_intermediate_size + 4 * c.hidden_size)
     moe = served + 4 * c.n_shared_experts * c.moe_intermediate_size
     depths = settings.draft_tokens or c.num_nextn_predict_layers
     layers = {"mtp": 0, "all": c.num_dense_layers + c.num_moe_layers}[settings.part] + depths
     a_layer = 8 * c.hidden_size + attention + max(moe, 4 * c.intermediate_size)
-    return 4 * batch.rows_at_once * batch.row_tokens * layers * a_layer
+    return rows * row_tokens * layers * a_layer
 
 
 def load_for_training(

@@ -8,7 +8,7 @@ an estimate whose terms are shown.
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,7 +54,7 @@ from finetune.settings import (
 )
 from finetune.settings_rules import value_faults
 from finetune.state import Split, TrainState, num_parameters, traced_step
-from finetune.weights import abstract_for_training, raise_unless_fitting
+from finetune.weights import abstract_for_training, raise_unless_fitting, recomputes_layers
 from mtp_model import ModelConfig, make_mesh
 from mtp_model.checkpoint.directory import open_checkpoint
 from mtp_model.files.untrusted_json import parse
@@ -103,8 +103,8 @@ class PlanSettings:
     """As in `train`."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of activations."""
-    remat: Literal["layer", "none"] = "layer"
-    """As in `train`, whose `auto` is `layer` on TPU."""
+    remat: Literal["auto", "layer", "none"] = "auto"
+    """As in `train`; with --search of one slice, auto also tries the other on the best mesh."""
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     lora: LoraSettings = field(default_factory=LoraSettings)
@@ -131,6 +131,7 @@ class Plan:
     mesh: MeshShape
     train: TrainMode
     captured: bool
+    remat: str  # layer, none
     rows: int
     row_tokens: int
     fits: bool | None  # None: nobody knows how much memory a device has
@@ -160,6 +161,7 @@ class _Step:
     split: Split
     state: TrainState
     traced: Any
+    remat: str
 
 
 def plan(settings: PlanSettings) -> list[Plan]:
@@ -185,7 +187,10 @@ def plan(settings: PlanSettings) -> list[Plan]:
         return [_compiled(settings, work, place, shape)]
     shapes = possible_shapes(settings.mesh, work, len(place.devices))
     order = np.argsort(stored_bytes(work, shapes), kind="stable")[:_MOST_MESHES]
-    found = [_compiled(settings, work, place, shapes[i]) for i in order]
+    found = sorted([_compiled(settings, work, place, shapes[i]) for i in order], key=_worth)
+    if settings.remat == "auto":
+        other = replace(settings, remat="none" if found[-1].remat == "layer" else "layer")
+        found.append(_compiled(other, work, place, found[-1].mesh))
     return sorted(found, key=_worth)
 
 
@@ -306,6 +311,7 @@ def _compiled(settings: PlanSettings, work: Workload, place: Slice, shape: MeshS
         mesh=shape,
         train=settings.train,
         captured=settings.captured,
+        remat=step.remat,
         rows=rows,
         row_tokens=settings.row_tokens,
         fits=None if found.limit is None else memory is not None,
@@ -331,30 +337,33 @@ def _compiled(settings: PlanSettings, work: Workload, place: Slice, shape: MeshS
 
 def _step(settings: PlanSettings, work: Workload, mesh: Mesh, rows: int) -> _Step:
     """The step of a run, traced with arrays that have a place and no memory."""
-    how = settings.train, settings.compute_dtype, settings.remat == "layer", mesh, settings.lora
+    run = _run(settings, rows)
+    remat = recomputes_layers(run, work.config, settings.compute_dtype, mesh)
+    how = settings.train, settings.compute_dtype, remat, mesh, settings.lora
     split = abstract_for_training(work.config, work.dtypes, *how, work.scope)
-    run = _run(settings)
     optimizer = make_optimizer(run.optimizer, run.steps, lambda _: True)
     states = None
     if settings.captured:  # as `capture` keeps them
         states = PostNorm(np.zeros((0, work.config.hidden_size), jnp.bfloat16))
     batch = abstract_batch(rows, settings.row_tokens, mesh, states)
     state, traced = traced_step(split, optimizer, run, batch)
-    return _Step(split=split, state=state, traced=traced)
+    return _Step(split=split, state=state, traced=traced, remat="layer" if remat else "none")
 
 
-def _run(settings: PlanSettings) -> RunSettings:
+def _run(settings: PlanSettings, rows: int = BatchSettings.rows) -> RunSettings:
     """The run that is planned; its text and its folder are nobody's."""
     return RunSettings(
         checkpoint="",
         data=(),
+        states=(Path(),) if settings.captured else (),
         out=Path(),
         train=settings.train,
         lora=settings.lora,
         draft_tokens=settings.draft_tokens,
         draft_input=settings.draft_input,
         detach_main=settings.detach_main,
-        batch=BatchSettings(row_tokens=settings.row_tokens),
+        batch=BatchSettings(rows=rows, row_tokens=settings.row_tokens),
+        remat=settings.remat,
         objective=settings.objective,
         optimizer=settings.optimizer,
     )

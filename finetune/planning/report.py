@@ -59,7 +59,8 @@ def plan_json(plans: Sequence[Plan]) -> dict[str, Any]:
 
 def _step(found: Plan) -> str:
     captured = ", from captured states" if found.captured else ""
-    return f"--train {found.train}{captured}, {found.rows} rows of {found.row_tokens:,} tokens"
+    rows = f"{found.rows} rows of {found.row_tokens:,} tokens"
+    return f"--train {found.train}{captured}, {rows}, --remat {found.remat}"
 
 
 def _compiling(found: Plan) -> str:
@@ -72,7 +73,7 @@ def _compiling(found: Plan) -> str:
 
 
 def _where(found: Plan) -> str:
-    return f"{found.topology}, {axes_in_words(found.mesh)}"
+    return f"{found.topology}, {axes_in_words(found.mesh)}, --remat {found.remat}"
 
 
 def _fits(found: Plan) -> str:

@@ -1,6 +1,7 @@
 """Trained weights are written from the devices that hold them, row block by row block."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -63,19 +64,21 @@ def spread(values: np.ndarray, spec: PartitionSpec | None) -> jax.Array:
     return jax.device_put(values, NamedSharding(make_mesh(**MESH_AXES), spec))
 
 
-def test_layers_are_kept_on_cpu_where_they_are_small(settings, checkpoint, monkeypatch):
-    """`--remat auto`; what is asked for holds everywhere."""
+def test_layers_are_kept_where_they_are_small(settings, checkpoint, monkeypatch):
+    """`--remat auto`: on CPU, and from captured states; what is asked for holds everywhere."""
     config = open_trainable(str(checkpoint))[1]
     full = dataclasses.replace(settings, train="all", batch=BatchSettings(rows=4096))
 
-    def again(run, **changes) -> bool:
-        return recomputes_layers(dataclasses.replace(run, **changes), config)
+    def again(run, mesh=None, **changes) -> bool:
+        return recomputes_layers(dataclasses.replace(run, **changes), config, "float32", mesh)
 
     assert not again(settings)
     assert again(full)
     assert [again(full, remat="none"), again(settings, remat="layer")] == [False, True]
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert again(settings)
+    captured = dataclasses.replace(settings, states=(Path("states"),))
+    many = dataclasses.replace(captured, batch=BatchSettings(rows=1 << 16))
+    assert [again(settings), again(captured), again(many)] == [True, False, True]
 
 
 @pytest.mark.parametrize("spec", SPREADS.values(), ids=SPREADS)

@@ -30,6 +30,7 @@ def planned(capsys, *words: str) -> tuple[int, dict]:
 
 def test_the_plan_of_a_checkpoint_is_its_run(checkpoint, capsys):
     words = ("--checkpoint", str(checkpoint), "--row-tokens", "16", "--compute-dtype", "float32")
+    words += ("--remat", "layer")
     status, found = planned(capsys, *words, "--mesh.expert", "4", "--mesh.tensor", "2")
     assert status == 0
     assert found["mesh"] == {"data": 1, "fsdp": 1, "expert": 4, "tensor": 2}
@@ -83,14 +84,18 @@ def test_the_plan_from_captured_states_is_that_of_their_run(mode, checkpoint, ca
 
 @pytest.mark.usefixtures("_uncompiled")
 def test_more_meshes_are_tried_and_shown(checkpoint, capsys):
-    """As a table too; a mesh of its own for each line."""
-    words = ("plan", "--checkpoint", str(checkpoint), "--row-tokens", "8", "--search")
-    assert cli.run([*words, "--mesh.data", "1", "--mesh.tensor", "2"]) == 0
+    """As a table too; a mesh of its own for each line, and the other --remat of the best one."""
+    words = ["plan", "--checkpoint", str(checkpoint), "--row-tokens", "8", "--search"]
+    words += ["--mesh.data", "1", "--mesh.tensor", "2"]
+    assert cli.run(words) == 0
     out = capsys.readouterr().out
     assert "here, expert 4, tensor 2" in out
     assert "here, fsdp 4, tensor 2" in out
-    assert out.count("here, ") == 3
+    assert (out.count("here, "), out.count("--remat ")) == (4, 4 + 1)
+    assert "--remat layer" in out
     assert "memory a device" in out
+    assert cli.run([*words, "--remat", "none"]) == 0
+    assert capsys.readouterr().out.count("--remat none") == 3 + 1
 
 
 def test_operations_are_counted_as_often_as_they_run():
