@@ -130,8 +130,8 @@ def _with_kept_gradient(of_chunk: Callable[..., Any], learnt: tuple[str, ...]) -
             for name, drafts in made.items():
                 weight = getattr(sums, name)
                 weight = weight[k - len(drafts)] if weight.ndim else weight
-                parts.append(drafts[k] * weight.astype(drafts[k].dtype))
-            return functools.reduce(jnp.add, parts)
+                parts.append(drafts[k].astype(jnp.float32) * weight)
+            return functools.reduce(jnp.add, parts).astype(made[learnt[0]][k].dtype)
 
         drafts = tuple(map(of_draft, range(len(made[learnt[0]]))))
         return None, (None, *drafts), None, None
