@@ -39,6 +39,7 @@ from finetune.optimizer import (
 )
 from finetune.settings import Kept, ObjectiveSettings, Part, RunSettings, TrainMode
 from mtp_model import DeepSeekV3, RouterBias
+from mtp_model.meshes import compiler_options
 from mtp_model.sharding import BATCH_AXES, active_mesh, everywhere, placement
 
 T = TypeVar("T")
@@ -169,7 +170,7 @@ def make_train_step(
         result = StepResult(loss, norm, measured, finite_grads)
         return _placed((TrainState(trainable, biases, opt_state), result))
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
 
 
 def traced_step(
@@ -278,4 +279,4 @@ def make_measure_step(
         found = measure(model, batch, main, asked)
         return _placed((found.measured, found.rounds))
 
-    return jax.jit(step)
+    return jax.jit(step, compiler_options=compiler_options())

@@ -48,6 +48,7 @@ from mtp_model.files.open import as_place
 from mtp_model.files.place import Place
 from mtp_model.files.untrusted_json import parse
 from mtp_model.load import load
+from mtp_model.meshes import compiler_options
 from mtp_model.problems import UserError
 from mtp_model.progress import progress
 from mtp_model.threads import in_threads
@@ -211,7 +212,8 @@ def _capture(
         x_BTD, _ = model.residual(batch.tokens_BT, context_of(batch))
         return model.norm(x_BTD) if post_norm else x_BTD
 
-    step = jax.jit(states, out_shardings=over_rows(mesh) if mesh is not None else None)
+    where = over_rows(mesh) if mesh is not None else None
+    step = jax.jit(states, out_shardings=where, compiler_options=compiler_options())
     of_model = main_model_digest(checkpoint)
 
     def write(sample: tuple[Place, Content]) -> None:

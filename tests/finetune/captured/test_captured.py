@@ -20,7 +20,7 @@ from trained import QUIET, read_rows
 from finetune import cli
 from finetune.captured.capture import Captured, CaptureError
 from finetune.captured.documents import open_states
-from finetune.captured.folder import PROGRESS_FILE
+from finetune.captured.folder import PROGRESS_FILE, SamplesThere
 from finetune.captured.sample import Content, open_sample, write_sample
 from finetune.data.packing import Packer, PostNorm, PreNorm
 from finetune.data.records import DataError
@@ -221,7 +221,7 @@ def test_fp8_keeps_a_scale_for_each_token(tmp_path):
 
 def test_a_folder_that_hosts_do_not_share_is_refused(checkpoint, records, tmp_path, monkeypatch):
     """As a process finds it that does not see what the first one made."""
-    none = dataclasses.asdict(Captured(inputs={})), {"end": 0, "missing": []}
+    none = [dataclasses.asdict(each) for each in (Captured(inputs={}), SamplesThere([]))]
     monkeypatch.setattr(cluster, "by_first", lambda _: none)
     with pytest.raises(CaptureError, match="needed a folder that all hosts share"):
         capture_of(checkpoint, records, tmp_path / "elsewhere")

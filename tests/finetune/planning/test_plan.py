@@ -1,5 +1,6 @@
 """A plan says what the run itself would need, and counts operations as they are."""
 
+import contextlib
 import json
 import math
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from advice import follows
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec, use_abstract_mesh
 
 from finetune import cli
 from finetune.planning import plan as planning
@@ -19,6 +20,7 @@ from finetune.weights import load_for_training
 from mtp_model import ModelConfig, load, make_mesh
 from mtp_model.checkpoint.directory import open_checkpoint
 from mtp_model.dispatch import FEWEST_SLOTS, FIRST_ROUND, LATER_ROUNDS
+from mtp_model.meshes import compiler_options
 
 GB = 10**9
 
@@ -261,9 +263,28 @@ def test_close_to_the_limit_a_step_is_compiled_in_full(
     assert found["total_bytes"] == (99 * GB if asked[-1] else first)
 
 
+@pytest.mark.parametrize(
+    ("kind", "told", "wanted"),
+    [
+        ("TPU v6 lite", "", {"xla_tpu_scoped_vmem_limit_kib": "98304"}),
+        ("TPU v6 lite", "--xla_tpu_scoped_vmem_limit_kib=65536", {}),
+        ("TPU v5", "", {}),
+        (None, "", {}),
+    ],
+)
+def test_kernels_have_room_on_v6e(kind, told, wanted, monkeypatch):
+    """For the devices of the active mesh, which a plan is for; None: for those of this machine."""
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", told)
+    device = kind and AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
+    mesh = AbstractMesh((8,), ("data",), abstract_device=device)
+    with use_abstract_mesh(mesh) if kind else contextlib.nullcontext():
+        assert compiler_options() == wanted
+
+
 @follows("; set LIBTPU_INIT_ARGS=--xla_tpu_scoped_vmem_limit_kib=98304 and run it again")
 def test_want_of_vmem_is_told_with_the_flag_that_helped():
-    """It did for V3 from captured states on v6e:2x4 (docs/performance.md); CI has no libtpu."""
+    """It did for V3 from captured states on v6e:2x4, where it is now set (docs/performance.md); CI
+    has no libtpu."""
     said = "RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom:\nRan out of memory\n" * 99
     refused = str(slices.refusal(slices.open_slice(slices.HERE), RuntimeError(said)))
     assert refused.endswith("=--xla_tpu_scoped_vmem_limit_kib=98304 and run it again")
