@@ -97,6 +97,19 @@ def _no_logits_at_export() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_drawings() -> Iterator[None]:
+    """What a run draws is a fifth of the time of a short one: `finished` has its drawings."""
+    from finetune import train  # imports what is checked: after the hook
+    from finetune.run import plots
+    from mtp_model.reporting import Picture
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "draw_curves", lambda path, *_: path.write_bytes(b"left out"))
+        patch.setattr(plots, "drawing", lambda title, *_: Picture(title, "<svg/>"))
+        yield
+
+
 @pytest.fixture(scope="session")
 def _torch() -> None:
     """For tests that need torch: they are skipped where it is missing (`make test-newest`)."""

@@ -56,7 +56,7 @@ def cause(split: Split, state: TrainState, batch: Batch, result: StepResult, ste
 
 def not_finite(tree: Any) -> list[str]:
     """Names of the leaves that hold NaN or infinity, with the first place in them that does."""
-    bad = jax.device_get(jax.jit(lambda leaves: [_bad_rows(x) for x in leaves])(_floats(tree)))
+    bad = jax.device_get(_bad_rows_of(_floats(tree)))
     return [
         f"{name}[{rows.argmax()}]" if rows.ndim else name
         for name, rows in zip(_names(tree), bad, strict=True)
@@ -77,6 +77,11 @@ def _names(tree: Any) -> list[str]:
             moment = [key.name for key in path if getattr(key, "name", "") in ("mu", "nu")]
             found.append(".".join(map(str, (*names, *(f"(moment {name})" for name in moment)))))
     return found
+
+
+@jax.jit
+def _bad_rows_of(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [_bad_rows(leaf) for leaf in leaves]
 
 
 def _bad_rows(leaf: jax.Array) -> jax.Array:

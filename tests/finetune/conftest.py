@@ -12,7 +12,9 @@ from imported import import_tiny
 from trained import QUIET, SIZES
 
 from finetune import cli
+from finetune import train as loop
 from finetune.planning import plan, slices
+from finetune.run import plots
 from finetune.settings import (
     BatchSettings,
     CheckpointSettings,
@@ -22,7 +24,7 @@ from finetune.settings import (
     RunSettings,
 )
 from finetune.train import train
-from mtp_model import progress
+from mtp_model import progress, reporting
 
 
 @pytest.fixture(scope="session")
@@ -56,8 +58,11 @@ def settings(checkpoint, data, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished_and_log(settings):
-    """A run of --train mtp that nothing disturbed, and the lines it wrote to a log."""
+    """A run of --train mtp that nothing disturbed, with its drawings, and the lines it wrote to a
+    log."""
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as log:
+        patch.setattr(loop, "draw_curves", plots.draw_curves)
+        patch.setattr(plots, "drawing", reporting.drawing)
         patch.setattr(progress, "LINE_EVERY_S", 0.02)
         result = train(settings, QUIET)
     return result, log.getvalue().splitlines()

@@ -62,7 +62,7 @@ def test_a_shifted_control_scores_what_was_drafted_for_the_next_place(model, rul
             for x, t in zip(logits, targets, strict=True)
         )
         choices = Choices(tuple(jnp.argmax(x, axis=-1) for x in logits), log_prob)
-        return count_acceptance(batch, choices, rule)[0]
+        return jax.jit(count_acceptance, static_argnums=2)(batch, choices, rule)[0]
 
     found = shifted_counts(model, batch, rule)
     for got, wanted in zip(found, counted(1), strict=True):

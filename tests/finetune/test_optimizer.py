@@ -30,7 +30,13 @@ from finetune.optimizer import (
 from finetune.run.checkpoints import Checkpoints
 from finetune.run.directory import RunError
 from finetune.run.learning_rate import learning_rates
-from finetune.settings import CheckpointSettings, Kept, OptimizerSettings, RunSettings
+from finetune.settings import (
+    CheckpointSettings,
+    EvaluationSettings,
+    Kept,
+    OptimizerSettings,
+    RunSettings,
+)
 from finetune.settings_file import read_yaml
 from finetune.state import as_served, make_train_step, start
 from finetune.train import Result, train
@@ -373,6 +379,9 @@ KEPT = {
 }
 
 
+NOT_MEASURED = EvaluationSettings(holdout_every=0)
+
+
 @pytest.fixture(scope="module")
 def trained(settings, tmp_path_factory) -> dict[str, Result]:
     """Short runs that compute in bfloat16, by how they keep what they train."""
@@ -386,6 +395,8 @@ def trained(settings, tmp_path_factory) -> dict[str, Result]:
                 optimizer=dataclasses.replace(settings.optimizer, **kept, learning_rate=2e-4),
                 checkpoints=CheckpointSettings(every=2),
                 batch=dataclasses.replace(settings.batch, accumulation=1 + (name == "muon")),
+                # The others are compared with each other, and have to learn from the same text.
+                evaluation=NOT_MEASURED if name == "muon" else settings.evaluation,
             ),
             QUIET,
         )

@@ -1,9 +1,12 @@
 """One step of training: which loss moves which part, and how lambda goes over the steps."""
 
 import dataclasses
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -11,7 +14,7 @@ import pytest
 from finetune.data.packing import Batch
 from finetune.objective.objectives import lambdas
 from finetune.settings import ObjectiveSettings, RunSettings
-from finetune.state import TrainState, asked_by, make_measure_step, make_train_step, start
+from finetune.state import Split, TrainState, asked_by, make_measure_step, make_train_step, start
 from finetune.weights import load_for_training
 
 
@@ -22,19 +25,26 @@ def batch() -> Batch:
     return Batch(tokens, ones, np.broadcast_to(np.arange(16, dtype=np.int32), (2, 16)), ones)
 
 
+@functools.cache
+def loaded(checkpoint: Path, remat: bool) -> Split:
+    return load_for_training(str(checkpoint), "all", "float32", remat)
+
+
 def gradients(
-    settings: RunSettings, checkpoint: Path, batch: Batch, remat: bool = False
-) -> dict[str, np.ndarray]:
-    """By leaf, read off a step of gradient descent of rate 1 that starts from nothing moved."""
-    split = load_for_training(str(checkpoint), "all", "float32", remat)
+    settings: RunSettings, checkpoint: Path, *batches: Batch, remat: bool = False
+) -> Iterator[dict[str, np.ndarray]]:
+    """Of each batch, by leaf, read off a step of gradient descent of rate 1 that starts from
+    nothing moved."""
+    split = loaded(checkpoint, remat)
     rate = optax.chain(optax.scale_by_schedule(lambda _: -1.0))
     step = make_train_step(split.graphdef, rate, settings)
-    before = jax.device_get(split.trainable)
-    state, _ = step(start(split, rate), split.frozen, batch)
-    assert isinstance(state, TrainState)
-    after = jax.device_get(state.trainable)
-    pairs = zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True)
-    return {jax.tree_util.keystr(path): old - new for (path, old), new in pairs}
+    before = jax.tree_util.tree_leaves_with_path(jax.device_get(split.trainable))
+    for batch in batches:
+        begun = jax.tree.map(jnp.copy, start(split, rate))  # the step writes over what it is given
+        state, _ = step(begun, split.frozen, batch)
+        assert isinstance(state, TrainState)
+        pairs = zip(before, jax.tree.leaves(jax.device_get(state.trainable)), strict=True)
+        yield {jax.tree_util.keystr(path): old - new for (path, old), new in pairs}
 
 
 def test_a_detached_main_model_learns_from_its_own_loss_only(settings, checkpoint, batch):
@@ -42,9 +52,9 @@ def test_a_detached_main_model_learns_from_its_own_loss_only(settings, checkpoin
     every = dataclasses.replace(
         settings, train="all", objective=ObjectiveSettings(ce=1.0), mtp_lambda=0.5
     )
-    together = gradients(every, checkpoint, batch)
-    detached = gradients(dataclasses.replace(every, detach_main=True), checkpoint, batch)
-    alone = gradients(dataclasses.replace(every, mtp_lambda=0.0), checkpoint, batch)
+    (together,) = gradients(every, checkpoint, batch)
+    (detached,) = gradients(dataclasses.replace(every, detach_main=True), checkpoint, batch)
+    (alone,) = gradients(dataclasses.replace(every, mtp_lambda=0.0), checkpoint, batch)
     modules = {name for name in together if "mtp" in name}
     assert modules
     for name, expected in alone.items():
@@ -70,12 +80,12 @@ def test_a_batch_in_parts_has_the_gradients_of_the_whole(settings, checkpoint, b
         batch=dataclasses.replace(settings.batch, rows=2),
     )
     in_parts = dataclasses.replace(every, batch=dataclasses.replace(every.batch, accumulation=2))
-    whole, parts = (gradients(run, checkpoint, uneven) for run in (every, in_parts))
+    (whole,), (parts,) = (gradients(run, checkpoint, uneven) for run in (every, in_parts))
     for name, wanted in whole.items():
         atol = 1e-5 * np.abs(wanted).max() + 2e-7
         np.testing.assert_allclose(parts[name], wanted, atol=atol, err_msg=name)
     monkeypatch.setattr("finetune.state.counts_of", lambda *_: None)  # each divides by its own
-    means = gradients(in_parts, checkpoint, uneven)
+    (means,) = gradients(in_parts, checkpoint, uneven)
     name = max(whole, key=lambda each: np.abs(whole[each]).max())
     assert not np.allclose(means[name] / 2, whole[name], rtol=1e-2)
 
@@ -93,7 +103,9 @@ def test_parts_that_are_alike_learn_by_lk_as_the_whole_does(settings, checkpoint
     )
     in_parts = dataclasses.replace(every, batch=dataclasses.replace(every.batch, accumulation=4))
     by_kl = dataclasses.replace(every, objective=ObjectiveSettings(kl=1.0))
-    whole, parts, kl = (gradients(run, checkpoint, alike) for run in (every, in_parts, by_kl))
+    (whole,), (parts,), (kl,) = (
+        gradients(run, checkpoint, alike) for run in (every, in_parts, by_kl)
+    )
     modules = [name for name in whole if "mtp" in name]
     assert modules
     for name in modules:
@@ -108,19 +120,18 @@ def test_parts_that_are_alike_learn_by_lk_as_the_whole_does(settings, checkpoint
 def test_what_is_computed_again_changes_no_gradient(settings, checkpoint, batch, monkeypatch):
     """Whether layers, and whether scores of attention, are kept or computed again."""
     every = dataclasses.replace(settings, train="all", draft_tokens=2, mtp_lambda=0.5)
-    kept = gradients(every, checkpoint, batch, remat=False)
-    layers_again = gradients(every, checkpoint, batch, remat=True)
+    other_BT = batch.tokens_BT.copy()
+    other_BT[0, 0] += 1  # negative control: one token
+    kept, other = gradients(every, checkpoint, batch, batch._replace(tokens_BT=other_BT))
+    (layers_again,) = gradients(every, checkpoint, batch, remat=True)
     monkeypatch.setattr("mtp_model.attention.KEPT_SCORES_BYTES", 0)
-    scores_again = gradients(every, checkpoint, batch, remat=False)
+    (scores_again,) = gradients(every, checkpoint, batch)
     for name, wanted in kept.items():
         atol = (
             1e-5 * np.abs(wanted).max() + 2e-7
         )  # weights of norms are 1, and so is their rounding
         for found in (layers_again[name], scores_again[name]):
             np.testing.assert_allclose(found, wanted, atol=atol, err_msg=name)
-    other_BT = batch.tokens_BT.copy()
-    other_BT[0, 0] += 1  # negative control: one token
-    other = gradients(every, checkpoint, batch._replace(tokens_BT=other_BT), remat=False)
     worst = max(np.abs(other[n] - kept[n]).max() / max(np.abs(kept[n]).max(), 1e-9) for n in kept)
     assert worst > 1e-3
 

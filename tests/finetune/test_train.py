@@ -1,6 +1,7 @@
 """Training: what moves, what it leaves behind, and that a killed run loses nothing."""
 
 import dataclasses
+import functools
 import json
 import re
 import shlex
@@ -52,15 +53,25 @@ from mtp_model.load import load
 from mtp_model.problems import UserError
 
 
+@functools.cache
+def loaded(path: Path) -> nnx.State:
+    return nnx.state(load(path))
+
+
+@functools.cache
+def loaded_dense(path: Path) -> nnx.State:
+    return nnx.state(load(path, dtype=np.float32))
+
+
 def leaf_bytes(path: Path) -> dict[str, tuple[str, bytes]]:
     """Dtype and bytes of every leaf of a checkpoint directory, as stored."""
-    leaves = nnx.to_flat_state(nnx.state(load(path)))
+    leaves = nnx.to_flat_state(loaded(path))
     values = {".".join(name): np.asarray(leaf[...]) for name, leaf in leaves}
     return {name: (str(value.dtype), value.tobytes()) for name, value in values.items()}
 
 
 def trained_names(path: Path, mode) -> set[str]:
-    state = nnx.state(load(path))
+    state = loaded(path)
     parameters = nnx.filter_state(state, TRAINABLE[mode])
     names = {".".join(name) for name, _ in nnx.to_flat_state(parameters)}
     biases = {name for name in map(".".join, dict(nnx.to_flat_state(state))) if "bias" in name}
@@ -71,18 +82,14 @@ def trained_names(path: Path, mode) -> set[str]:
 
 
 def moved(before: Path, after: Path) -> set[str]:
-    old = nnx.to_flat_state(nnx.state(load_dense(before)))
-    new = dict(nnx.to_flat_state(nnx.state(load_dense(after))))
+    old = nnx.to_flat_state(loaded_dense(before))
+    new = dict(nnx.to_flat_state(loaded_dense(after)))
     same = {
         ".".join(name)
         for name, leaf in old
         if np.asarray(leaf[...]).tobytes() == np.asarray(new[name][...]).tobytes()
     }
     return {".".join(name) for name in new} - same
-
-
-def load_dense(path: Path):
-    return load(path, dtype=np.float32)
 
 
 def test_mtp_alone_moves_and_the_main_model_keeps_its_bytes(checkpoint, finished):
@@ -133,7 +140,7 @@ def derivations(path: Path) -> list[dict]:
 
 def test_trainable_parameters_are_float32_and_frozen_ones_as_stored(checkpoint):
     split = load_for_training(checkpoint, "mtp", "float32")
-    stored, dense = load(checkpoint), load_dense(checkpoint)
+    stored, dense = loaded(checkpoint), loaded_dense(checkpoint)
     name = ("block", "mlp", "experts", "gate_proj", "weight")
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(split.trainable)} == {"float32"}
     found = dict(nnx.to_flat_state(split.trainable))["mtp", *name][...]

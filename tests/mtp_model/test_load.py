@@ -143,29 +143,30 @@ def test_an_unfinished_directory_is_refused(tmp_path):
 MESHES = {"experts": {"data": 2, "expert": 4}, "all axes": {"fsdp": 2, "expert": 2, "tensor": 2}}
 
 
-@pytest.mark.parametrize("axes", MESHES.values(), ids=MESHES)
-def test_a_mesh_changes_where_weights_are_and_nothing_else(checkpoint, axes):
+@jax.jit
+def logits_and_gradients(model):
     tokens = np.tile(random_tokens(384), (4, 1))
     segments = np.tile(np.repeat(np.array([1, 2, 0], np.int32), 8), (8, 1))
 
-    @jax.jit
-    def run(model):
-        def loss(trained, rest):
-            out = nnx.merge(graph, trained, rest)(tokens, segments)
-            logits = [out.logits_BTV, *out.mtp_logits]
-            return sum(jnp.mean(jnp.square(x)) for x in logits), logits
+    def loss(trained, rest):
+        out = nnx.merge(graph, trained, rest)(tokens, segments)
+        logits = [out.logits_BTV, *out.mtp_logits]
+        return sum(jnp.mean(jnp.square(x)) for x in logits), logits
 
-        graph, trained, rest = nnx.split(model, nnx.Param, ...)
-        gradients, logits = jax.grad(loss, has_aux=True)(trained, rest)
-        return logits, jax.tree.leaves(gradients)
+    graph, trained, rest = nnx.split(model, nnx.Param, ...)
+    gradients, logits = jax.grad(loss, has_aux=True)(trained, rest)
+    return logits, jax.tree.leaves(gradients)
 
-    logits, gradients = run(load_float32(checkpoint))
+
+@pytest.mark.parametrize("axes", MESHES.values(), ids=MESHES)
+def test_a_mesh_changes_where_weights_are_and_nothing_else(checkpoint, axes):
+    logits, gradients = logits_and_gradients(load_float32(checkpoint))
     mesh = make_mesh(**axes)
     with jax.set_mesh(mesh):
         model = load_float32(checkpoint, mesh=mesh)
         spread = model.moe_layers.mlp.experts.gate_proj.weight[...]
         assert spread.addressable_shards[0].data.shape[1] == 12 // axes["expert"]
-        sharded_logits, sharded_gradients = run(model)
+        sharded_logits, sharded_gradients = logits_and_gradients(model)
     for index, (ours, theirs) in enumerate(zip(sharded_logits, logits, strict=True)):
         assert_close(ours, theirs, f"logits {index}")
     for index, (ours, theirs) in enumerate(zip(sharded_gradients, gradients, strict=True)):

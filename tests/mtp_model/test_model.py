@@ -134,11 +134,6 @@ def two_modules(tmp_path_factory):
     return model, ref, jnp.asarray(x, jnp.float32)
 
 
-def check_module(ours, theirs, what):
-    assert_close(ours, theirs.numpy(), what)
-    return np.asarray(ours)
-
-
 @torch.no_grad()
 def test_each_module(two_modules):
     model, ref, x = two_modules
@@ -148,16 +143,24 @@ def test_each_module(two_modules):
     places = ref.places(torch.ones((2, 24), dtype=torch.int32))
     context = make_context(segments)
 
+    ours = jax.jit(  # one by one its operations take six times as long to compile
+        lambda layer, x: (
+            layer.input_layernorm(x),
+            layer.self_attn(x, context)[0],
+            layer.mlp.shared_experts(x),
+            layer.mlp(x, segments)[0],
+            layer(x, context)[0],
+        )
+    )(layer, x)
     norm = reference.rms_norm(x_torch, get("input_layernorm.weight"), config["rms_norm_eps"])
-    check_module(layer.input_layernorm(x), norm, "norm")
     attended = reference.attention(x_torch, under(get, "self_attn"), config, places)
-    check_module(layer.self_attn(x, context)[0], attended, "attention")
     shared = reference.mlp(x_torch, under(get, "mlp.shared_experts"))
-    check_module(layer.mlp.shared_experts(x), shared, "shared experts")
     mixed = reference.moe(x_torch, under(get, "mlp"), config)
-    check_module(layer.mlp(x, segments)[0], mixed, "MoE")
     whole = reference.decoder_layer(x_torch, get, config, places, is_moe=True)
-    check_module(layer(x, context)[0], whole, "decoder layer")
+    names = ("norm", "attention", "shared experts", "MoE", "decoder layer")
+    theirs = (norm, attended, shared, mixed, whole)
+    for name, got, want in zip(names, ours, theirs, strict=True):
+        assert_close(got, want.numpy(), name)
 
 
 @torch.no_grad()
@@ -266,7 +269,7 @@ def test_masking_groups_with_zero_is_noticed(two_modules, monkeypatch):
     monkeypatch.setattr(
         Router, "_selectable", lambda self, b: jnp.maximum(minus_infinity(self, b), -20.0) % -20.0
     )
-    wrong = all_logits.__wrapped__(shifted, tokens)
+    wrong = jax.jit(lambda *args: all_logits.__wrapped__(*args))(shifted, tokens)
     assert_far(wrong[0], right[0], "masking with 0")
 
 

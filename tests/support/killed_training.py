@@ -98,4 +98,4 @@ if __name__ == "__main__":
         act_at(point, int(count), later.start)
     else:
         act_at(point, int(count), lambda: send(signals))
-    sys.exit(cli.run(arguments))
+    cli.main(arguments)

@@ -4,6 +4,7 @@ import io
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,8 +15,8 @@ from safetensors import deserialize
 from finetune.settings import ObjectiveSettings, RunSettings
 from finetune.train import train
 from finetune.weights import resolve
-from mtp_model import make_context
-from mtp_model.block import take_layer
+from mtp_model import DeepSeekV3, make_context
+from mtp_model.block import DecoderLayer, take_layer
 from mtp_model.checkpoint.derived import write_derived
 from mtp_model.checkpoint.directory import open_checkpoint
 from mtp_model.load import load
@@ -69,20 +70,27 @@ def test_a_new_module_is_the_last_layer_on_the_sum_of_its_inputs(tmp_path):
     model = load(tmp_path / "c")
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 384, (1, 12)), jnp.int32)
     context = make_context(jnp.ones_like(tokens))
-    main = model.main(tokens, context)
-    found = model.draft(main.state_BTD, tokens, context).hidden[0]
+
+    @jax.jit
+    def computed(model: DeepSeekV3):
+        state_BTD = model.main(tokens, context).state_BTD
+        drafted = model.draft(state_BTD, tokens, context).hidden[0]
+        return state_BTD, model.embed(jnp.roll(tokens, -1, axis=1)), drafted
+
+    @jax.jit
+    def after_layer(model: DeepSeekV3, layer: DecoderLayer, x_BTD):
+        return model.norm(layer(x_BTD, context).x_BTD)
 
     def normed(x):
         return x / np.sqrt(
             np.mean(np.square(x), axis=-1, keepdims=True) + model.config.rms_norm_eps
         )
 
-    following = model.embed(jnp.roll(tokens, -1, axis=1))
-    x = jnp.asarray(normed(np.asarray(main.state_BTD)) + normed(np.asarray(following)))
-    last = take_layer(model.moe_layers, 1)
-    expected = model.norm(last(x, context).x_BTD)
+    state, following, found = computed(model)
+    x = jnp.asarray(normed(np.asarray(state)) + normed(np.asarray(following)))
+    expected = after_layer(model, take_layer(model.moe_layers, 1), x)
     np.testing.assert_allclose(found[:, :-1], expected[:, :-1], rtol=2e-4, atol=2e-5)
-    other = model.norm(take_layer(model.moe_layers, 0)(x, context).x_BTD)
+    other = after_layer(model, take_layer(model.moe_layers, 0), x)
     assert float(jnp.abs(found - other)[:, :-1].max()) > 0.1  # negative control
 
 

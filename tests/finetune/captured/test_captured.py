@@ -64,13 +64,14 @@ def learnt(
     mixture = ObjectiveSettings(ce=0.5, e2e_tv=0.5)
 
     @jax.jit
-    def loss_of(trainable, batch):
+    @jax.value_and_grad
+    def learnt_of(trainable, batch):
         model = nnx.merge(split.graphdef, trainable, split.biases, split.frozen)
         main = jax.lax.stop_gradient(main_states(model, batch))
         measured, *_ = measure(model, batch, main, Asked(2, True))
         return objective(measured, "mtp", mixture, jnp.float32(0), None)
 
-    found = [jax.value_and_grad(loss_of)(split.trainable, batch) for batch in batches]
+    found = [learnt_of(split.trainable, batch) for batch in batches]
     total = jax.tree.map(lambda *each: sum(each), *(grad for _, grad in found))
     leaves = jax.tree_util.tree_leaves_with_path(total)
     grads = {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}

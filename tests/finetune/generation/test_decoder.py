@@ -138,10 +138,10 @@ def test_sampled_text_does_not_depend_on_its_batch(case: Case):
     assert written(decode(case.model, other, how)) != whole
 
 
-def sampled(case: Case, num_drafts: int, seed: int) -> tuple[np.ndarray, float]:
+def sampled(case: Case, num_drafts: int, seed: int, count: int = 1500) -> tuple[np.ndarray, float]:
     """The first two of three tokens sampled after one prompt, many times, [N, 2]; and how many
     first drafts were accepted."""
-    count, length = 1500, int(LENGTHS[0]) + 3
+    length = int(LENGTHS[0]) + 3
     one = case.prompts(num_drafts, length)
     rows = Prompts(*(np.repeat(each[:1], count, axis=0) for each in one))
     rows = rows._replace(seed_B=np.arange(count, dtype=np.uint32) + np.uint32(seed * count))
@@ -180,6 +180,5 @@ def test_sampled_text_has_the_main_models_distribution(case: Case, monkeypatch):
 
     real = decoder._accept
     monkeypatch.setattr(decoder, "_accept", careless)
-    jax.clear_caches()
-    assert same_distribution(plain, sampled(case, 2, seed=3)[0]) < 1e-6
-    jax.clear_caches()
+    # of another number of rows: what was compiled before does not accept so
+    assert same_distribution(plain, sampled(case, 2, seed=3, count=1499)[0]) < 1e-6

@@ -12,6 +12,7 @@ from trained import arguments, environment, read_rows
 from finetune.run.checkpoints import saved_steps
 from finetune.settings import RunSettings
 from finetune.train import Result
+from mtp_model.checkpoint.directory import open_checkpoint
 from mtp_model.files.open import as_place
 
 
@@ -37,7 +38,10 @@ def test_two_processes_go_on_from_the_bucket(
     saved = saved_steps(as_place(f"{url}/run/checkpoints"))
     assert saved[-1] in (3, 6)  # the save of 6 may not be finished, that of 3 is before it begins
     assert clusters.end(begin("b"), 300) == [0, 0], (tmp_path / "b" / "0.log").read_text()
-    assert f"continuing after step {saved[-1]}" in (tmp_path / "b" / "0.log").read_text()
+    first, second = ((tmp_path / "b" / f"{number}.log").read_text() for number in range(2))
+    assert f"continuing after step {saved[-1]}" in first
+    assert "curves:" in first
+    assert "curves:" not in second
 
     run = f"{key_of(url)}/run"
     (tmp_path / "metrics.jsonl").write_bytes(gcs.content(f"{run}/metrics.jsonl"))
@@ -46,4 +50,6 @@ def test_two_processes_go_on_from_the_bucket(
         for path in (tmp_path, finished.run.path)
     )
     np.testing.assert_allclose(found, wanted, rtol=1e-3)
-    assert gcs.contents(f"{run}/final/COMPLETE") or f"{run}/final/COMPLETE" in gcs.keys(run)
+    final, alone = open_checkpoint(f"{url}/run/final"), open_checkpoint(finished.run.final)
+    assert final.damaged_files() == []
+    assert final.leaves == alone.leaves
