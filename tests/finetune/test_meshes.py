@@ -46,8 +46,10 @@ from mtp_model.layers import Embedding, Head
 from mtp_model.model import abstract_model, leaves_by_name
 
 CASES = [
-    ("mtp, FP8", {"data": 4, "tensor": 2}),
-    ("mtp, FP8", {"fsdp": 2, "expert": 4}),
+    ("mtp, FP8", {"data": 8}),
+    ("mtp, FP8", {"fsdp": 8}),
+    ("mtp, FP8", {"expert": 4}),
+    ("mtp, FP8", {"tensor": 2}),
     ("all, bf16", {"data": 2, "expert": 2, "tensor": 2}),
     ("all, bf16", {"fsdp": 2, "expert": 4}),
 ]

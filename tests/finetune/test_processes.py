@@ -4,7 +4,6 @@ Meshes, and what is computed on them, are in test_meshes.py.
 """
 
 import dataclasses
-import io
 import time
 from pathlib import Path
 
@@ -14,7 +13,6 @@ import killed_training
 import numpy as np
 import pytest
 from advice import follows
-from rich.console import Console
 from trained import QUIET, arguments, environment, read_rows
 
 from finetune import cli
@@ -65,10 +63,7 @@ def begin(settings: RunSettings, out: Path, count: int, ended: dict[int, list[st
 
 @follows("give address, number of processes and number of this one")
 def test_a_run_goes_on_with_more_and_fewer_processes(smooth: RunSettings, tmp_path: Path):
-    """2, of which one dies; 4, of which one is told to stop; this one alone.
-
-    What several processes write in the end is in test_clusters_in_buckets.py.
-    """
+    """2, of which one dies; 4, of which one is told to stop; 2 again."""
     whole = train(smooth, QUIET).run
     out = tmp_path / "run"
 
@@ -89,9 +84,10 @@ def test_a_run_goes_on_with_more_and_fewer_processes(smooth: RunSettings, tmp_pa
     assert "continuing after step 2" in said
     assert "a signal to another process: stopped, all steps are saved" in said
 
-    said = io.StringIO()
-    train(dataclasses.replace(smooth, out=out), Console(file=said, width=200))
-    assert f"continuing after step {stopped}" in said.getvalue()
+    processes = begin(smooth, out, 2, {}, tmp_path / "c")
+    assert clusters.end(processes, 300) == [0, 0]
+    assert "curves:" in (tmp_path / "c" / "0.log").read_text()
+    assert "curves:" not in (tmp_path / "c" / "1.log").read_text()
 
     for name in ("metrics.jsonl", "evaluations.jsonl"):
         found, wanted = (read_rows(path / name) for path in (out, whole.path))
