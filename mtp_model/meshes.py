@@ -21,7 +21,7 @@ from mtp_model.sharding import (
 )
 
 MeshShape = dict[str, int]  # devices along each axis of MESH_AXES
-_VMEM_LIMIT = "xla_tpu_scoped_vmem_limit_kib"
+VMEM_LIMIT = "xla_tpu_scoped_vmem_limit_kib"
 
 
 class StoredArray(NamedTuple):
@@ -97,6 +97,6 @@ def compiler_options() -> dict[str, str]:
     """
     mesh = active_mesh()
     kind = jax.devices()[0].device_kind if mesh is None else mesh.abstract_device.device_kind
-    if kind != "TPU v6 lite" or _VMEM_LIMIT in os.environ.get("LIBTPU_INIT_ARGS", ""):
+    if kind != "TPU v6 lite" or VMEM_LIMIT in os.environ.get("LIBTPU_INIT_ARGS", ""):
         return {}
-    return {_VMEM_LIMIT: str(96 << 10)}
+    return {VMEM_LIMIT: str(96 << 10)}

@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from finetune.planning.collectives import Sent, collectives_of
 from mtp_model import make_mesh
+from mtp_model.meshes import VMEM_LIMIT
 from mtp_model.problems import UserError
 
 HERE = "here"  # the topology of the devices of this machine
@@ -31,8 +32,12 @@ _WITHOUT_A_TPU = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 # takes between 1.4 of 100 GB less and 0.4 more of a device than that of `train`, which has them all
 # (docs/performance.md).
 _FIRST_LEVEL = 19
+# Of a v6e at that level, as libtpu has it: with what `train` has (mtp_model/meshes.py) a step takes
+# two to four times as long to compile, and the same memory of a device.
+_FIRST_VMEM_KIB = 32 << 10
 _BETWEEN_LEVELS = 0.03  # of a device's memory: twice what was found to lie between the two
 _MOST_SAID = 800  # characters of what the compiler says
+_IS_VMEM = "ScopedVmemOom"  # in what the compiler says where a kernel needs more than it may have
 _AVAILABLE = re.compile(r"available HBM \(([\d.]+)G\)|of ([\d.]+)G hbm")
 
 
@@ -157,6 +162,8 @@ def compile_step(lowered: jax.stages.Lowered, place: Slice, in_full: bool) -> Co
         memory, collectives = _memory_and_sent(lowered, place, in_full)
     except jax.errors.JaxRuntimeError as error:
         needed, has = memory_in(error)
+        if has is None and not in_full and _IS_VMEM in str(error):
+            return compile_step(lowered, place, in_full=True)
         if has is None:
             raise refusal(place, error) from error
         return Compiled(None, needed, place.memory, None, in_full)
@@ -177,6 +184,8 @@ def _memory_and_sent(
         options: dict[str, Any] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         if not in_full:
             options["optimization_level"] = _FIRST_LEVEL
+            if place.family is FAMILIES["v6e"]:
+                options[VMEM_LIMIT] = str(_FIRST_VMEM_KIB)
         memory = lowered.compile(compiler_options=options).memory_analysis()
         text = next(Path(folder).glob("*.after_optimizations.txt"), None)
         return memory, collectives_of(text.read_text()) if text else None
@@ -194,7 +203,7 @@ def refusal(place: Slice, error: Exception) -> UserError:
     """What the compiler says of a step that it cannot compile at all."""
     said = " ".join(str(error).split())
     words = f"the compiler refuses the step, not for want of HBM: {said[:_MOST_SAID]}"
-    if "ScopedVmemOom" in said:  # of 32 MB for a kernel, also where a core has more (v6e)
+    if _IS_VMEM in said:  # of 32 MB for a kernel, also where a core has more (v6e)
         words += "; set LIBTPU_INIT_ARGS=--xla_tpu_scoped_vmem_limit_kib=98304 and run it again"
     return UserError(f"{place.name}: {words}")
 

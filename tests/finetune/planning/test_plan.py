@@ -3,6 +3,8 @@
 import contextlib
 import json
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +22,12 @@ from finetune.weights import load_for_training
 from mtp_model import ModelConfig, load, make_mesh
 from mtp_model.checkpoint.directory import open_checkpoint
 from mtp_model.dispatch import FEWEST_SLOTS, FIRST_ROUND, LATER_ROUNDS
-from mtp_model.meshes import compiler_options
+from mtp_model.meshes import VMEM_LIMIT, compiler_options
 
 GB = 10**9
+LEVEL = "optimization_level"
+SIZES = ("argument", "output", "alias", "temp")
+MEMORY = SimpleNamespace(**{f"{name}_size_in_bytes": n for n, name in enumerate(SIZES, start=2)})
 
 
 def planned(capsys, *words: str) -> tuple[int, dict]:
@@ -279,6 +284,26 @@ def test_kernels_have_room_on_v6e(kind, told, wanted, monkeypatch):
     mesh = AbstractMesh((8,), ("data",), abstract_device=device)
     with use_abstract_mesh(mesh) if kind else contextlib.nullcontext():
         assert compiler_options() == wanted
+
+
+@pytest.mark.parametrize("family", ["v6e", "v5p"])
+def test_a_first_level_that_wants_vmem_gives_way_to_compiling_in_full(family):
+    """As `train`, which gives a v6e's kernels more; CI has no libtpu to say so itself."""
+    asked = []
+
+    def compiled(compiler_options):
+        asked.append({name: compiler_options.get(name) for name in (LEVEL, VMEM_LIMIT)})
+        if LEVEL in compiler_options:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom")
+        return SimpleNamespace(memory_analysis=lambda: MEMORY)
+
+    known = slices.FAMILIES[family]
+    place = slices.Slice(name=f"{family}:2x4", devices=[], chips=8, memory=GB, family=known)
+    lowered: Any = SimpleNamespace(compile=compiled)
+    found = slices.compile_step(lowered, place, in_full=False)
+    assert (found.in_full, found.needed) == (True, 2 + (3 - 4) + 5)
+    first = {LEVEL: 19, VMEM_LIMIT: "32768" if family == "v6e" else None}
+    assert asked == [first, {LEVEL: None, VMEM_LIMIT: None}]
 
 
 @follows("; set LIBTPU_INIT_ARGS=--xla_tpu_scoped_vmem_limit_kib=98304 and run it again")
