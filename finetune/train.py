@@ -182,7 +182,7 @@ def _prepare(
 ) -> _Job:
     held_out = held_out_batches(text.held_out, settings) if text.held_out else []
     optimizer = make_optimizer(settings.optimizer, settings.steps, matrices(base))
-    remat = recomputes_layers(settings, base.config, computed_in, mesh)
+    remat = recomputes_layers(settings, base.config, computed_in)
     how = settings.train, computed_in, remat, mesh, settings.lora
 
     @functools.cache

@@ -34,7 +34,7 @@ from mtp_model.files.place import Place
 from mtp_model.load import cast_weights, load
 from mtp_model.lora import fresh, without_memory
 from mtp_model.model import Scope, abstract_model, leaf_name, leaves_by_name
-from mtp_model.sharding import BATCH_AXES, collected
+from mtp_model.sharding import active_mesh, collected, rows_here
 
 KEPT_BYTES = 4 << 30  # on a device: --remat auto keeps up to this
 
@@ -125,9 +125,10 @@ def compute_dtype(choice: ComputeDtype) -> ComputeDtype:
 
 
 def recomputes_layers(
-    settings: RunSettings, config: ModelConfig, computed_in: ComputeDtype, mesh: Mesh | None
+    settings: RunSettings, config: ModelConfig, computed_in: ComputeDtype
 ) -> bool:
-    """Whether the backward pass computes what is inside a layer again: what `--remat` says.
+    """Whether the backward pass on the active mesh computes what is inside a layer again: what
+    `--remat` says.
 
     `auto` looks at nothing that changes between the processes of a run on one kind of machine:
     the run goes on with the same bits. Beside a main model that runs, memory is short on other
@@ -135,32 +136,31 @@ def recomputes_layers(
     """
     if settings.remat != "auto":
         return settings.remat == "layer"
-    kind = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    if kind == "cpu":  # whose devices share their memory
-        rows, has_room = settings.batch.rows_at_once, True
-    else:
-        parts = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-        rows, has_room = -(-settings.batch.rows_at_once // parts), bool(settings.states)
-    kept = _kept_values(settings, config, rows) * jnp.dtype(computed_in).itemsize
-    return not has_room or kept > KEPT_BYTES
+    mesh, rows = active_mesh(), settings.batch.rows_at_once
+    kind = jax.default_backend() if mesh is None else mesh.abstract_device.platform
+    if kind != "cpu":  # devices of a CPU share their memory
+        if not settings.states:
+            return True
+        rows = rows_here(rows)
+    return rows * _kept_of_a_row(settings, config) * jnp.dtype(computed_in).itemsize > KEPT_BYTES
 
 
-def _kept_values(settings: RunSettings, config: ModelConfig, rows: int) -> int:
-    """About what is kept of some rows for a backward pass that computes no layer again.
+def _kept_of_a_row(settings: RunSettings, config: ModelConfig) -> int:
+    """About what is kept of a row for a backward pass that computes no layer again.
 
     Counted are the values that a layer makes of a token, each as often as it is kept.
     """
-    c, row_tokens = config, settings.batch.row_tokens
+    c, batch = config, settings.batch
     heads = c.num_attention_heads
     attention = 3 * heads * (c.qk_head_dim + c.v_head_dim)
-    if keeps_scores(rows, row_tokens, heads):
-        attention += 2 * heads * row_tokens
+    if keeps_scores(batch.rows_at_once, batch.row_tokens, heads):
+        attention += 2 * heads * batch.row_tokens
     served = c.num_experts_per_tok * (4 * c.moe_intermediate_size + 4 * c.hidden_size)
     moe = served + 4 * c.n_shared_experts * c.moe_intermediate_size
     depths = settings.draft_tokens or c.num_nextn_predict_layers
     layers = {"mtp": 0, "all": c.num_dense_layers + c.num_moe_layers}[settings.part] + depths
     a_layer = 8 * c.hidden_size + attention + max(moe, 4 * c.intermediate_size)
-    return rows * row_tokens * layers * a_layer
+    return batch.row_tokens * layers * a_layer
 
 
 def load_for_training(

@@ -5,7 +5,6 @@ B batch, T position, S key position, D hidden, N heads, H head size, C kv-lora, 
 """
 
 import itertools
-import math
 from collections.abc import Iterator
 from typing import TypeVar
 
@@ -19,7 +18,7 @@ from mtp_model.context import Context, KeysValues, LatentCache
 from mtp_model.layers import Linear, RMSNorm
 from mtp_model.products import product
 from mtp_model.rope import rotate, softmax_scale
-from mtp_model.sharding import BATCH_AXES, axis_size
+from mtp_model.sharding import axis_size, rows_here
 
 Tree = TypeVar("Tree")
 
@@ -31,7 +30,7 @@ KEPT_SCORES_BYTES = 64 << 20  # a layer's float32 scores up to this are kept for
 
 def keeps_scores(rows: int, length: int, num_heads: int) -> bool:
     """Whether a layer's scores [B, N, T, T] are kept for the backward pass, on one device."""
-    return 4 * _rows_here(rows) * num_heads * length**2 <= KEPT_SCORES_BYTES
+    return 4 * rows_here(rows) * num_heads * length**2 <= KEPT_SCORES_BYTES
 
 
 def turns_of_heads(rows: int, length: int, num_heads: int) -> int:
@@ -39,13 +38,9 @@ def turns_of_heads(rows: int, length: int, num_heads: int) -> int:
     if axis_size("tensor") > 1:  # which splits them already
         return 1
     chunk = min(QUERY_CHUNK, length)
-    wanted = 4 * _rows_here(rows) * num_heads * chunk * length / SCORES_BYTES
+    wanted = 4 * rows_here(rows) * num_heads * chunk * length / SCORES_BYTES
     turns = (turns for turns in range(1, num_heads) if num_heads % turns == 0)
     return next((each for each in turns if each >= wanted), num_heads)
-
-
-def _rows_here(rows: int) -> int:
-    return max(1, rows // math.prod(map(axis_size, BATCH_AXES)))
 
 
 def _attend_chunk(q_BNTH, keys: KeysValues, own: KeysValues | None, places, scale):

@@ -131,6 +131,11 @@ def axis_size(name: str) -> int:
     return mesh.shape[name] if mesh is not None else 1
 
 
+def rows_here(rows: int) -> int:
+    """Rows of a batch on one device."""
+    return max(1, rows // math.prod(map(axis_size, BATCH_AXES)))
+
+
 def gather_for_use(weight: jax.Array, axes: Axes) -> jax.Array:
     """Gather a weight over the axes that only its storage is split over.
 

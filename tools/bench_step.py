@@ -79,7 +79,7 @@ def our_step(directory: Path, tokens: np.ndarray, optimizer: OptimizerSettings) 
         mtp_lambda=MTP_WEIGHT,
     )
     checkpoint = open_checkpoint(directory)
-    remat = recomputes_layers(settings, checkpoint.config, "float32", None)
+    remat = recomputes_layers(settings, checkpoint.config, "float32")
     split = load_for_training(settings.checkpoint, "all", "float32", remat)
     weighed = make_optimizer(settings.optimizer, settings.steps, matrices(checkpoint))
     state, step = start(split, weighed), make_train_step(split.graphdef, weighed, settings)

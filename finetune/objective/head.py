@@ -6,7 +6,6 @@ distribution at a target, q that of a depth.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from finetune.objective.acceptance import Choices, Rule
 from mtp_model.layers import Embedding, Head
-from mtp_model.sharding import BATCH_AXES, axis_size
+from mtp_model.sharding import axis_size, rows_here
 
 # Float32 logits that exist at a time on one device; the whole [B, T, V] never does.
 LOGITS_BYTES = 256 << 20
@@ -34,9 +33,8 @@ class Asked(NamedTuple):
     shifted: bool = False  # a control: what is drafted for a place is measured one place before it
     drafted: tuple[int, ...] = ()  # the only tokens that a draft may be; none: all of them
     head_learns: bool = False  # a gradient is asked of the head
-    learnt: tuple[
-        str, ...
-    ] = ()  # beside a frozen head: which of HeadSums the drafts alone learn by
+    # Of HeadSums, beside a frozen head: those that the drafts, and nothing else, learn by.
+    learnt: tuple[str, ...] = ()
 
 
 class Targets(NamedTuple):
@@ -58,9 +56,8 @@ class HeadSums(NamedTuple):
 
 def chunk_length(rows: int, length: int, vocab_size: int, num_logits: int) -> int:
     """Positions whose float32 logits, `num_logits` at each, take at most LOGITS_BYTES a device."""
-    rows_here = max(1, rows // math.prod(map(axis_size, BATCH_AXES)))
     vocab_here = max(1, vocab_size // axis_size("tensor"))
-    return min(length, max(1, LOGITS_BYTES // (4 * rows_here * vocab_here * num_logits)))
+    return min(length, max(1, LOGITS_BYTES // (4 * rows_here(rows) * vocab_here * num_logits)))
 
 
 def through_head(

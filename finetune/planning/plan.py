@@ -338,7 +338,7 @@ def _compiled(settings: PlanSettings, work: Workload, place: Slice, shape: MeshS
 def _step(settings: PlanSettings, work: Workload, mesh: Mesh, rows: int) -> _Step:
     """The step of a run, traced with arrays that have a place and no memory."""
     run = _run(settings, rows)
-    remat = recomputes_layers(run, work.config, settings.compute_dtype, mesh)
+    remat = recomputes_layers(run, work.config, settings.compute_dtype)
     how = settings.train, settings.compute_dtype, remat, mesh, settings.lora
     split = abstract_for_training(work.config, work.dtypes, *how, work.scope)
     optimizer = make_optimizer(run.optimizer, run.steps, lambda _: True)

@@ -162,9 +162,9 @@ def compile_step(lowered: jax.stages.Lowered, place: Slice, in_full: bool) -> Co
         memory, collectives = _memory_and_sent(lowered, place, in_full)
     except jax.errors.JaxRuntimeError as error:
         needed, has = memory_in(error)
-        if has is None and not in_full and _IS_VMEM in str(error):
-            return compile_step(lowered, place, in_full=True)
         if has is None:
+            if _IS_VMEM in str(error) and not in_full:
+                return compile_step(lowered, place, in_full=True)
             raise refusal(place, error) from error
         return Compiled(None, needed, place.memory, None, in_full)
     kept = memory.output_size_in_bytes - memory.alias_size_in_bytes

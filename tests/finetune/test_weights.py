@@ -69,8 +69,8 @@ def test_layers_are_kept_where_they_are_small(settings, checkpoint, monkeypatch)
     config = open_trainable(str(checkpoint))[1]
     full = dataclasses.replace(settings, train="all", batch=BatchSettings(rows=4096))
 
-    def again(run, mesh=None, **changes) -> bool:
-        return recomputes_layers(dataclasses.replace(run, **changes), config, "float32", mesh)
+    def again(run, **changes) -> bool:
+        return recomputes_layers(dataclasses.replace(run, **changes), config, "float32")
 
     assert not again(settings)
     assert again(full)
